@@ -1,0 +1,3 @@
+//! Device models. Everything a guest can write is untrusted.
+
+pub mod virtio;

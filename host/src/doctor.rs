@@ -1,0 +1,1 @@
+//! `casemate doctor`: what this host can and cannot do, and how to mend it.

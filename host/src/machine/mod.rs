@@ -1,0 +1,4 @@
+//! A machine from description to plan: the description is what a user wrote, the plan is what a VMM is told.
+
+pub mod plan;
+pub mod spec;

@@ -1,0 +1,3 @@
+//! The cell of each role: jail, Landlock, seccomp; and the proof that it holds.
+
+pub mod report;

@@ -1,0 +1,287 @@
+//! What the agent and the mover may ask of a VMM process, and what it answers.
+//!
+//! One request, one reply, in order, on each channel. Events come only on the agent's channel, between replies.
+
+use serde::{Deserialize, Serialize};
+
+use crate::machine::plan::MachinePlan;
+
+/// What each descriptor beside [`VmmRequest::Prepare`] is; same order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum HandleKind {
+    /// `/dev/kvm`.
+    Kvm,
+    /// Where the serial console's output goes (append only file or pipe).
+    Console,
+    /// Kernel image, bzImage; only for a launch.
+    Kernel,
+    /// Initramfs; only for a launch.
+    Initrd,
+    /// Disk `n` of the plan.
+    Disk(u8),
+    /// Tap device of card `n` of the plan, with `IFF_VNET_HDR`.
+    Tap(u8),
+    /// Listening Unix stream socket of the vsock device (host to guest, `CONNECT <port>\n`).
+    VsockListener,
+    /// Channel to the software secure processor.
+    Processor,
+    /// `/dev/sev`.
+    SevDevice,
+}
+
+/// Agent to VMM.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum VmmRequest {
+    /// First message, before the sandbox closes: the plan, and everything the process may ever use.
+    Prepare {
+        /// What to build.
+        plan: Box<MachinePlan>,
+        /// What the descriptors are.
+        handles: Vec<HandleKind>,
+    },
+    /// Boots from the kernel and initramfs handed in. For a confidential guest up to the measurement.
+    Launch {
+        /// The owner's session, for a confidential guest that will get a secret.
+        session: Option<OwnerSession>,
+    },
+    /// Waits for a mover to fill the machine.
+    Incoming,
+    /// Injects the owner's secret packet (state measured).
+    InjectSecret {
+        /// Packet header, 52 bytes.
+        #[serde(with = "serde_bytes")]
+        header: Vec<u8>,
+        /// Ciphertext, at most one page.
+        #[serde(with = "serde_bytes")]
+        ciphertext: Vec<u8>,
+    },
+    /// Finishes the launch and starts the vCPUs.
+    Run,
+    /// Stops vCPUs and devices.
+    Pause,
+    /// Goes on after a pause.
+    Resume,
+    /// One descriptor beside it: the channel to a mover. At most one mover at a time; it is gone when its end closes.
+    AttachMover,
+    /// What the machine is doing.
+    Status,
+    /// Tries from inside what must be refused.
+    SandboxProbe,
+    /// State of the sandbox, thread by thread.
+    SandboxReport,
+    /// Ends the process.
+    Shutdown,
+}
+
+/// The owner's half of a SEV session.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct OwnerSession {
+    /// The owner's Diffie-Hellman certificate, 2084 bytes.
+    #[serde(with = "serde_bytes")]
+    pub certificate: Vec<u8>,
+    /// Session blob, 128 bytes.
+    #[serde(with = "serde_bytes")]
+    pub blob: Vec<u8>,
+}
+
+/// VMM to agent.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum VmmMessage {
+    /// The answer to the oldest request without one.
+    Reply(Result<VmmReply, RoleError>),
+    /// Something happened.
+    Event(VmmEvent),
+}
+
+/// A request that succeeded.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum VmmReply {
+    /// Nothing more to say.
+    Done,
+    /// Loaded; of a confidential guest the measurement.
+    Launched(Option<Measurement>),
+    /// What the machine is doing.
+    Status(MachineStatus),
+    /// Result of a probe, thread by thread.
+    Probe(crate::sandbox::report::ProbeReport),
+    /// State of the sandbox.
+    Report(crate::sandbox::report::SandboxReport),
+}
+
+/// A request that failed.
+#[derive(Clone, Debug, Serialize, Deserialize, thiserror::Error)]
+#[error("{code}: {text}")]
+pub struct RoleError {
+    /// Stable code.
+    pub code: String,
+    /// For people: object and remedy.
+    pub text: String,
+}
+
+/// What LAUNCH_MEASURE gave.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Measurement {
+    /// Measure 32 bytes, nonce 16 bytes.
+    #[serde(with = "serde_bytes")]
+    pub blob: Vec<u8>,
+    /// API major, API minor, build, as PLATFORM_STATUS says.
+    pub api: (u8, u8, u8),
+    /// Guest policy the firmware holds.
+    pub policy: u32,
+    /// Time from `Launch` to the measurement, microseconds.
+    pub elapsed_us: u64,
+}
+
+/// State of the machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineStatus {
+    /// Where it is in its life.
+    pub state: MachineState,
+    /// Whether device models saw a guest break the rules of a queue.
+    pub device_faults: u64,
+}
+
+/// Where a machine is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MachineState {
+    /// Built, nothing loaded.
+    Prepared,
+    /// Loaded and measured; a secret may be injected.
+    Measured,
+    /// vCPUs run.
+    Running,
+    /// vCPUs and devices stopped.
+    Paused,
+    /// A mover fills it.
+    Incoming,
+    /// The guest switched itself off.
+    Stopped,
+}
+
+/// What the agent hears unasked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VmmEvent {
+    /// The guest switched itself off or reset.
+    GuestStopped {
+        /// Why: `shutdown`, `reset`, `triple-fault`, or the KVM exit's name.
+        reason: String,
+    },
+}
+
+/// Mover to VMM. Bulk data is in the exchange memory of [`MoverReply::Attached`].
+#[derive(Debug, Serialize, Deserialize)]
+pub enum MoverRequest {
+    /// First message. The reply carries guest memory (read-only at the source) and the exchange memory.
+    Attach,
+    /// SEV source: opens the send context for a target whose chain the mover has verified.
+    SendStart {
+        /// Target PDH certificate, 2084 bytes.
+        #[serde(with = "serde_bytes")]
+        target_pdh: Vec<u8>,
+        /// Platform certificates PEK, OCA, CEK, 6252 bytes.
+        #[serde(with = "serde_bytes")]
+        platform: Vec<u8>,
+        /// AMD certificates ASK, ARK.
+        #[serde(with = "serde_bytes")]
+        amd: Vec<u8>,
+    },
+    /// SEV destination: the evidence a source needs (PDH with its chain).
+    PlatformEvidence,
+    /// SEV destination: opens the receive context.
+    ReceiveStart {
+        /// Guest policy.
+        policy: u32,
+        /// The source's PDH certificate, 2084 bytes.
+        #[serde(with = "serde_bytes")]
+        source_pdh: Vec<u8>,
+        /// Session blob, 128 bytes.
+        #[serde(with = "serde_bytes")]
+        session: Vec<u8>,
+    },
+    /// Dirty tracking on; bitmap of all pages that hold anything to the exchange memory.
+    StartTracking,
+    /// Bitmap of pages written since, to the exchange memory (vCPUs' and devices' writes).
+    TakeDirty,
+    /// SEV source: packets of these pages to the exchange memory, [`PACKET_STRIDE`] bytes each, in order.
+    SendPages {
+        /// Page numbers, at most [`EXCHANGE_PAGES`].
+        pages: Vec<u64>,
+    },
+    /// SEV destination: packets of these pages lie in the exchange memory.
+    ReceivePages {
+        /// Page numbers, at most [`EXCHANGE_PAGES`].
+        pages: Vec<u64>,
+    },
+    /// Stops vCPUs and devices.
+    Pause,
+    /// SEND_FINISH for a SEV guest, then the state of devices and vCPUs to the exchange memory.
+    SaveState,
+    /// Disk locks off, taps quiet.
+    Release,
+    /// Failed or cancelled: SEND_CANCEL, locks on, tracking off, running again.
+    Resume,
+    /// RECEIVE_FINISH for a SEV guest, then the state from the first `length` bytes of the exchange memory.
+    RestoreState {
+        /// Length in bytes, at most [`MAX_STATE`].
+        length: u64,
+    },
+    /// Locks on, vCPUs run, addresses announced.
+    Activate,
+}
+
+/// VMM to mover.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum MoverReply {
+    /// Nothing more to say.
+    Done,
+    /// Handles: guest memory, exchange memory.
+    Attached {
+        /// The machine, as built.
+        plan: Box<MachinePlan>,
+        /// Guest physical start and length of each run of memory; file offsets follow the same order, packed.
+        memory: Vec<(u64, u64)>,
+    },
+    /// The send context is open.
+    SendStarted {
+        /// Guest policy.
+        policy: u32,
+        /// This platform's PDH certificate, 2084 bytes.
+        #[serde(with = "serde_bytes")]
+        source_pdh: Vec<u8>,
+        /// Session blob, 128 bytes.
+        #[serde(with = "serde_bytes")]
+        session: Vec<u8>,
+    },
+    /// PDH, then PEK ‖ OCA ‖ CEK, then ASK ‖ ARK.
+    Evidence {
+        /// PDH certificate.
+        #[serde(with = "serde_bytes")]
+        pdh: Vec<u8>,
+        /// Platform certificates.
+        #[serde(with = "serde_bytes")]
+        platform: Vec<u8>,
+        /// AMD certificates (or the emulated ones).
+        #[serde(with = "serde_bytes")]
+        amd: Vec<u8>,
+    },
+    /// A bitmap of `bits` bits, page number = index over the packed memory, lies in the exchange memory, little-endian u64 words.
+    Bitmap {
+        /// Number of bits.
+        bits: u64,
+    },
+    /// The state lies in the exchange memory.
+    State {
+        /// Length in bytes.
+        length: u64,
+    },
+}
+
+/// Most pages in one exchange.
+pub const EXCHANGE_PAGES: usize = 256;
+/// A packet in the exchange memory: 52 bytes of header padded to 64, then the 4096 bytes of ciphertext.
+pub const PACKET_STRIDE: usize = 64 + 4096;
+/// Size of the exchange memory in bytes.
+pub const EXCHANGE_SIZE: usize = 4 << 20;
+/// Largest machine state in bytes.
+pub const MAX_STATE: usize = EXCHANGE_SIZE;
