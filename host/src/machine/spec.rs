@@ -1,1 +1,663 @@
 //! The description of a machine as a user writes it (TOML), parsed once into a type that cannot be wrong.
+//!
+//! Every error names the file, the line, the key, and what would be right. Paths are relative to the
+//! description's own folder.
+
+use std::fmt;
+use std::net::Ipv4Addr;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use toml::Spanned;
+
+use crate::machine::plan::{DiskPlan, MachinePlan, NetPlan, Technology};
+
+/// A description that has been read and checked. Files named in it exist and are readable.
+#[derive(Clone, Debug)]
+pub struct MachineSpec {
+    /// The guest's name.
+    pub name: String,
+    /// Number of vCPUs.
+    pub vcpus: u8,
+    /// Memory in bytes.
+    pub memory_bytes: u64,
+    /// Kernel image (bzImage).
+    pub kernel: PathBuf,
+    /// Initramfs.
+    pub initrd: PathBuf,
+    /// Kernel command line, without what the VMM appends.
+    pub cmdline: String,
+    /// Confidential technology and what goes with it.
+    pub confidential: ConfidentialSpec,
+    /// Disks.
+    pub disks: Vec<DiskSpec>,
+    /// Network cards.
+    pub nets: Vec<NetSpec>,
+    /// Guest context id of virtio-vsock.
+    pub vsock_cid: Option<u32>,
+}
+
+/// What the description wants to be confidential.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ConfidentialSpec {
+    /// A plain guest.
+    None,
+    /// AMD SEV; which processor serves (real or emulated) is the host's and the policy's affair.
+    Sev {
+        /// Guest policy, 32 bit (SEV API, chapter 3).
+        policy: u32,
+        /// Whether the launch waits for the owner's secret.
+        secret: bool,
+    },
+}
+
+/// One disk of a description.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskSpec {
+    /// Its name.
+    pub id: String,
+    /// Raw image.
+    pub path: PathBuf,
+    /// Whether writes are refused.
+    pub read_only: bool,
+}
+
+/// One network card of a description.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetSpec {
+    /// Its name.
+    pub id: String,
+    /// Name of the tap device; made if absent, removed with the guest if made.
+    pub tap: String,
+    /// Bridge the tap is put on.
+    pub bridge: Option<String>,
+    /// MAC address.
+    pub mac: [u8; 6],
+    /// Addresses to announce after a move.
+    pub announce: Vec<Ipv4Addr>,
+}
+
+impl MachineSpec {
+    /// Reads and checks a description.
+    pub fn load(path: &Path) -> Result<Self, SpecError> {
+        let size = std::fs::metadata(path)
+            .map_err(|e| SpecError::unreadable(path, &e))?
+            .len();
+        if size > MAX_DESCRIPTION {
+            return Err(SpecError::whole(
+                path,
+                format!("is {size} bytes; a description has at most {MAX_DESCRIPTION}"),
+            ));
+        }
+        let text = std::fs::read_to_string(path).map_err(|e| SpecError::unreadable(path, &e))?;
+        Self::parse(path, &text)
+    }
+
+    /// Checks a description that has been read from `path`.
+    pub fn parse(path: &Path, text: &str) -> Result<Self, SpecError> {
+        let document: Document = toml::from_str(text).map_err(|e| SpecError {
+            file: path.to_owned(),
+            line: e.span().map(|span| line_of(text, &span)),
+            problem: e.message().to_owned(),
+        })?;
+        Reader { path, text }.spec(document)
+    }
+
+    /// The plan for a VMM; `emulated` says which processor serves.
+    pub fn plan(&self, vm_id: [u8; 16], emulated: bool) -> MachinePlan {
+        MachinePlan {
+            name: self.name.clone(),
+            vm_id,
+            vcpus: self.vcpus,
+            memory_bytes: self.memory_bytes,
+            cmdline: self.cmdline.clone(),
+            technology: match self.confidential {
+                ConfidentialSpec::None => Technology::None,
+                ConfidentialSpec::Sev { policy, .. } => Technology::Sev { emulated, policy },
+            },
+            disks: self
+                .disks
+                .iter()
+                .map(|d| DiskPlan {
+                    id: d.id.clone(),
+                    read_only: d.read_only,
+                })
+                .collect(),
+            nets: self
+                .nets
+                .iter()
+                .map(|n| NetPlan {
+                    id: n.id.clone(),
+                    mac: n.mac,
+                    announce: n.announce.clone(),
+                })
+                .collect(),
+            vsock_cid: self.vsock_cid,
+        }
+    }
+}
+
+/// A description that cannot be used.
+#[derive(Debug, PartialEq, Eq)]
+pub struct SpecError {
+    /// The file.
+    pub file: PathBuf,
+    /// The line, from 1, where one can be named.
+    pub line: Option<usize>,
+    /// The key, what is wrong with it, and what would be right.
+    pub problem: String,
+}
+
+impl SpecError {
+    fn whole(file: &Path, problem: String) -> Self {
+        Self {
+            file: file.to_owned(),
+            line: None,
+            problem,
+        }
+    }
+
+    fn unreadable(file: &Path, error: &std::io::Error) -> Self {
+        Self::whole(file, format!("cannot be read: {error}"))
+    }
+}
+
+impl std::error::Error for SpecError {}
+
+impl fmt::Display for SpecError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.file.display())?;
+        if let Some(line) = self.line {
+            write!(f, ":{line}")?;
+        }
+        write!(f, ": {}", self.problem)
+    }
+}
+
+/// Whether a name is 1 to 64 characters of `[a-z0-9-]`, not beginning with a hyphen.
+pub fn is_name(name: &str) -> bool {
+    (1..=64).contains(&name.len())
+        && !name.starts_with('-')
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+}
+
+/// `52:54:00:12:34:56` as six bytes.
+pub fn parse_mac(text: &str) -> Option<[u8; 6]> {
+    let mut mac = [0u8; 6];
+    let mut parts = text.split(':');
+    for byte in &mut mac {
+        let part = parts.next().filter(|p| p.len() == 2)?;
+        *byte = u8::from_str_radix(part, 16).ok()?;
+    }
+    parts.next().is_none().then_some(mac)
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Document {
+    name: Spanned<String>,
+    vcpus: Spanned<u64>,
+    memory: Spanned<String>,
+    boot: Boot,
+    confidential: Option<Confidential>,
+    #[serde(default)]
+    disk: Vec<Disk>,
+    #[serde(default)]
+    net: Vec<Net>,
+    vsock: Option<Vsock>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Boot {
+    kernel: Spanned<PathBuf>,
+    initrd: Spanned<PathBuf>,
+    cmdline: Spanned<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Confidential {
+    technology: Spanned<String>,
+    policy: Option<Spanned<u32>>,
+    #[serde(default)]
+    secret: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Disk {
+    id: Spanned<String>,
+    path: Spanned<PathBuf>,
+    #[serde(default)]
+    read_only: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Net {
+    id: Spanned<String>,
+    tap: Spanned<String>,
+    bridge: Option<Spanned<String>>,
+    mac: Spanned<String>,
+    #[serde(default)]
+    announce: Vec<Ipv4Addr>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Vsock {
+    cid: Spanned<u32>,
+}
+
+/// Turns a parsed document into a specification; knows where each value stood.
+struct Reader<'a> {
+    path: &'a Path,
+    text: &'a str,
+}
+
+impl Reader<'_> {
+    fn spec(&self, document: Document) -> Result<MachineSpec, SpecError> {
+        let name = self.name("name", document.name)?;
+        let vcpus = self.vcpus(document.vcpus)?;
+        let memory_bytes = self.memory(document.memory)?;
+        let kernel = self.file("boot.kernel", document.boot.kernel)?;
+        let initrd = self.file("boot.initrd", document.boot.initrd)?;
+        let cmdline = self.cmdline(document.boot.cmdline)?;
+        let confidential = document
+            .confidential
+            .map_or(Ok(ConfidentialSpec::None), |c| self.confidential(c))?;
+        self.at_most("disk", document.disk.len())?;
+        self.at_most("net", document.net.len())?;
+        let disks = document
+            .disk
+            .into_iter()
+            .map(|d| self.disk(d))
+            .collect::<Result<Vec<_>, _>>()?;
+        let nets = document
+            .net
+            .into_iter()
+            .map(|n| self.net(n))
+            .collect::<Result<Vec<_>, _>>()?;
+        self.distinct("disk.id", disks.iter().map(|d| &d.id))?;
+        self.distinct("net.id", nets.iter().map(|n| &n.id))?;
+        let vsock_cid = document.vsock.map(|v| self.vsock(v.cid)).transpose()?;
+        Ok(MachineSpec {
+            name,
+            vcpus,
+            memory_bytes,
+            kernel,
+            initrd,
+            cmdline,
+            confidential,
+            disks,
+            nets,
+            vsock_cid,
+        })
+    }
+
+    fn name(&self, key: &str, value: Spanned<String>) -> Result<String, SpecError> {
+        if is_name(value.get_ref()) {
+            return Ok(value.into_inner());
+        }
+        let problem = format!(
+            "`{key}` is {:?}; want 1 to 64 characters of a-z, 0-9 and '-'",
+            value.get_ref()
+        );
+        Err(self.at(value.span(), problem))
+    }
+
+    fn vcpus(&self, value: Spanned<u64>) -> Result<u8, SpecError> {
+        u8::try_from(*value.get_ref())
+            .ok()
+            .filter(|n| (1..=MAX_VCPUS).contains(n))
+            .ok_or_else(|| {
+                self.at(
+                    value.span(),
+                    format!("`vcpus` is {}; want 1 to {MAX_VCPUS}", value.get_ref()),
+                )
+            })
+    }
+
+    fn memory(&self, value: Spanned<String>) -> Result<u64, SpecError> {
+        let wanted = "want a size such as \"512 MiB\", a multiple of 2 MiB from 64 MiB to 3 GiB";
+        let bytes = parse_size(value.get_ref()).ok_or_else(|| {
+            self.at(
+                value.span(),
+                format!("`memory` is {:?}; {wanted}", value.get_ref()),
+            )
+        })?;
+        let fits = bytes % (2 << 20) == 0 && (MIN_MEMORY..=MAX_MEMORY).contains(&bytes);
+        fits.then_some(bytes).ok_or_else(|| {
+            self.at(
+                value.span(),
+                format!("`memory` is {:?}; {wanted}", value.get_ref()),
+            )
+        })
+    }
+
+    fn cmdline(&self, value: Spanned<String>) -> Result<String, SpecError> {
+        let text = value.get_ref();
+        if text.len() <= MAX_CMDLINE && text.bytes().all(|b| (0x20..0x7f).contains(&b)) {
+            return Ok(value.into_inner());
+        }
+        Err(self.at(
+            value.span(),
+            format!("`boot.cmdline` wants printable ASCII, at most {MAX_CMDLINE} bytes"),
+        ))
+    }
+
+    fn confidential(&self, value: Confidential) -> Result<ConfidentialSpec, SpecError> {
+        let span = value.technology.span();
+        match value.technology.get_ref().as_str() {
+            "none" => Ok(ConfidentialSpec::None),
+            "sev" => {
+                let policy = value
+                    .policy
+                    .as_ref()
+                    .map_or(DEFAULT_SEV_POLICY, |p| *p.get_ref());
+                if policy & SEV_POLICY_NODBG == 0 {
+                    let at = value.policy.map_or(span, |p| p.span());
+                    let problem = format!(
+                        "`confidential.policy` is {policy:#x}, which lets the host debug the guest; set bit 0 (NODBG)"
+                    );
+                    return Err(self.at(at, problem));
+                }
+                Ok(ConfidentialSpec::Sev {
+                    policy,
+                    secret: value.secret,
+                })
+            }
+            other => {
+                let problem = format!(
+                    "`confidential.technology` is {other:?}; want \"none\" or \"sev\" (\"sev-es\" and \"sev-snp\" are not yet launched)"
+                );
+                Err(self.at(span, problem))
+            }
+        }
+    }
+
+    fn disk(&self, value: Disk) -> Result<DiskSpec, SpecError> {
+        let id_span = value.id.span();
+        let id = self.name("disk.id", value.id)?;
+        if id.len() > MAX_DISK_ID {
+            return Err(self.at(
+                id_span,
+                format!("`disk.id` is {id:?}; want at most {MAX_DISK_ID} characters"),
+            ));
+        }
+        let path = self.file("disk.path", value.path)?;
+        Ok(DiskSpec {
+            id,
+            path,
+            read_only: value.read_only,
+        })
+    }
+
+    fn net(&self, value: Net) -> Result<NetSpec, SpecError> {
+        let id = self.name("net.id", value.id)?;
+        let tap = self.interface("net.tap", value.tap)?;
+        let bridge = value
+            .bridge
+            .map(|b| self.interface("net.bridge", b))
+            .transpose()?;
+        let mac = parse_mac(value.mac.get_ref())
+            .filter(|mac| mac[0] & 1 == 0)
+            .ok_or_else(|| {
+                let problem = format!(
+                    "`net.mac` is {:?}; want a unicast address such as 52:54:00:12:34:56",
+                    value.mac.get_ref()
+                );
+                self.at(value.mac.span(), problem)
+            })?;
+        if value.announce.len() > MAX_ANNOUNCE {
+            return Err(self.at(
+                value.mac.span(),
+                format!("`net.announce` wants at most {MAX_ANNOUNCE} addresses"),
+            ));
+        }
+        Ok(NetSpec {
+            id,
+            tap,
+            bridge,
+            mac,
+            announce: value.announce,
+        })
+    }
+
+    fn interface(&self, key: &str, value: Spanned<String>) -> Result<String, SpecError> {
+        if is_interface(value.get_ref()) {
+            return Ok(value.into_inner());
+        }
+        let problem = format!(
+            "`{key}` is {:?}; want 1 to 15 characters of a-z, A-Z, 0-9, '-', '_'",
+            value.get_ref()
+        );
+        Err(self.at(value.span(), problem))
+    }
+
+    fn vsock(&self, cid: Spanned<u32>) -> Result<u32, SpecError> {
+        if (3..u32::MAX).contains(cid.get_ref()) {
+            return Ok(cid.into_inner());
+        }
+        Err(self.at(
+            cid.span(),
+            format!("`vsock.cid` is {}; want 3 to 4294967294", cid.get_ref()),
+        ))
+    }
+
+    fn file(&self, key: &str, value: Spanned<PathBuf>) -> Result<PathBuf, SpecError> {
+        let folder = self.path.parent().unwrap_or(Path::new(""));
+        let path = folder.join(value.get_ref());
+        match std::fs::metadata(&path) {
+            Ok(meta) if meta.is_file() => Ok(path),
+            Ok(_) => Err(self.at(
+                value.span(),
+                format!(
+                    "`{key}` names {}, which is not a regular file",
+                    path.display()
+                ),
+            )),
+            Err(e) => Err(self.at(
+                value.span(),
+                format!(
+                    "`{key}` names {}, which cannot be used: {e}",
+                    path.display()
+                ),
+            )),
+        }
+    }
+
+    fn at_most(&self, key: &str, count: usize) -> Result<(), SpecError> {
+        if count <= MAX_DEVICES {
+            return Ok(());
+        }
+        Err(SpecError::whole(
+            self.path,
+            format!("{count} tables `{key}`; want at most {MAX_DEVICES}"),
+        ))
+    }
+
+    fn distinct<'s>(
+        &self,
+        key: &str,
+        ids: impl Iterator<Item = &'s String>,
+    ) -> Result<(), SpecError> {
+        let mut seen = std::collections::BTreeSet::new();
+        for id in ids {
+            if !seen.insert(id) {
+                return Err(SpecError::whole(
+                    self.path,
+                    format!("`{key}` {id:?} stands twice; want distinct names"),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn at(&self, span: Range<usize>, problem: String) -> SpecError {
+        SpecError {
+            file: self.path.to_owned(),
+            line: Some(line_of(self.text, &span)),
+            problem,
+        }
+    }
+}
+
+fn parse_size(text: &str) -> Option<u64> {
+    let digits = text.find(|c: char| !c.is_ascii_digit())?;
+    let (number, unit) = text.split_at(digits);
+    let shift = match unit.trim_start() {
+        "MiB" => 20,
+        "GiB" => 30,
+        _ => return None,
+    };
+    number.parse::<u64>().ok()?.checked_mul(1 << shift)
+}
+
+/// Whether a name can be a network interface's.
+pub fn is_interface(name: &str) -> bool {
+    (1..=15).contains(&name.len())
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
+}
+
+fn line_of(text: &str, span: &Range<usize>) -> usize {
+    text.bytes()
+        .take(span.start)
+        .filter(|&b| b == b'\n')
+        .count()
+        + 1
+}
+
+const MAX_DESCRIPTION: u64 = 64 * 1024;
+const MAX_VCPUS: u8 = 64;
+const MIN_MEMORY: u64 = 64 << 20;
+const MAX_MEMORY: u64 = 3 << 30;
+const MAX_CMDLINE: usize = 1600;
+const MAX_DISK_ID: usize = 20;
+const MAX_DEVICES: usize = 8;
+const MAX_ANNOUNCE: usize = 8;
+/// Guest policy bit 0: the host may not debug (SEV API, chapter 3).
+const SEV_POLICY_NODBG: u32 = 1;
+/// NODBG, NOKS (no key sharing), SEV (only to SEV platforms).
+const DEFAULT_SEV_POLICY: u32 = 0x23;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn folder() -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        for file in ["vmlinuz", "initrd", "data.raw"] {
+            std::fs::write(folder.path().join(file), b"x").unwrap();
+        }
+        folder
+    }
+
+    const GOOD: &str = r#"name = "vault"
+vcpus = 2
+memory = "512 MiB"
+[boot]
+kernel = "vmlinuz"
+initrd = "initrd"
+cmdline = "console=ttyS0"
+[confidential]
+technology = "sev"
+secret = true
+[[disk]]
+id = "data"
+path = "data.raw"
+[[net]]
+id = "net0"
+tap = "tap0"
+bridge = "br0"
+mac = "52:54:00:00:00:01"
+announce = ["10.0.0.1"]
+[vsock]
+cid = 3
+"#;
+
+    fn parse(text: &str) -> Result<MachineSpec, SpecError> {
+        let folder = folder();
+        MachineSpec::parse(&folder.path().join("vm.toml"), text)
+    }
+
+    #[test]
+    fn a_good_description_is_read_whole() {
+        let spec = parse(GOOD).unwrap();
+        assert_eq!((spec.vcpus, spec.memory_bytes), (2, 512 << 20));
+        assert_eq!(
+            spec.confidential,
+            ConfidentialSpec::Sev {
+                policy: 0x23,
+                secret: true
+            }
+        );
+        let plan = spec.plan([7; 16], true);
+        assert_eq!(
+            plan.technology,
+            Technology::Sev {
+                emulated: true,
+                policy: 0x23
+            }
+        );
+        assert_eq!(plan.nets.first().unwrap().mac, [0x52, 0x54, 0, 0, 0, 1]);
+    }
+
+    #[test]
+    fn every_fault_names_its_line_its_key_and_what_would_be_right() {
+        let cases = [
+            ("vcpus = 2", "vcpus = 0", 2, "want 1 to 64"),
+            ("vcpus = 2", "cpus = 2", 2, "unknown field `cpus`"),
+            ("\"512 MiB\"", "\"512 MB\"", 3, "such as \"512 MiB\""),
+            ("\"512 MiB\"", "\"9 GiB\"", 3, "to 3 GiB"),
+            ("\"512 MiB\"", "\"513 MiB\"", 3, "multiple of 2 MiB"),
+            (
+                "kernel = \"vmlinuz\"",
+                "kernel = \"nowhere\"",
+                5,
+                "`boot.kernel` names",
+            ),
+            (
+                "technology = \"sev\"",
+                "technology = \"tdx\"",
+                9,
+                "want \"none\" or \"sev\"",
+            ),
+            ("secret = true", "policy = 0x22", 10, "NODBG"),
+            ("\"data.raw\"", "\".\"", 13, "not a regular file"),
+            ("\"tap0\"", "\"../tap\"", 16, "`net.tap`"),
+            ("52:54:00:00:00:01", "53:54:00:00:00:01", 18, "unicast"),
+            ("52:54:00:00:00:01", "52:54:00:00:00", 18, "`net.mac`"),
+            ("cid = 3", "cid = 2", 21, "want 3"),
+            ("name = \"vault\"", "name = \"Vault!\"", 1, "a-z"),
+        ];
+        for (from, to, line, words) in cases {
+            let error = parse(&GOOD.replacen(from, to, 1)).unwrap_err();
+            assert_eq!(error.line, Some(line), "{to}: {error}");
+            assert!(error.to_string().contains(words), "{to}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_name_used_twice_is_refused() {
+        let twice = format!("{GOOD}\n[[disk]]\nid = \"data\"\npath = \"data.raw\"\n");
+        assert!(parse(&twice).unwrap_err().problem.contains("stands twice"));
+    }
+
+    #[test]
+    fn a_missing_file_is_named() {
+        let error = MachineSpec::load(Path::new("/nowhere/vm.toml")).unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .starts_with("/nowhere/vm.toml: cannot be read"),
+            "{error}"
+        );
+    }
+}
