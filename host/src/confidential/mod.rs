@@ -1,5 +1,6 @@
 //! Confidential technologies: the launch as a typestate, the software secure processor and its role.
 
+pub mod control;
 pub mod launch;
 mod processor_guest;
 pub mod processor_role;
@@ -60,3 +61,6 @@ pub fn open(
         )),
     }
 }
+
+#[cfg(test)]
+pub(crate) mod tests;
