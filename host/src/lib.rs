@@ -11,5 +11,6 @@ pub mod doctor;
 pub mod ipc;
 pub mod machine;
 pub mod mover;
+pub mod role;
 pub mod sandbox;
 pub mod vmm;

@@ -1,1 +1,66 @@
-//! Role confidential.
+//! Confidential technologies: the launch as a typestate, the software secure processor and its role.
+
+pub mod control;
+pub mod launch;
+mod processor_guest;
+pub mod processor_role;
+pub mod protocol;
+pub mod shared;
+pub mod software;
+
+use std::os::fd::BorrowedFd;
+
+use crate::confidential::launch::Guarded;
+use crate::confidential::shared::MemoryLayout;
+use crate::confidential::software::SoftwareFirmware;
+use crate::ipc::Channel;
+use crate::machine::plan::{MachinePlan, Technology};
+use crate::vmm::confidential_hook::GuestProtection;
+use crate::vmm::protocol::RoleError;
+
+/// Where a guest's memory lies.
+#[derive(Clone, Copy, Debug)]
+pub struct GuestMemoryView<'a> {
+    /// The memory file, writable, sealed against shrinking.
+    pub file: BorrowedFd<'a>,
+    /// Guest physical start and length of each run, packed in the file in this order.
+    pub runs: &'a [(u64, u64)],
+}
+
+/// Opens the confidential technology that a plan asks for; `None` for a plain guest.
+///
+/// `processor` is the VMM's end of its channel to the `psp` role.
+pub fn open(
+    plan: &MachinePlan,
+    memory: GuestMemoryView<'_>,
+    exchange: BorrowedFd<'_>,
+    processor: Option<Channel>,
+) -> Result<Option<Box<dyn GuestProtection>>, RoleError> {
+    match plan.technology {
+        Technology::None => Ok(None),
+        Technology::Sev {
+            emulated: true,
+            policy,
+        } => {
+            let channel = processor.ok_or_else(|| {
+                RoleError::new(
+                    "NO_PROCESSOR",
+                    "an emulated SEV guest needs the channel to the psp role; the agent must hand it in",
+                )
+            })?;
+            let layout = MemoryLayout::packed(memory.runs)?;
+            let firmware =
+                SoftwareFirmware::attach(channel, policy, memory.file, &layout, exchange)?;
+            Ok(Some(Box::new(Guarded::new(firmware))))
+        }
+        Technology::Sev {
+            emulated: false, ..
+        } => Err(RoleError::new(
+            "SEV_NOT_AVAILABLE",
+            "this version drives no AMD secure processor yet; describe the guest with `emulated = true`",
+        )),
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -1,0 +1,107 @@
+//! The `psp` role as the agent uses it.
+
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use zeroize::Zeroizing;
+
+use crate::confidential::protocol::{
+    ControlOutcome, ControlReply, PlatformEvidence, PlatformStatus, ProcessorControl,
+};
+use crate::ipc::Channel;
+use crate::sandbox::report::{ProbeReport, SandboxReport};
+use crate::vmm::protocol::RoleError;
+
+/// The agent's end of the control channel. The psp ends when this is dropped.
+#[derive(Debug)]
+pub struct ProcessorLink {
+    channel: Channel,
+}
+
+impl ProcessorLink {
+    /// Over the channel whose other end the psp runs on.
+    pub fn new(channel: Channel) -> Self {
+        Self { channel }
+    }
+
+    /// Makes a new platform identity. It is secret: to be stored with mode 0600, and to be given to
+    /// [`ProcessorLink::initialise`]. Takes seconds (RSA keys).
+    pub fn generate(&self) -> Result<Zeroizing<Vec<u8>>, RoleError> {
+        match self.call(&ProcessorControl::Generate, &[])? {
+            ControlReply::Generated { identity } => Ok(Zeroizing::new(identity)),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// Becomes the platform of this identity. `peer_roots` are the other emulated roots that guests may be
+    /// sent to.
+    pub fn initialise(&self, identity: &[u8], peer_roots: &[[u8; 32]]) -> Result<(), RoleError> {
+        let request = ProcessorControl::Initialise {
+            identity: identity.to_vec(),
+            peer_roots: peer_roots.to_vec(),
+        };
+        match self.call(&request, &[])? {
+            ControlReply::Done => Ok(()),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// A new guest's channel: the end for its VMM.
+    pub fn connect(&self) -> Result<Channel, RoleError> {
+        let (for_vmm, for_psp) = Channel::pair()?;
+        match self.call(&ProcessorControl::Connect, &[for_psp.as_fd()])? {
+            ControlReply::Done => Ok(for_vmm),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// PLATFORM_STATUS.
+    pub fn status(&self) -> Result<PlatformStatus, RoleError> {
+        match self.call(&ProcessorControl::Status, &[])? {
+            ControlReply::Status(status) => Ok(status),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// The platform's certificates: for an owner, and to learn the fingerprint of the emulated root.
+    pub fn evidence(&self) -> Result<PlatformEvidence, RoleError> {
+        match self.call(&ProcessorControl::Evidence, &[])? {
+            ControlReply::Evidence(evidence) => Ok(evidence),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// State of the psp's sandbox.
+    pub fn sandbox_report(&self) -> Result<SandboxReport, RoleError> {
+        match self.call(&ProcessorControl::SandboxReport, &[])? {
+            ControlReply::Report(report) => Ok(report),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// Tries from inside the psp what must be refused.
+    pub fn sandbox_probe(&self) -> Result<ProbeReport, RoleError> {
+        match self.call(&ProcessorControl::SandboxProbe, &[])? {
+            ControlReply::Probe(report) => Ok(report),
+            _ => Err(unexpected()),
+        }
+    }
+
+    fn call(
+        &self,
+        request: &ProcessorControl,
+        handles: &[std::os::fd::BorrowedFd<'_>],
+    ) -> ControlOutcome {
+        self.channel.send_with(request, handles)?;
+        self.channel
+            .recv::<ControlOutcome>(Some(PROCESSOR_DEADLINE))?
+            .body
+    }
+}
+
+fn unexpected() -> RoleError {
+    RoleError::new("ROLE_PROTOCOL", "the psp's reply has no place here")
+}
+
+/// How long the psp may take; making an identity is the longest.
+const PROCESSOR_DEADLINE: Duration = Duration::from_secs(60);

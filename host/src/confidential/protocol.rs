@@ -1,0 +1,194 @@
+//! What the agent and the VMMs may ask of the `psp` role, and what it answers: one request, one reply, in order.
+//!
+//! A VMM's end may belong to a guest that broke out: a guest's channel names no handle, so it cannot name
+//! another guest's, and every address it names is checked against the memory it attached.
+
+use serde::{Deserialize, Serialize};
+
+use crate::confidential::shared::MemoryRun;
+use crate::vmm::protocol::{OwnerSession, RoleError};
+
+/// Agent to psp, on the control channel.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum ProcessorControl {
+    /// Makes a new platform with a new emulated root; its identity comes back, to be stored like a key.
+    Generate,
+    /// Becomes the platform of an identity that [`ProcessorControl::Generate`] gave.
+    Initialise {
+        /// The identity, opaque to the agent.
+        #[serde(with = "serde_bytes")]
+        identity: Vec<u8>,
+        /// SHA-256 of the other emulated roots that guests may be sent to, from policy.
+        peer_roots: Vec<[u8; 32]>,
+    },
+    /// One descriptor beside it: the psp's end of a VMM's channel.
+    Connect,
+    /// What PLATFORM_STATUS says.
+    Status,
+    /// The certificates of the platform.
+    Evidence,
+    /// State of the sandbox.
+    SandboxReport,
+    /// Tries from inside what must be refused.
+    SandboxProbe,
+}
+
+/// psp to agent.
+pub type ControlOutcome = Result<ControlReply, RoleError>;
+
+/// A control request that succeeded.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum ControlReply {
+    /// Nothing more to say.
+    Done,
+    /// The new identity: secret, mode 0600.
+    Generated {
+        /// Opaque.
+        #[serde(with = "serde_bytes")]
+        identity: Vec<u8>,
+    },
+    /// PLATFORM_STATUS.
+    Status(PlatformStatus),
+    /// The platform's certificates.
+    Evidence(PlatformEvidence),
+    /// State of the sandbox.
+    Report(crate::sandbox::report::SandboxReport),
+    /// Result of the probe.
+    Probe(crate::sandbox::report::ProbeReport),
+}
+
+/// PLATFORM_STATUS.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlatformStatus {
+    /// API major, API minor, build.
+    pub api: (u8, u8, u8),
+    /// Guests known to the firmware.
+    pub guests: u32,
+    /// Never anything but true of this role; the real processor is not behind it.
+    pub emulated: bool,
+}
+
+/// The certificates that prove a platform to a peer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlatformEvidence {
+    /// PDH, 2084 bytes.
+    #[serde(with = "serde_bytes")]
+    pub pdh: Vec<u8>,
+    /// PEK ‖ OCA ‖ CEK, 6252 bytes.
+    #[serde(with = "serde_bytes")]
+    pub platform: Vec<u8>,
+    /// ASK ‖ ARK, AMD's or the emulated ones.
+    #[serde(with = "serde_bytes")]
+    pub amd: Vec<u8>,
+}
+
+/// VMM to psp. The psp knows the guest by the channel.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum GuestRequest {
+    /// First message. Descriptors beside it: guest memory, exchange memory.
+    Attach {
+        /// Where guest memory lies in its file.
+        runs: Vec<MemoryRun>,
+    },
+    /// LAUNCH_START.
+    LaunchStart {
+        /// Guest policy.
+        policy: u32,
+        /// The owner's certificate and session.
+        session: Option<OwnerSession>,
+    },
+    /// LAUNCH_UPDATE_DATA over a run of whole pages, at most [`LAUNCH_CHUNK`] bytes.
+    LaunchUpdate {
+        /// Start.
+        gpa: u64,
+        /// Length in bytes.
+        length: u64,
+    },
+    /// LAUNCH_MEASURE.
+    LaunchMeasure,
+    /// LAUNCH_SECRET.
+    LaunchSecret {
+        /// Packet header, 52 bytes.
+        #[serde(with = "serde_bytes")]
+        header: Vec<u8>,
+        /// At most one page.
+        #[serde(with = "serde_bytes")]
+        ciphertext: Vec<u8>,
+        /// Where to.
+        gpa: u64,
+    },
+    /// LAUNCH_FINISH.
+    LaunchFinish,
+    /// SEND_START.
+    SendStart {
+        /// Whom to.
+        target: PlatformEvidence,
+    },
+    /// SEND_UPDATE_DATA, one command a page, packets to the exchange memory in this order.
+    SendPages {
+        /// Page addresses, at most `EXCHANGE_PAGES`.
+        gpas: Vec<u64>,
+    },
+    /// SEND_FINISH.
+    SendFinish,
+    /// SEND_CANCEL.
+    SendCancel,
+    /// PDH_CERT_EXPORT and the roots.
+    Evidence,
+    /// RECEIVE_START.
+    ReceiveStart {
+        /// Guest policy.
+        policy: u32,
+        /// The source's PDH, 2084 bytes.
+        #[serde(with = "serde_bytes")]
+        source_pdh: Vec<u8>,
+        /// Session, 128 bytes.
+        #[serde(with = "serde_bytes")]
+        session: Vec<u8>,
+    },
+    /// RECEIVE_UPDATE_DATA, one command a page, packets from the exchange memory in this order.
+    ReceivePages {
+        /// Page addresses, at most `EXCHANGE_PAGES`.
+        gpas: Vec<u64>,
+    },
+    /// RECEIVE_FINISH.
+    ReceiveFinish,
+    /// DECOMMISSION.
+    Decommission,
+}
+
+/// psp to VMM.
+pub type GuestOutcome = Result<GuestReply, RoleError>;
+
+/// A guest request that succeeded.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum GuestReply {
+    /// Nothing more to say.
+    Done,
+    /// What was measured.
+    Measured {
+        /// Measure 32 bytes, nonce 16 bytes.
+        #[serde(with = "serde_bytes")]
+        blob: Vec<u8>,
+        /// API major, API minor, build.
+        api: (u8, u8, u8),
+        /// Policy that the firmware holds.
+        policy: u32,
+    },
+    /// The send context.
+    SendStarted {
+        /// Guest policy.
+        policy: u32,
+        /// PDH of this platform.
+        #[serde(with = "serde_bytes")]
+        source_pdh: Vec<u8>,
+        /// Session, 128 bytes.
+        #[serde(with = "serde_bytes")]
+        session: Vec<u8>,
+    },
+    /// The platform's certificates.
+    Evidence(PlatformEvidence),
+}
+
+/// Most bytes in one LAUNCH_UPDATE message, so that one guest's launch does not hold up the others for long.
+pub const LAUNCH_CHUNK: u64 = 4 << 20;

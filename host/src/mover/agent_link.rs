@@ -1,0 +1,168 @@
+//! The mover's channel to its agent: requests that need an answer, events, and the wish to cancel.
+
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use casemate_crypto_migrate::identity::{HostSigner, IdentityError};
+
+use crate::ipc::{Channel, IpcError, Received};
+use crate::mover::protocol::{
+    AgentAnswer, MoverCommand, MoverEvent, MoverMessage, MoverRequestToAgent, OwnershipStep,
+};
+use crate::role::Cell;
+use crate::vmm::protocol::RoleError;
+
+/// The channel to the agent, shared by the engine's thread and whoever signs.
+pub struct AgentLink {
+    inner: Mutex<Inner>,
+    cancelled: AtomicBool,
+}
+
+struct Inner {
+    channel: Channel,
+    cell: Box<dyn Cell + Send>,
+}
+
+impl AgentLink {
+    /// Takes the channel over, with the cell whose state the agent may ask for.
+    pub fn new(channel: Channel, cell: Box<dyn Cell + Send>) -> Self {
+        Self {
+            inner: Mutex::new(Inner { channel, cell }),
+            cancelled: AtomicBool::new(false),
+        }
+    }
+
+    /// Waits for the command that starts the work; answers questions about the cell meanwhile.
+    pub fn start(&self) -> Result<(MoverCommand, Vec<OwnedFd>), RoleError> {
+        let inner = self.lock()?;
+        loop {
+            let Received { body, handles } = inner.channel.recv::<MoverCommand>(None)?;
+            match inner.serve(body)? {
+                Some(MoverCommand::Cancel) => {
+                    return Err(RoleError::new("CANCELLED", "cancelled before it began"));
+                }
+                Some(command) => return Ok((command, handles)),
+                None => {}
+            }
+        }
+    }
+
+    /// Asks the agent and waits for its answer.
+    pub fn ask(
+        &self,
+        request: MoverRequestToAgent,
+    ) -> Result<(AgentAnswer, Vec<OwnedFd>), RoleError> {
+        let inner = self.lock()?;
+        inner.channel.send(&MoverMessage::Request(request))?;
+        loop {
+            let Received { body, handles } =
+                inner.channel.recv::<MoverCommand>(Some(AGENT_DEADLINE))?;
+            match inner.serve(body)? {
+                Some(MoverCommand::Answer(answer)) => return Ok((answer?, handles)),
+                Some(MoverCommand::Cancel) => self.cancelled.store(true, Ordering::Relaxed),
+                Some(_) => return Err(unexpected()),
+                None => {}
+            }
+        }
+    }
+
+    /// Has a step of ownership recorded; returns only when it is durable.
+    pub fn record(&self, step: OwnershipStep) -> Result<(), RoleError> {
+        match self.ask(MoverRequestToAgent::Record(step))?.0 {
+            AgentAnswer::Recorded => Ok(()),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// Tells the agent. An agent that cannot be told is one that has ended: the move is cancelled.
+    pub fn tell(&self, event: MoverEvent) {
+        let told = self
+            .lock()
+            .and_then(|inner| Ok(inner.channel.send(&MoverMessage::Event(event))?));
+        if told.is_err() {
+            self.cancelled.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Takes waiting commands; whether the agent wants the move to end (or has ended itself).
+    pub fn cancelled(&self) -> bool {
+        if !self.cancelled.load(Ordering::Relaxed) && self.drain().is_err() {
+            self.cancelled.store(true, Ordering::Relaxed);
+        }
+        self.cancelled.load(Ordering::Relaxed)
+    }
+
+    fn drain(&self) -> Result<(), RoleError> {
+        let inner = self.lock()?;
+        loop {
+            match inner.channel.recv::<MoverCommand>(Some(Duration::ZERO)) {
+                Ok(received) => match inner.serve(received.body)? {
+                    Some(MoverCommand::Cancel) => self.cancelled.store(true, Ordering::Relaxed),
+                    Some(_) => return Err(unexpected()),
+                    None => {}
+                },
+                Err(IpcError::Deadline(_)) => return Ok(()),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    fn lock(&self) -> Result<std::sync::MutexGuard<'_, Inner>, RoleError> {
+        self.inner
+            .lock()
+            .map_err(|_| RoleError::new("INTERNAL", "a thread of the mover has failed"))
+    }
+}
+
+impl Inner {
+    /// Answers questions about the cell; gives everything else back.
+    fn serve(&self, command: MoverCommand) -> Result<Option<MoverCommand>, RoleError> {
+        let answer = match command {
+            MoverCommand::SandboxReport => MoverMessage::SandboxReport(self.cell.report()),
+            MoverCommand::SandboxProbe => MoverMessage::SandboxProbe(self.cell.probe()),
+            other => return Ok(Some(other)),
+        };
+        self.channel.send(&answer)?;
+        Ok(None)
+    }
+}
+
+/// Signs with the host's key by asking the agent; the key never comes here.
+pub struct AgentSigner(pub Arc<AgentLink>);
+
+impl std::fmt::Debug for AgentSigner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("AgentSigner")
+    }
+}
+
+impl HostSigner for AgentSigner {
+    fn sign(&self, message: &[u8]) -> Result<Vec<u8>, IdentityError> {
+        let message = message.to_vec();
+        match self.0.ask(MoverRequestToAgent::Sign { message }) {
+            Ok((AgentAnswer::Signed { signature }, _)) => Ok(signature),
+            Ok(_) => Err(IdentityError::Signer(unexpected().to_string())),
+            Err(error) => Err(IdentityError::Signer(error.to_string())),
+        }
+    }
+}
+
+impl From<IpcError> for RoleError {
+    fn from(error: IpcError) -> Self {
+        let code = match &error {
+            IpcError::Closed => "ROLE_ENDED",
+            IpcError::Deadline(_) => "ROLE_SILENT",
+            _ => "ROLE_PROTOCOL",
+        };
+        Self::new(code, error)
+    }
+}
+
+fn unexpected() -> RoleError {
+    RoleError::new("ROLE_PROTOCOL", "the agent's message has no place here")
+}
+
+/// How long the agent may take for an answer; admission builds a VMM.
+const AGENT_DEADLINE: Duration = Duration::from_secs(60);

@@ -1,0 +1,261 @@
+//! What the agent and a mover say to each other.
+//!
+//! The mover holds the session keys and reads what the peer sends; the agent believes it nothing about policy
+//! or identity: the host's key, the decision to admit, and the record of who owns the guest stay in the agent.
+
+use serde::{Deserialize, Serialize};
+
+use casemate_crypto_migrate::guest::GuestOffer;
+
+use crate::sandbox::report::{ProbeReport, SandboxReport};
+use crate::vmm::protocol::RoleError;
+
+/// Agent to mover.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum MoverCommand {
+    /// Moves a guest away. Descriptors beside it: the VMM's mover channel, the connected socket.
+    Source(Box<SourceStart>),
+    /// Takes a guest in. Descriptor beside it: the accepted socket.
+    Destination(Box<DestinationStart>),
+    /// The answer to the oldest [`MoverRequestToAgent`] without one.
+    Answer(Result<AgentAnswer, RoleError>),
+    /// Give up, if it is not too late; honoured between batches.
+    Cancel,
+    /// State of the sandbox.
+    SandboxReport,
+    /// Tries from inside what must be refused.
+    SandboxProbe,
+}
+
+/// Mover to agent.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum MoverMessage {
+    /// Wants an answer before it goes on.
+    Request(MoverRequestToAgent),
+    /// Something happened.
+    Event(MoverEvent),
+    /// State of the sandbox.
+    SandboxReport(Result<SandboxReport, RoleError>),
+    /// Result of the probe.
+    SandboxProbe(Result<ProbeReport, RoleError>),
+}
+
+/// What the mover may not do itself.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum MoverRequestToAgent {
+    /// Sign with the host's key. The agent signs only TLS 1.3 CertificateVerify inputs and session transcripts.
+    Sign {
+        /// What to sign.
+        #[serde(with = "serde_bytes")]
+        message: Vec<u8>,
+    },
+    /// Destination: may this guest come in, from this peer?
+    Admit {
+        /// The offer, parsed and bounded.
+        offer: Box<GuestOffer>,
+        /// The verified peer.
+        peer: PeerName,
+    },
+    /// A step of ownership, to be durable before the answer.
+    Record(OwnershipStep),
+}
+
+/// A step in who owns the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum OwnershipStep {
+    /// Source: about to give the guest up; from here on only an answer of the destination, or a resume, decides.
+    Releasing,
+    /// Source: the guest runs here again after a failure.
+    Resumed,
+    /// Source: the destination runs the guest; destroy it here.
+    Departed,
+    /// Destination: about to run the guest as owner of this epoch.
+    Activating {
+        /// The new epoch.
+        epoch: u64,
+    },
+}
+
+/// The agent's answer.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum AgentAnswer {
+    /// The signature.
+    Signed {
+        /// ECDSA P-256 with SHA-256, ASN.1.
+        #[serde(with = "serde_bytes")]
+        signature: Vec<u8>,
+    },
+    /// Come in. Descriptor beside it: the new VMM's mover channel.
+    Admitted,
+    /// Not here.
+    Refused {
+        /// Stable code.
+        code: String,
+        /// For people.
+        reason: String,
+    },
+    /// Durable.
+    Recorded,
+}
+
+/// A verified peer, as the agent knows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerName {
+    /// Subject alternative names.
+    pub san: Vec<String>,
+    /// SHA-256 of the public key info.
+    pub spki_sha256: [u8; 32],
+}
+
+/// The host's certificates and whom it trusts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Credentials {
+    /// Own chain, leaf first, PEM.
+    pub chain_pem: String,
+    /// The site authority's certificates, PEM.
+    pub authority_pem: String,
+}
+
+/// One peer that policy allows.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerEntry {
+    /// Name in the policy.
+    pub name: String,
+    /// Certificate's name and key.
+    pub identity: PinnedName,
+    /// The gateway that terminates the TLS; `None` means that the peer does so itself.
+    pub gateway: Option<PinnedName>,
+}
+
+/// A certificate name and the SHA-256 of its public key info.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PinnedName {
+    /// Subject alternative name.
+    pub san: String,
+    /// SHA-256 of the public key info.
+    pub spki_sha256: [u8; 32],
+}
+
+/// Bounds of one move, from policy; zero means the engine's default.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MoveLimits {
+    /// The longest pause wanted, in milliseconds.
+    pub max_downtime_ms: u64,
+    /// Pre-copy rounds before the move pauses the guest or gives up.
+    pub max_rounds: u32,
+    /// The whole move, in milliseconds.
+    pub deadline_ms: u64,
+}
+
+/// Start of a move away.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SourceStart {
+    /// Own certificates.
+    pub credentials: Credentials,
+    /// Where to.
+    pub peer: PeerEntry,
+    /// The guest's name in the offer.
+    pub name: String,
+    /// The guest's identity.
+    pub vm_id: [u8; 16],
+    /// The epoch held here.
+    pub epoch: u64,
+    /// The machine's description, for the destination's agent.
+    #[serde(with = "serde_bytes")]
+    pub description: Vec<u8>,
+    /// SHA-256 of emulated roots that policy trusts as targets; empty means AMD's roots only.
+    pub emulated_roots: Vec<[u8; 32]>,
+    /// Bounds.
+    pub limits: MoveLimits,
+}
+
+/// Start of a move in.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DestinationStart {
+    /// Own certificates.
+    pub credentials: Credentials,
+    /// Who may come.
+    pub peers: Vec<PeerEntry>,
+    /// Bounds.
+    pub limits: MoveLimits,
+}
+
+/// What happens in a move. The last one is [`MoverEvent::Outcome`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "event")]
+pub enum MoverEvent {
+    /// The cell is closed, nothing was read from the peer yet.
+    Ready,
+    /// The mover's channel to the VMM stands; for a SEV guest, what the target's chain said.
+    TargetVerified {
+        /// Whether the target is a software secure processor.
+        emulated: bool,
+        /// SHA-256 of the target's PDH certificate, hexadecimal.
+        pdh: String,
+    },
+    /// Progress.
+    Progress(MoveProgress),
+    /// The end.
+    Outcome(MoveOutcome),
+}
+
+/// Progress of a move: the engine's words.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MoveProgress {
+    /// Phase: `connect`, `agree`, `begin`, `rounds`, `final`, `manifest`, `commit`, `running`, `done`.
+    pub phase: String,
+    /// Round, from 1.
+    pub round: u32,
+    /// Pages of the round so far.
+    pub pages: u64,
+    /// Pages the round has; 0 if unknown.
+    pub pages_total: u64,
+    /// Zero pages among them.
+    pub zero_pages: u64,
+    /// Bytes on the wire since the start.
+    pub bytes: u64,
+    /// Dirty again at the end of the round.
+    pub dirty_pages: u64,
+    /// Pages dirtied per second.
+    pub dirty_rate: f64,
+    /// Bytes per second.
+    pub throughput: f64,
+    /// Pause to be expected now, in milliseconds.
+    pub estimated_downtime_ms: Option<f64>,
+    /// Since the start, in milliseconds.
+    pub elapsed_ms: u64,
+}
+
+/// How a move ended.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "outcome")]
+pub enum MoveOutcome {
+    /// The guest runs at the destination.
+    Moved(MoveReport),
+    /// It did not move. At the source it runs on, unless `in_doubt`.
+    Failed {
+        /// Stable code.
+        code: String,
+        /// For people.
+        reason: String,
+        /// The commit was sent and not answered: ask the destination who owns the guest, resume nothing.
+        in_doubt: bool,
+    },
+}
+
+/// Figures of a move.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct MoveReport {
+    /// Rounds, the final one included.
+    pub rounds: u32,
+    /// Pages sent or received.
+    pub pages: u64,
+    /// Zero pages among them.
+    pub zero_pages: u64,
+    /// Bytes on the wire.
+    pub bytes: u64,
+    /// From pause to the destination's confirmation, in microseconds; 0 at the destination if unknown.
+    pub downtime_us: u64,
+    /// From start to end, in milliseconds.
+    pub elapsed_ms: u64,
+}

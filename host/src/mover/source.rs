@@ -1,0 +1,204 @@
+//! The guest at the source, as the migration engine sees it: pages out of shared memory or out of the firmware.
+
+use std::sync::Arc;
+
+use casemate_crypto_migrate::guest::{
+    Gpn, GuestError, PAGE_SIZE, PageContent, PageRange, SourceGuest,
+};
+
+use crate::machine::plan::Technology;
+use crate::mover::agent_link::AgentLink;
+use crate::mover::evidence::{SendContext, encode, verify_target};
+use crate::mover::protocol::{MoverEvent, OwnershipStep};
+use crate::mover::vmm_link::{VmmLink, guest_error, unexpected};
+use crate::vmm::protocol::{EXCHANGE_PAGES, MoverReply, MoverRequest, RoleError};
+
+/// A running guest that is about to leave.
+pub struct SourceMachine {
+    vmm: VmmLink,
+    agent: Arc<AgentLink>,
+    emulated_roots: Vec<[u8; 32]>,
+    released: bool,
+}
+
+impl SourceMachine {
+    /// Over an attached VMM. `emulated_roots` are the software platforms that policy accepts as targets.
+    pub fn new(vmm: VmmLink, agent: Arc<AgentLink>, emulated_roots: Vec<[u8; 32]>) -> Self {
+        Self {
+            vmm,
+            agent,
+            emulated_roots,
+            released: false,
+        }
+    }
+
+    fn open_send(&mut self, peer_evidence: &[u8], emulated: bool) -> Result<Vec<u8>, RoleError> {
+        let target = verify_target(peer_evidence, &self.emulated_roots, emulated)?;
+        self.agent.tell(MoverEvent::TargetVerified {
+            emulated: target.emulated,
+            pdh: hex::encode(target.pdh),
+        });
+        let request = MoverRequest::SendStart {
+            target_pdh: target.evidence.pdh,
+            platform: target.evidence.platform,
+            amd: target.evidence.amd,
+        };
+        match self.vmm.call(&request)? {
+            MoverReply::SendStarted {
+                policy,
+                source_pdh,
+                session,
+            } => encode(&SendContext {
+                policy,
+                source_pdh,
+                session,
+            }),
+            _ => Err(unexpected()),
+        }
+    }
+
+    fn read_clear(
+        &self,
+        pages: &[Gpn],
+        emit: &mut dyn FnMut(Gpn, PageContent<'_>),
+    ) -> Result<(), RoleError> {
+        let mut buffer = [0u8; PAGE_SIZE];
+        for &page in pages {
+            self.vmm.memory.read(address(page)?, &mut buffer)?;
+            if buffer == [0u8; PAGE_SIZE] {
+                emit(page, PageContent::Zero);
+            } else {
+                emit(page, PageContent::Data(&buffer));
+            }
+        }
+        Ok(())
+    }
+
+    fn read_packets(
+        &self,
+        pages: &[Gpn],
+        emit: &mut dyn FnMut(Gpn, PageContent<'_>),
+    ) -> Result<(), RoleError> {
+        for batch in pages.chunks(EXCHANGE_PAGES) {
+            self.vmm.done(&MoverRequest::SendPages {
+                pages: batch.iter().map(|page| page.0).collect(),
+            })?;
+            for (slot, &page) in batch.iter().enumerate() {
+                let packet = self.vmm.exchange.packet(slot)?;
+                emit(
+                    page,
+                    PageContent::Firmware {
+                        header: &packet.header,
+                        ciphertext: &packet.data,
+                    },
+                );
+            }
+        }
+        Ok(())
+    }
+
+    fn check_cancel(&self) -> Result<(), GuestError> {
+        if self.agent.cancelled() {
+            return Err(guest_error(RoleError::new(
+                "CANCELLED",
+                "the move was cancelled",
+            )));
+        }
+        Ok(())
+    }
+}
+
+impl SourceGuest for SourceMachine {
+    fn memory(&self) -> Vec<PageRange> {
+        self.vmm.ranges()
+    }
+
+    fn begin(&mut self, peer_evidence: &[u8]) -> Result<Vec<u8>, GuestError> {
+        self.check_cancel()?;
+        match self.vmm.plan().technology {
+            Technology::Sev { emulated, .. } => {
+                self.open_send(peer_evidence, emulated).map_err(guest_error)
+            }
+            Technology::None if peer_evidence.is_empty() => Ok(Vec::new()),
+            Technology::None => Err(guest_error(RoleError::new(
+                "EVIDENCE_MALFORMED",
+                "platform evidence came for a plain guest",
+            ))),
+        }
+    }
+
+    fn start_tracking(&mut self) -> Result<Vec<Gpn>, GuestError> {
+        self.check_cancel()?;
+        self.vmm
+            .bitmap(&MoverRequest::StartTracking)
+            .map_err(guest_error)
+    }
+
+    fn take_dirty(&mut self) -> Result<Vec<Gpn>, GuestError> {
+        self.check_cancel()?;
+        self.vmm
+            .bitmap(&MoverRequest::TakeDirty)
+            .map_err(guest_error)
+    }
+
+    fn read_pages(
+        &mut self,
+        pages: &[Gpn],
+        emit: &mut dyn FnMut(Gpn, PageContent<'_>),
+    ) -> Result<(), GuestError> {
+        self.check_cancel()?;
+        if self.vmm.confidential() {
+            self.read_packets(pages, emit).map_err(guest_error)
+        } else {
+            self.read_clear(pages, emit).map_err(guest_error)
+        }
+    }
+
+    fn batch_pages(&self) -> usize {
+        EXCHANGE_PAGES
+    }
+
+    fn pause(&mut self) -> Result<(), GuestError> {
+        self.check_cancel()?;
+        self.vmm.done(&MoverRequest::Pause).map_err(guest_error)
+    }
+
+    fn state(&mut self) -> Result<Vec<u8>, GuestError> {
+        self.vmm
+            .state(&MoverRequest::SaveState)
+            .map_err(guest_error)
+    }
+
+    fn release(&mut self) -> Result<(), GuestError> {
+        // The last point at which a cancel is heard; behind it only the destination's answer decides.
+        self.check_cancel()?;
+        self.agent
+            .record(OwnershipStep::Releasing)
+            .map_err(guest_error)?;
+        self.released = true;
+        self.vmm.done(&MoverRequest::Release).map_err(guest_error)
+    }
+
+    fn resume(&mut self) -> Result<(), GuestError> {
+        self.vmm.done(&MoverRequest::Resume).map_err(guest_error)?;
+        if std::mem::take(&mut self.released) {
+            self.agent
+                .record(OwnershipStep::Resumed)
+                .map_err(guest_error)?;
+        }
+        Ok(())
+    }
+
+    fn destroy(&mut self) -> Result<(), GuestError> {
+        self.agent
+            .record(OwnershipStep::Departed)
+            .map_err(guest_error)
+    }
+}
+
+/// Guest physical address of a page.
+pub(super) fn address(page: Gpn) -> Result<u64, RoleError> {
+    page.0
+        .checked_mul(PAGE_SIZE as u64)
+        .ok_or_else(|| RoleError::new("BAD_MEMORY", format!("page number {} is too large", page.0)))
+}

@@ -1,0 +1,154 @@
+//! The mover's side of a VMM: its requests, the guest's memory, the exchange memory.
+//!
+//! The VMM may belong to a guest that broke out: lengths and bitmaps from it are checked against the layout.
+
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use casemate_crypto_migrate::guest::{Gpn, GuestError, PAGE_SIZE, PageRange};
+
+use crate::confidential::shared::{Access, Exchange, GuestMemory, MemoryLayout};
+use crate::ipc::Channel;
+use crate::machine::plan::{MachinePlan, Technology};
+use crate::vmm::protocol::{EXCHANGE_SIZE, MoverReply, MoverRequest, RoleError};
+
+/// A VMM, attached.
+pub struct VmmLink {
+    channel: Channel,
+    plan: MachinePlan,
+    /// The guest's memory.
+    pub memory: GuestMemory,
+    /// The exchange memory.
+    pub exchange: Exchange,
+}
+
+impl VmmLink {
+    /// Attaches and maps what the VMM hands over.
+    pub fn attach(channel: Channel, access: Access) -> Result<Self, RoleError> {
+        channel.send(&MoverRequest::Attach)?;
+        let received = channel.recv::<Result<MoverReply, RoleError>>(Some(VMM_DEADLINE))?;
+        let MoverReply::Attached { plan, memory } = received.body? else {
+            return Err(unexpected());
+        };
+        let [guest, exchange] = <[_; 2]>::try_from(received.handles)
+            .map_err(|_| RoleError::new("ROLE_PROTOCOL", "the VMM attached without its memory"))?;
+        let layout = MemoryLayout::packed(&memory)?;
+        Ok(Self {
+            memory: GuestMemory::map(guest.as_fd(), layout, access)?,
+            exchange: Exchange::map(exchange.as_fd())?,
+            plan: *plan,
+            channel,
+        })
+    }
+
+    /// The machine, as built.
+    pub fn plan(&self) -> &MachinePlan {
+        &self.plan
+    }
+
+    /// Whether pages travel as packets of the secure processor.
+    pub fn confidential(&self) -> bool {
+        matches!(self.plan.technology, Technology::Sev { .. })
+    }
+
+    /// Memory that may hold pages.
+    pub fn ranges(&self) -> Vec<PageRange> {
+        let page = PAGE_SIZE as u64;
+        let runs = self.memory.layout().runs().iter();
+        runs.map(|run| PageRange {
+            start: Gpn(run.gpa / page),
+            count: run.length / page,
+        })
+        .collect()
+    }
+
+    /// One request that is answered by [`MoverReply::Done`].
+    pub fn done(&self, request: &MoverRequest) -> Result<(), RoleError> {
+        match self.call(request)? {
+            MoverReply::Done => Ok(()),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// One request, one reply.
+    pub fn call(&self, request: &MoverRequest) -> Result<MoverReply, RoleError> {
+        self.channel.send(request)?;
+        self.channel
+            .recv::<Result<MoverReply, RoleError>>(Some(VMM_DEADLINE))?
+            .body
+    }
+
+    /// One request that is answered by a bitmap; the pages in it, ascending.
+    pub fn bitmap(&self, request: &MoverRequest) -> Result<Vec<Gpn>, RoleError> {
+        let MoverReply::Bitmap { bits } = self.call(request)? else {
+            return Err(unexpected());
+        };
+        let pages = self.memory.layout().length() / PAGE_SIZE as u64;
+        if bits > pages {
+            return Err(RoleError::new(
+                "ROLE_PROTOCOL",
+                format!("the VMM's bitmap has {bits} bits for {pages} pages"),
+            ));
+        }
+        let bytes = self.exchange.read(bits.div_ceil(64) * 8)?;
+        Ok(set_bits(&bytes, bits)
+            .filter_map(|index| self.memory.layout().page_at(index).map(Gpn))
+            .collect())
+    }
+
+    /// One request that is answered by the machine's state.
+    pub fn state(&self, request: &MoverRequest) -> Result<Vec<u8>, RoleError> {
+        let MoverReply::State { length } = self.call(request)? else {
+            return Err(unexpected());
+        };
+        if length > EXCHANGE_SIZE as u64 {
+            return Err(RoleError::new(
+                "ROLE_PROTOCOL",
+                format!("the VMM's state of {length} bytes is larger than the exchange memory"),
+            ));
+        }
+        Ok(self.exchange.read(length)?)
+    }
+}
+
+/// A role's error as the engine takes it; the code stays in front.
+pub fn guest_error(error: impl Into<RoleError>) -> GuestError {
+    GuestError(error.into().to_string())
+}
+
+fn set_bits(bytes: &[u8], bits: u64) -> impl Iterator<Item = u64> + '_ {
+    let words = bytes.chunks_exact(8).map(|word| {
+        word.iter()
+            .rev()
+            .fold(0u64, |value, byte| (value << 8) | u64::from(*byte))
+    });
+    (0u64..)
+        .zip(words)
+        .flat_map(|(at, word)| {
+            (0..64u64)
+                .filter(move |bit| word >> bit & 1 == 1)
+                .map(move |bit| at * 64 + bit)
+        })
+        .take_while(move |index| *index < bits)
+}
+
+pub(super) fn unexpected() -> RoleError {
+    RoleError::new("ROLE_PROTOCOL", "the VMM's reply has no place here")
+}
+
+/// How long the VMM may take for a reply.
+const VMM_DEADLINE: Duration = Duration::from_secs(30);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bits_are_little_endian_words_and_end_where_they_should() {
+        let mut bytes = vec![0u8; 24];
+        bytes[0] = 0b1000_0001;
+        bytes[8] = 1;
+        bytes[16] = 0b11;
+        assert_eq!(set_bits(&bytes, 129).collect::<Vec<_>>(), [0, 7, 64, 128]);
+    }
+}
