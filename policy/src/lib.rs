@@ -1,1 +1,43 @@
-//! Placeholder.
+//! What is allowed, and what happened.
+//!
+//! Three parts, usable without the rest of Casemate:
+//!
+//! - [`document`]: the host's policy, a typed TOML file. Errors name the file, the line, the key and what would be right.
+//! - [`evaluate`](mod@evaluate): a pure function from policy and [`Action`] to a [`Decision`] with a reason for every
+//!   rule it looked at; [`floor`] holds the rules that no file can loosen.
+//! - [`ledger`]: an append-only Merkle log of what was decided and done, with signed checkpoints that anyone holding the
+//!   public key can verify offline.
+//!
+//! ```
+//! use casemate_policy::{Action, HostPolicy, Technology, evaluate};
+//!
+//! let policy = HostPolicy::parse("policy.toml", r#"
+//!     [host]
+//!     name = "site-a"
+//!     [technologies]
+//!     allowed = ["sev"]
+//!     [limits]
+//!     max_vcpus = 4
+//!     max_memory_mib = 2048
+//! "#)?;
+//! let launch = Action::Launch { technology: Technology::Sev, emulated: true, vcpus: 2, memory_mib: 512, policy_bits: 1 };
+//! let decision = evaluate(&policy, &launch);
+//! assert!(!decision.allowed); // emulated, and the file does not say `allow_emulated = true`
+//! assert_eq!(decision.code.as_str(), "emulated-not-allowed");
+//! # Ok::<(), casemate_policy::PolicyError>(())
+//! ```
+//!
+//! `examples/decide.rs` goes the whole way: a policy, a decision, a record, a checkpoint, and its verification.
+
+#![forbid(unsafe_code)]
+
+pub mod document;
+pub mod evaluate;
+pub mod floor;
+pub mod ledger;
+mod types;
+
+pub use document::{HostPolicy, PolicyError};
+pub use evaluate::{Action, Code, Decision, Reason, evaluate};
+pub use ledger::{Ledger, LedgerError};
+pub use types::{DnsName, Fingerprint, Identity, Technology, TypeError};

@@ -1,0 +1,156 @@
+//! What no policy file can loosen.
+//!
+//! These rules come first in every [`Decision`](crate::Decision). Two kinds: what would make the protection a lie (a
+//! guest that can be debugged, an emulated processor passed off as a real one, a secret without proof), and what the
+//! hardware and Linux cannot do (moving SEV-ES and SEV-SNP guests), which is refused with the alternative.
+
+use crate::document::HostPolicy;
+use crate::evaluate::{Action, Code, Reason};
+use crate::types::Technology;
+
+/// Every floor rule that applies to `action`, kept or broken.
+pub fn check(policy: &HostPolicy, action: &Action) -> Vec<Reason> {
+    match action {
+        Action::Launch {
+            technology,
+            emulated,
+            policy_bits,
+            ..
+        } => {
+            vec![
+                emulated_rule(policy, *emulated),
+                debug_rule(*technology, *policy_bits),
+                bits_rule(*technology, *policy_bits),
+            ]
+        }
+        Action::MigrateOut {
+            technology,
+            emulated,
+            ..
+        }
+        | Action::MigrateIn {
+            technology,
+            emulated,
+            ..
+        } => {
+            vec![emulated_rule(policy, *emulated), movable_rule(*technology)]
+        }
+        Action::ReleaseSecret {
+            technology,
+            emulated,
+            measurement_matches,
+        } => {
+            vec![
+                emulated_rule(policy, *emulated),
+                proof_rule(*technology, *measurement_matches),
+            ]
+        }
+        Action::SandboxProbe => Vec::new(),
+    }
+}
+
+fn emulated_rule(policy: &HostPolicy, emulated: bool) -> Reason {
+    Reason {
+        rule: "floor.emulated",
+        wanted: "a real secure processor, unless the policy says allow_emulated = true".to_owned(),
+        found: match (emulated, policy.technologies.allow_emulated) {
+            (false, _) => "not emulated",
+            (true, true) => "emulated, and the policy says allow_emulated = true",
+            (true, false) => "emulated",
+        }
+        .to_owned(),
+        allows: !emulated || policy.technologies.allow_emulated,
+        code: Code::EmulatedNotAllowed,
+        remedy: "run on a host with /dev/sev, or set technologies.allow_emulated = true for tests",
+    }
+}
+
+fn debug_rule(technology: Technology, bits: u64) -> Reason {
+    let (wanted, allows) = match technology {
+        Technology::None => ("no rule for a plain guest", true),
+        Technology::Sev | Technology::SevEs => {
+            ("guest policy bit 0 (NODBG) set", bits & SEV_NODBG != 0)
+        }
+        Technology::SevSnp => ("guest policy bit 19 (DEBUG) clear", bits & SNP_DEBUG == 0),
+    };
+    Reason {
+        rule: "floor.debug",
+        wanted: wanted.to_owned(),
+        found: format!("guest policy {bits:#x}"),
+        allows,
+        code: Code::DebugAllowed,
+        remedy: "launch with a guest policy that forbids debugging: the firmware would decrypt any page for the host",
+    }
+}
+
+fn bits_rule(technology: Technology, bits: u64) -> Reason {
+    let (wanted, allows) = match technology {
+        Technology::None => ("guest policy 0: a plain guest has none", bits == 0),
+        Technology::Sev => (
+            "32 bits, bit 2 (ES) clear",
+            bits & SEV_ES == 0 && bits <= u64::from(u32::MAX),
+        ),
+        Technology::SevEs => (
+            "32 bits, bit 2 (ES) set",
+            bits & SEV_ES != 0 && bits <= u64::from(u32::MAX),
+        ),
+        Technology::SevSnp => ("bit 17 (reserved, one) set", bits & SNP_RESERVED_ONE != 0),
+    };
+    Reason {
+        rule: "floor.guest-policy",
+        wanted: wanted.to_owned(),
+        found: format!("guest policy {bits:#x}"),
+        allows,
+        code: Code::GuestPolicyMismatch,
+        remedy: "make the guest policy agree with the technology",
+    }
+}
+
+fn movable_rule(technology: Technology) -> Reason {
+    let (allows, remedy) = match technology {
+        Technology::None | Technology::Sev => (true, ""),
+        Technology::SevEs => (
+            false,
+            "Linux has no SEND/RECEIVE_UPDATE_VMSA; replicate the disks and relaunch at the other site with attestation",
+        ),
+        Technology::SevSnp => (
+            false,
+            "no Linux kernel migrates SEV-SNP; replicate the disks, relaunch the same measurement at the other site, and \
+             release the disk key after its attestation",
+        ),
+    };
+    Reason {
+        rule: "floor.movable",
+        wanted: "a technology whose guests Linux can move: none or sev".to_owned(),
+        found: technology.to_string(),
+        allows,
+        code: Code::TechnologyCannotMigrate,
+        remedy,
+    }
+}
+
+fn proof_rule(technology: Technology, measurement_matches: bool) -> Reason {
+    let confidential = technology != Technology::None;
+    Reason {
+        rule: "floor.proof",
+        wanted: "a confidential guest whose launch measurement is the expected one".to_owned(),
+        found: match (confidential, measurement_matches) {
+            (false, _) => "a plain guest, which proves nothing",
+            (true, true) => "the expected measurement",
+            (true, false) => "another measurement, or none",
+        }
+        .to_owned(),
+        allows: confidential && measurement_matches,
+        code: Code::NotProven,
+        remedy: "compare the kernel, initramfs and command line with the owner's description, and launch again",
+    }
+}
+
+/// SEV guest policy: debugging forbidden.
+const SEV_NODBG: u64 = 1 << 0;
+/// SEV guest policy: encrypted state (SEV-ES) required.
+const SEV_ES: u64 = 1 << 2;
+/// SNP guest policy: reserved, must be one.
+const SNP_RESERVED_ONE: u64 = 1 << 17;
+/// SNP guest policy: debugging allowed.
+const SNP_DEBUG: u64 = 1 << 19;
