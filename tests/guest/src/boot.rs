@@ -49,11 +49,12 @@ pub(crate) fn load_modules() {
     };
     for name in order.lines().map(str::trim).filter(|name| !name.is_empty()) {
         let loaded = File::open(directory.join(name)).and_then(|file| sys::load_module(&file));
-        match loaded {
-            Err(error) if error.raw_os_error() != Some(libc::EEXIST) => {
-                say!("module {name} not loaded: {error}")
+        match loaded.map_err(|error| (error.raw_os_error(), error)) {
+            Ok(()) | Err((Some(libc::EEXIST), _)) => {}
+            Err((Some(libc::ENOENT), _)) => {
+                say!("module {name} not loaded: not there, or a module it needs is not loaded yet")
             }
-            _ => {}
+            Err((_, error)) => say!("module {name} not loaded: {error}"),
         }
     }
 }

@@ -135,7 +135,7 @@ impl Disk {
         self.page.load(&self.block);
         self.page
             .check(self.key, block_of(position), version)
-            .map_err(|mismatch| mismatch.to_string())
+            .map_err(|mismatch| format!("block {mismatch}"))
     }
 }
 
@@ -207,7 +207,11 @@ mod tests {
             (checked, wrong.len()),
             (disk.versions.len(), disk.versions.len())
         );
-        assert!(disk.step().unwrap_err().contains("found page"));
+        assert!(
+            disk.step()
+                .unwrap_err()
+                .starts_with("block 64 version 2: found 0 version 0,")
+        );
     }
 
     #[test]

@@ -43,7 +43,7 @@ pub(crate) fn spawn(state: &Arc<State>, dirty_mib: u32, pages_per_tick: u32) {
 pub(crate) fn report(state: &State, errors: &[Mismatch]) {
     for error in errors {
         if state.pattern_errors.add(1) <= PRINTED_ERRORS {
-            say!("PATTERN ERROR {error}");
+            say!("PATTERN ERROR page {error}");
         }
     }
 }

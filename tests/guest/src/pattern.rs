@@ -106,7 +106,7 @@ impl std::fmt::Display for Mismatch {
         } = self;
         write!(
             f,
-            "page {index} version {version}: found page {found_index} version {found_version}, {bad_words} words wrong \
+            "{index} version {version}: found {found_index} version {found_version}, {bad_words} words wrong \
              from word {first_bad_word}"
         )
     }
@@ -182,7 +182,11 @@ mod tests {
         torn.0[256..].copy_from_slice(&page(1, 2, 3).0[256..]);
         let mismatch = torn.check(1, 2, 4).unwrap_err();
         assert_eq!((mismatch.first_bad_word, mismatch.bad_words), (256, 256));
-        assert!(mismatch.to_string().contains("page 2 version 4"));
+        assert!(
+            mismatch
+                .to_string()
+                .starts_with("2 version 4: found 2 version 4, 256 words wrong from word 256")
+        );
     }
 
     #[test]
