@@ -257,7 +257,7 @@ fn initramfs(paths: &Paths, package: &KernelPackage, tools: &Tools) -> Result<Ve
     Ok(archive.finish())
 }
 
-/// Add `/modules/<name>.ko` for all modules, and their order of loading, a path a line, as `/modules/load`.
+/// Add `/modules/<name>.ko` for all modules, and their order of loading, a file name a line, as `/modules/load`.
 pub fn add_modules(
     archive: &mut Archive,
     package: &KernelPackage,
@@ -267,9 +267,10 @@ pub fn add_modules(
     archive.directory("modules");
     let mut order = String::new();
     for module in package.modules(names, tools)? {
-        let path = format!("modules/{}.ko", module.name);
-        archive.file(&path, 0o644, &module.content);
-        order.push_str(&format!("/{path}\n"));
+        let name = format!("{}.ko", module.name);
+        archive.file(&format!("modules/{name}"), 0o644, &module.content);
+        order.push_str(&name);
+        order.push('\n');
     }
     archive.file("modules/load", 0o644, order.as_bytes());
     Ok(())

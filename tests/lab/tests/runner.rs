@@ -1,6 +1,10 @@
 //! The runner, from outside: what goes in, what comes out, what stays behind.
 //!
 //! The programs that run inside the lab are the `inner_*` tests of this very binary.
+#![expect(
+    clippy::unwrap_used,
+    reason = "the whole file is tests and their helpers"
+)]
 
 use std::{
     fs,

@@ -25,7 +25,7 @@ use nix::{
     unistd::Pid,
 };
 
-use super::{is_block_driver, load_modules};
+use super::{BLOCK_DRIVER, load_modules};
 use crate::proto::{Exit, Kind, PORT_NAME, Run, receive, send};
 
 /// Serve one order, to the last frame.
@@ -96,7 +96,7 @@ fn start(order: &Run) -> anyhow::Result<(Child, PipeReader, PipeReader)> {
 
 /// Mount the payload disk and bind each entry to its place.
 fn place_files(places: &[String]) -> anyhow::Result<()> {
-    load_modules(is_block_driver)?;
+    load_modules(|name| name == BLOCK_DRIVER)?;
     fs::create_dir_all(PAYLOAD)?;
     let flags = MsFlags::MS_RDONLY | MsFlags::MS_NOATIME;
     mount(Some("/dev/vda"), PAYLOAD, Some("ext4"), flags, None::<&str>)

@@ -12,6 +12,7 @@ use std::{
     time::Duration,
 };
 
+use anyhow::Context;
 use nix::{
     mount::{MsFlags, mount},
     unistd::{chdir, chroot, sethostname},
@@ -30,14 +31,13 @@ pub fn main() {
     let _ = sys::restart();
 }
 
-/// Load the modules in `/modules/load` for which `wanted` holds.
-pub(super) fn load_modules(wanted: impl Fn(&str) -> bool) -> anyhow::Result<()> {
-    for path in fs::read_to_string("/modules/load")?
-        .lines()
-        .filter(|path| wanted(path))
-    {
-        let file = File::open(path).map_err(|error| anyhow::anyhow!("{path}: {error}"))?;
-        sys::load_module(&file).map_err(|errno| anyhow::anyhow!("cannot load {path}: {errno}"))?;
+/// Load the modules that `/modules/load` lists and for which `wanted` holds.
+fn load_modules(wanted: impl Fn(&str) -> bool) -> anyhow::Result<()> {
+    let order = fs::read_to_string("/modules/load")?;
+    for name in order.lines().filter(|name| wanted(name)) {
+        let file = File::open(Path::new("/modules").join(name))
+            .with_context(|| format!("open module {name}"))?;
+        sys::load_module(&file).with_context(|| format!("load module {name}"))?;
     }
     Ok(())
 }
@@ -47,7 +47,7 @@ fn set_up() -> anyhow::Result<()> {
     for (kind, at, options) in MOUNTS {
         fs::create_dir_all(at)?;
         mount(Some(kind), at, Some(kind), MsFlags::empty(), options)
-            .map_err(|errno| anyhow::anyhow!("mount {at}: {errno}"))?;
+            .with_context(|| format!("mount {at}"))?;
     }
     for (link, target) in [
         ("/dev/fd", "/proc/self/fd"),
@@ -71,12 +71,7 @@ fn set_up() -> anyhow::Result<()> {
     sethostname("lab")?;
     sys::loopback_up()?;
     // The block driver waits: it shall meet the disk of the run, not the one of the snapshot.
-    load_modules(|path| !is_block_driver(path))
-}
-
-/// Whether this module must be loaded after the snapshot is restored.
-pub(super) fn is_block_driver(path: &str) -> bool {
-    path.ends_with("/virtio_blk.ko")
+    load_modules(|name| name != BLOCK_DRIVER)
 }
 
 /// Move to a tmpfs: `pivot_root`, which jails use, refuses to work below the initial root file system.
@@ -106,6 +101,9 @@ fn leave_rootfs() -> anyhow::Result<()> {
     chdir("/")?;
     Ok(())
 }
+
+/// Loaded only after the snapshot is restored.
+const BLOCK_DRIVER: &str = "virtio_blk.ko";
 
 /// Type, place, options; in this order.
 const MOUNTS: [(&str, &str, Option<&str>); 10] = [
