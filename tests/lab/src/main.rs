@@ -1,2 +1,155 @@
-//! The lab.
-fn main() {}
+//! The lab: a nested-KVM machine for tests and the demo, and the runner for both.
+//!
+//! Started as process 1 it is the `/init` of that machine.
+
+mod apt;
+mod backend;
+mod command;
+mod cpio;
+mod error;
+mod guest_image;
+mod init;
+mod kernel;
+mod machine;
+mod paths;
+mod payload;
+mod prepare;
+mod proto;
+mod qmp;
+mod run;
+mod signals;
+mod sys;
+mod tasks;
+mod tools;
+
+use std::{
+    os::unix::process::ExitStatusExt,
+    path::{Path, PathBuf},
+    process::{ExitCode, ExitStatus},
+};
+
+use clap::{Parser, Subcommand};
+
+use crate::{
+    error::{Error, Result},
+    paths::Paths,
+    run::Request,
+};
+
+/// A nested-KVM machine for tests and the demo; a cargo target runner.
+///
+/// Environment: LAB=native|tcg|off chooses where programs run (default: native with hardware virtualisation, else tcg);
+/// LAB_TIMEOUT=<seconds> ends them (default 300); LAB_PAYLOAD=<path>[:<path>…] takes files along; LAB_DIR=<dir> keeps
+/// the lab elsewhere than in cargo's target directory.
+#[derive(Parser)]
+#[command(name = "lab", version)]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Fetch QEMU and the kernels, boot the lab once, and keep the snapshot.
+    Prepare {
+        /// Look for newer packages although everything is there.
+        #[arg(long)]
+        update: bool,
+    },
+    /// Run a program in a fresh lab; its output and exit status are ours. 124: timed out, 125: the lab failed.
+    Run {
+        /// Only programs whose file name starts so; others run on this machine as they are.
+        #[arg(long, value_name = "PREFIX")]
+        only: Option<String>,
+        /// A file or directory to take along, at its own path or at another one.
+        #[arg(long, value_name = "SRC[=DST]")]
+        payload: Vec<String>,
+        /// Bring back what the program leaves in the directory $LAB_OUT.
+        #[arg(long, value_name = "DIR")]
+        out: Option<PathBuf>,
+        /// The program and its arguments.
+        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+    /// Put together the kernel and initramfs that guests boot.
+    GuestImage,
+    /// Get what is missing, build, and run the demo.
+    Demo {
+        /// Passed on to the demo.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+    /// Run all tests: on this machine, and those named lab_* in the lab.
+    Verify,
+}
+
+fn main() -> ExitCode {
+    if std::process::id() == 1 {
+        init::main();
+        return ExitCode::FAILURE;
+    }
+    match perform(Arguments::parse().task) {
+        Ok(code) => ExitCode::from(u8::try_from(code).unwrap_or(u8::MAX)),
+        Err(error) => {
+            say(&error.to_string());
+            ExitCode::from(match error {
+                Error::Interrupted(signal) => u8::try_from(128 + signal).unwrap_or(LAB_FAILED),
+                Error::Timeout(_) => TIMED_OUT,
+                Error::Usage(_) => USAGE,
+                _ => LAB_FAILED,
+            })
+        }
+    }
+}
+
+/// Tell the user; never on stdout, which belongs to the program that runs.
+fn say(text: &str) {
+    eprintln!("lab: {text}");
+}
+
+/// The shell's convention: the code, or 128 and the signal.
+fn exit_code(status: ExitStatus) -> i32 {
+    status
+        .code()
+        .unwrap_or_else(|| 128 + status.signal().unwrap_or_default())
+}
+
+fn perform(task: Task) -> Result<i32> {
+    // Programs that run here as they are get our place, and so must get our signal mask: before `catch`.
+    if let Task::Run {
+        only: Some(prefix),
+        args,
+        ..
+    } = &task
+        && !is_named(args, prefix)
+    {
+        return Err(backend::replace(args));
+    }
+    signals::catch().map_err(|errno| Error::Usage(format!("cannot catch signals: {errno}")))?;
+    let paths = Paths::find()?;
+    match task {
+        Task::Prepare { update } => prepare::prepare(&paths, update).map(|_| 0),
+        Task::Run {
+            payload, out, args, ..
+        } => {
+            let mut request = Request::new(&paths, args)?;
+            request.payload.extend(payload);
+            request.out = out;
+            run::run(&paths, &request)
+        }
+        Task::GuestImage => guest_image::make(&paths).map(|()| 0),
+        Task::Demo { args } => tasks::demo(&paths, args),
+        Task::Verify => tasks::verify(&paths),
+    }
+}
+
+fn is_named(args: &[String], prefix: &str) -> bool {
+    let name = args
+        .first()
+        .and_then(|program| Path::new(program).file_name()?.to_str());
+    name.is_some_and(|name| name.starts_with(prefix))
+}
+
+const USAGE: u8 = 2;
+const TIMED_OUT: u8 = 124;
+const LAB_FAILED: u8 = 125;

@@ -1,0 +1,117 @@
+//! The workspace's two commands: `cargo demo` and `cargo verify`.
+
+use std::{env, process::Command, time::Duration};
+
+use nix::sys::signal::Signal;
+
+use crate::{
+    backend::Backend,
+    command::{text, tied},
+    error::Result,
+    exit_code, guest_image,
+    paths::Paths,
+    prepare::prepare,
+    run::{Request, run},
+    say,
+    signals::Guarded,
+};
+
+/// Get what is missing, build, and run the demo; returns its exit status.
+pub fn demo(paths: &Paths, args: Vec<String>) -> Result<i32> {
+    let backend = Backend::choose()?;
+    say(match backend {
+        Backend::Lab => {
+            "no hardware virtualisation here: the demo runs in the lab, a nested-KVM machine under QEMU"
+        }
+        Backend::Native => {
+            "hardware virtualisation found: the demo runs on this machine's /dev/kvm"
+        }
+        Backend::Off => "LAB=off: the demo runs on this machine as it is",
+    });
+    if backend == Backend::Lab {
+        prepare(paths, false)?;
+    }
+    let packages = [
+        "--package",
+        "casemate",
+        "--package",
+        "casemate-guest",
+        "--package",
+        "casemate-e2e",
+    ];
+    let code = cargo(paths, &["build", "--release"], &packages, &[])?;
+    if code != 0 {
+        return Ok(code);
+    }
+    guest_image::make(paths)?;
+    let program = paths.release.join("casemate-demo").display().to_string();
+    let mut all = vec![program];
+    let files = [
+        ("--casemate", paths.release.join("casemate")),
+        ("--kernel", paths.guest_kernel()),
+        ("--initrd", paths.guest_initrd()),
+    ];
+    all.extend(
+        files
+            .into_iter()
+            .flat_map(|(option, path)| [option.to_owned(), path.display().to_string()]),
+    );
+    all.extend(args);
+    let mut request = Request::new(paths, all)?;
+    if env::var_os("LAB_TIMEOUT").is_none() {
+        request.timeout = DEMO_TIMEOUT;
+    }
+    say("running the demo");
+    run(paths, &request)
+}
+
+/// All tests: unit, host and doc tests on this machine, `lab_*` tests each in a fresh lab.
+pub fn verify(paths: &Paths) -> Result<i32> {
+    if Backend::choose()? == Backend::Lab {
+        prepare(paths, false)?;
+    }
+    say("building everything");
+    let code = cargo(paths, &["build", "--release", "--workspace"], &[], &[])?;
+    if code != 0 {
+        return Ok(code);
+    }
+    guest_image::make(paths)?;
+    say("running unit, host, lab and doc tests; the lab_* tests each in a fresh lab");
+    let runner = format!("{} run --only lab_", paths.lab.display());
+    let code = cargo(
+        paths,
+        &["test", "--release", "--workspace", "--no-fail-fast"],
+        &[],
+        &[(RUNNER, runner)],
+    )?;
+    say(if code == 0 {
+        "all tests passed"
+    } else {
+        "some tests failed, see above"
+    });
+    Ok(code)
+}
+
+fn cargo(paths: &Paths, task: &[&str], packages: &[&str], env: &[(&str, String)]) -> Result<i32> {
+    let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command: Command = tied(cargo, Signal::SIGTERM);
+    command
+        .args(task)
+        .args(packages)
+        .current_dir(&paths.workspace)
+        .envs(env.iter().cloned());
+    // Set by the `cargo run` that started us, for our package: it would only confuse the inner cargo's fingerprints.
+    for (name, _) in env::vars_os().filter(|(name, _)| {
+        name.to_str()
+            .is_some_and(|name| name.starts_with("CARGO_PKG_"))
+    }) {
+        command.env_remove(name);
+    }
+    say(&text(&command));
+    Guarded::start(&mut command)?.wait().map(exit_code)
+}
+
+const RUNNER: &str = "CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER";
+
+/// The demo itself promises three minutes on two cores; slower machines shall still see its own verdict.
+const DEMO_TIMEOUT: Duration = Duration::from_secs(900);
