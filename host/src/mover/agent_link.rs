@@ -2,8 +2,8 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant};
 
 use casemate_crypto_migrate::identity::{HostSigner, IdentityError};
 
@@ -17,7 +17,8 @@ use crate::vmm::protocol::RoleError;
 /// The channel to the agent, shared by the engine's thread and whoever signs.
 pub struct AgentLink {
     inner: Mutex<Inner>,
-    cancelled: AtomicBool,
+    cancelled: Arc<AtomicBool>,
+    deadline: OnceLock<Instant>,
 }
 
 struct Inner {
@@ -30,7 +31,8 @@ impl AgentLink {
     pub fn new(channel: Channel, cell: Box<dyn Cell + Send>) -> Self {
         Self {
             inner: Mutex::new(Inner { channel, cell }),
-            cancelled: AtomicBool::new(false),
+            cancelled: Arc::default(),
+            deadline: OnceLock::new(),
         }
     }
 
@@ -86,12 +88,27 @@ impl AgentLink {
         }
     }
 
-    /// Takes waiting commands; whether the agent wants the move to end (or has ended itself).
-    pub fn cancelled(&self) -> bool {
-        if !self.cancelled.load(Ordering::Relaxed) && self.drain().is_err() {
+    /// The flag that the engine watches.
+    pub fn cancel_flag(&self) -> Arc<AtomicBool> {
+        self.cancelled.clone()
+    }
+
+    /// From then on the move counts as cancelled. Taken once.
+    pub fn set_deadline(&self, deadline: Instant) {
+        // A second deadline would be a second start, which `start` gives only once.
+        let _ = self.deadline.set(deadline);
+    }
+
+    /// Takes waiting commands. The move counts as cancelled if the agent says so, breaks the protocol, or has
+    /// ended, or if the deadline is over.
+    pub fn poll(&self) {
+        let late = self
+            .deadline
+            .get()
+            .is_some_and(|deadline| Instant::now() >= *deadline);
+        if late || self.drain().is_err() {
             self.cancelled.store(true, Ordering::Relaxed);
         }
-        self.cancelled.load(Ordering::Relaxed)
     }
 
     fn drain(&self) -> Result<(), RoleError> {

@@ -82,16 +82,6 @@ impl DestinationMachine {
         Ok(Admission { evidence })
     }
 
-    fn machine(&mut self) -> Result<&mut Machine, GuestError> {
-        if self.agent.cancelled() {
-            return Err(guest_error(RoleError::new(
-                "CANCELLED",
-                "the move was cancelled",
-            )));
-        }
-        self.admitted()
-    }
-
     fn admitted(&mut self) -> Result<&mut Machine, GuestError> {
         self.machine.as_mut().ok_or_else(|| {
             guest_error(RoleError::new(
@@ -111,22 +101,21 @@ impl DestinationGuest for DestinationMachine {
     }
 
     fn begin(&mut self, start: &[u8]) -> Result<(), GuestError> {
-        let machine = self.machine()?;
+        let machine = self.admitted()?;
         machine.begin(start).map_err(guest_error)
     }
 
     fn write_page(&mut self, page: Gpn, content: PageContent<'_>) -> Result<(), GuestError> {
-        // Cancelling is asked for once a batch, in `flush`: a system call a page would cost too much.
         let machine = self.admitted()?;
         machine.write(page, content).map_err(guest_error)
     }
 
     fn flush(&mut self) -> Result<(), GuestError> {
-        self.machine()?.flush().map_err(guest_error)
+        self.admitted()?.flush().map_err(guest_error)
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), GuestError> {
-        let machine = self.machine()?;
+        let machine = self.admitted()?;
         machine.restore(state).map_err(guest_error)
     }
 

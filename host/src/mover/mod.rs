@@ -1,8 +1,42 @@
 //! The migration role: a guest's memory and a peer's socket in, the protected stream between them.
+//!
+//! One process a move, one thread. The cell closes before the first byte of the peer is read. The host's key,
+//! the decision to admit and the record of who owns the guest stay with the agent.
 
 pub mod agent_link;
 pub mod destination;
+pub mod engine;
 pub mod evidence;
 pub mod protocol;
 pub mod source;
 pub mod vmm_link;
+
+use std::sync::Arc;
+
+use crate::ipc::Channel;
+use crate::mover::agent_link::AgentLink;
+use crate::mover::protocol::{MoverCommand, MoverEvent};
+use crate::role::Cell;
+use crate::vmm::protocol::RoleError;
+
+/// Runs the role for one move: closes the cell, says [`MoverEvent::Ready`], waits for the start, moves, and
+/// says [`MoverEvent::Outcome`] last.
+pub fn run(channel: Channel, mut cell: Box<dyn Cell + Send>) -> Result<(), RoleError> {
+    cell.close()?;
+    let agent = Arc::new(AgentLink::new(channel, cell));
+    agent.tell(MoverEvent::Ready);
+    let outcome = match agent.start()? {
+        (MoverCommand::Source(start), handles) => engine::run_source(&agent, *start, handles),
+        (MoverCommand::Destination(start), handles) => {
+            engine::run_destination(&agent, *start, handles)
+        }
+        _ => {
+            return Err(RoleError::new(
+                "ROLE_PROTOCOL",
+                "the agent's first command starts no move",
+            ));
+        }
+    };
+    agent.tell(MoverEvent::Outcome(outcome));
+    Ok(())
+}

@@ -139,11 +139,11 @@ pub struct PinnedName {
 /// Bounds of one move, from policy; zero means the engine's default.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MoveLimits {
-    /// The longest pause wanted, in milliseconds.
-    pub max_downtime_ms: u64,
-    /// Pre-copy rounds before the move pauses the guest or gives up.
+    /// The longest pause to aim for, in milliseconds.
+    pub downtime_ms: u64,
+    /// Pre-copy rounds before the guest is paused in any case.
     pub max_rounds: u32,
-    /// The whole move, in milliseconds.
+    /// The whole move, in milliseconds; a longer one is cancelled unless it is committed already. Zero: none.
     pub deadline_ms: u64,
 }
 
@@ -228,34 +228,87 @@ pub struct MoveProgress {
 
 /// How a move ended.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", tag = "outcome")]
 pub enum MoveOutcome {
     /// The guest runs at the destination.
     Moved(MoveReport),
-    /// It did not move. At the source it runs on, unless `in_doubt`.
+    /// It did not, or nobody knows.
     Failed {
         /// Stable code.
         code: String,
         /// For people.
         reason: String,
-        /// The commit was sent and not answered: ask the destination who owns the guest, resume nothing.
-        in_doubt: bool,
+        /// What that means for the guest here.
+        guest: GuestHere,
     },
 }
 
-/// Figures of a move.
+/// What a failed move left on this host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum GuestHere {
+    /// Source: it runs on, as if nothing had been tried.
+    Runs,
+    /// Source: it should run on and does not; its VMM failed.
+    Stopped,
+    /// Source: it is paused; the destination holds it or not, and must be asked. Resume nothing.
+    InDoubt,
+    /// Source: it runs at the destination; the copy here is left to be removed.
+    Elsewhere,
+    /// Destination: nothing of it may stay; end its VMM.
+    Absent,
+}
+
+/// Facts of a move.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct MoveReport {
-    /// Rounds, the final one included.
+    /// Rounds, the last included.
     pub rounds: u32,
-    /// Pages sent or received.
+    /// Pages sent or received, zero pages included.
     pub pages: u64,
     /// Zero pages among them.
     pub zero_pages: u64,
-    /// Bytes on the wire.
+    /// Packets of the secure processor among them; 0 at the destination.
+    pub firmware_pages: u64,
+    /// Bytes of frames, before TLS.
     pub bytes: u64,
-    /// From pause to the destination's confirmation, in microseconds; 0 at the destination if unknown.
-    pub downtime_us: u64,
-    /// From start to end, in milliseconds.
-    pub elapsed_ms: u64,
+    /// Source: from the pause to the destination's word that it runs. Destination: from the last page to the
+    /// running guest. Milliseconds.
+    pub downtime_ms: f64,
+    /// Source: what was forecast when the guest was paused.
+    pub estimated_downtime_ms: f64,
+    /// Everything, in milliseconds.
+    pub total_ms: u64,
+    /// Source: bytes per second.
+    pub throughput: f64,
+    /// Source: why the guest was paused when it was.
+    pub convergence: String,
+    /// `direct` or `gateway`.
+    pub path: String,
+    /// TLS cipher suite, at the source.
+    pub tls_suite: String,
+    /// Root of the manifest that both ends hold, hexadecimal.
+    pub manifest_root: String,
+    /// The epoch that the destination holds.
+    pub epoch: u64,
+    /// Destination: whether the source was told; if not, it will ask.
+    pub source_informed: bool,
+}
+
+/// Whether the host's key may sign this for a mover: a TLS 1.3 CertificateVerify input or a session
+/// transcript, and nothing else.
+pub fn may_sign(message: &[u8]) -> bool {
+    message.starts_with(&[b' '; 64]) || message.starts_with(b"casemate-migrate/1 ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_key_signs_for_moves_only() {
+        assert!(may_sign(&[b' '; 64]));
+        assert!(may_sign(b"casemate-migrate/1 source"));
+        assert!(!may_sign(&[b' '; 63]));
+        assert!(!may_sign(b"a certificate"));
+    }
 }

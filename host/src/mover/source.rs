@@ -13,7 +13,7 @@ use crate::mover::protocol::{MoverEvent, OwnershipStep};
 use crate::mover::vmm_link::{VmmLink, guest_error, unexpected};
 use crate::vmm::protocol::{EXCHANGE_PAGES, MoverReply, MoverRequest, RoleError};
 
-/// A running guest that is about to leave.
+/// A running guest that is about to leave. The agent is polled between batches; the engine watches the flag.
 pub struct SourceMachine {
     vmm: VmmLink,
     agent: Arc<AgentLink>,
@@ -96,16 +96,6 @@ impl SourceMachine {
         }
         Ok(())
     }
-
-    fn check_cancel(&self) -> Result<(), GuestError> {
-        if self.agent.cancelled() {
-            return Err(guest_error(RoleError::new(
-                "CANCELLED",
-                "the move was cancelled",
-            )));
-        }
-        Ok(())
-    }
 }
 
 impl SourceGuest for SourceMachine {
@@ -114,7 +104,6 @@ impl SourceGuest for SourceMachine {
     }
 
     fn begin(&mut self, peer_evidence: &[u8]) -> Result<Vec<u8>, GuestError> {
-        self.check_cancel()?;
         match self.vmm.plan().technology {
             Technology::Sev { emulated, .. } => {
                 self.open_send(peer_evidence, emulated).map_err(guest_error)
@@ -128,14 +117,14 @@ impl SourceGuest for SourceMachine {
     }
 
     fn start_tracking(&mut self) -> Result<Vec<Gpn>, GuestError> {
-        self.check_cancel()?;
+        self.agent.poll();
         self.vmm
             .bitmap(&MoverRequest::StartTracking)
             .map_err(guest_error)
     }
 
     fn take_dirty(&mut self) -> Result<Vec<Gpn>, GuestError> {
-        self.check_cancel()?;
+        self.agent.poll();
         self.vmm
             .bitmap(&MoverRequest::TakeDirty)
             .map_err(guest_error)
@@ -146,7 +135,7 @@ impl SourceGuest for SourceMachine {
         pages: &[Gpn],
         emit: &mut dyn FnMut(Gpn, PageContent<'_>),
     ) -> Result<(), GuestError> {
-        self.check_cancel()?;
+        self.agent.poll();
         if self.vmm.confidential() {
             self.read_packets(pages, emit).map_err(guest_error)
         } else {
@@ -159,7 +148,6 @@ impl SourceGuest for SourceMachine {
     }
 
     fn pause(&mut self) -> Result<(), GuestError> {
-        self.check_cancel()?;
         self.vmm.done(&MoverRequest::Pause).map_err(guest_error)
     }
 
@@ -170,8 +158,6 @@ impl SourceGuest for SourceMachine {
     }
 
     fn release(&mut self) -> Result<(), GuestError> {
-        // The last point at which a cancel is heard; behind it only the destination's answer decides.
-        self.check_cancel()?;
         self.agent
             .record(OwnershipStep::Releasing)
             .map_err(guest_error)?;
