@@ -1,8 +1,193 @@
 //! The commands; nothing but parsing and rendering.
 
+mod args;
+mod migrate;
+mod owner;
+mod render;
+mod roles;
+
+use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser};
+
+use crate::agent::api::{Answer, Failure, Request, SessionText};
+use crate::agent::client::ask;
+use args::{Cli, Command, PlatformCommand, SandboxCommand};
 
 /// Runs the command line.
 pub fn main() -> ExitCode {
-    ExitCode::SUCCESS
+    // A half-dead VMM is worse than a dead one: a panic in any thread ends the process.
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        report(info);
+        std::process::abort();
+    }));
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let code = if error.use_stderr() { EXIT_USAGE } else { 0 };
+            // Help that nobody reads any more is no failure.
+            let _ = error.print();
+            return ExitCode::from(code);
+        }
+    };
+    match run(cli) {
+        Ok(code) => ExitCode::from(code),
+        Err(failure) => {
+            eprintln!("casemate: {failure}");
+            ExitCode::from(exit_of(&failure))
+        }
+    }
 }
+
+fn run(cli: Cli) -> Result<u8, Failure> {
+    let agent = cli.agent.as_path();
+    let json = cli.json;
+    match cli.command {
+        Command::Doctor => doctor(json),
+        Command::Agent { config } => roles::agent(&config),
+        Command::Internal { role } => roles::internal(role),
+        Command::Run { description, owner_session } => {
+            let description = std::path::absolute(&description)
+                .map_err(|e| Failure::new("DESCRIPTION", format!("{}: {e}", description.display())))?;
+            let session = owner_session.as_deref().map(read_session).transpose()?;
+            show(agent, &Request::Run { description, session }, json)
+        }
+        Command::List => show(agent, &Request::List, json),
+        Command::Status { name } => show(agent, &Request::Status { name }, json),
+        Command::Stop { name } => show(agent, &Request::Stop { name }, json),
+        Command::Pause { name } => show(agent, &Request::Pause { name }, json),
+        Command::Resume { name } => show(agent, &Request::Resume { name }, json),
+        Command::Migrate { name, to, downtime_limit } => {
+            migrate::run(agent, &Request::Migrate { name, to, downtime_limit_ms: downtime_limit }, json)
+        }
+        Command::Cancel { name } => show(agent, &Request::Cancel { name }, json),
+        Command::Owner { command } => owner::run(agent, command, json),
+        Command::Platform { command: PlatformCommand::Show } => show(agent, &Request::Platform, json),
+        Command::Platform { command: PlatformCommand::Export { out } } => export_platform(agent, &out),
+        Command::Sandbox { command: SandboxCommand::Probe { name } } => {
+            show(agent, &Request::SandboxProbe { name }, json)
+        }
+        Command::Sandbox { command: SandboxCommand::Report { name } } => {
+            show(agent, &Request::SandboxReport { name }, json)
+        }
+        Command::Evidence { ledger, key } => verify_evidence(&ledger, &key, json),
+        Command::Completion { shell } => {
+            let mut text = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "casemate", &mut text);
+            print_bytes(&text)
+        }
+        Command::Man => {
+            let mut text = Vec::new();
+            clap_mangen::Man::new(Cli::command()).render(&mut text).map_err(|e| output_failed(&e))?;
+            print_bytes(&text)
+        }
+    }
+}
+
+fn doctor(json: bool) -> Result<u8, Failure> {
+    let diagnosis = crate::doctor::diagnose();
+    if json {
+        print_json(&diagnosis)?;
+    } else {
+        print_bytes(crate::doctor::render(&diagnosis).as_bytes())?;
+    }
+    Ok(u8::from(!diagnosis.usable))
+}
+
+/// Asks and prints the answer; a probe that found a hole is a failure.
+fn show(agent: &Path, request: &Request, json: bool) -> Result<u8, Failure> {
+    let answer = ask(agent, request, &mut |_| {})?;
+    if json {
+        print_json(&answer)?;
+    } else {
+        print_bytes(render::answer(&answer).as_bytes())?;
+    }
+    let held = match &answer {
+        Answer::Probe { reports } => reports.iter().flat_map(|r| &r.attempts).all(|a| a.refused),
+        _ => true,
+    };
+    Ok(u8::from(!held))
+}
+
+fn export_platform(agent: &Path, out: &Path) -> Result<u8, Failure> {
+    let Answer::Platform(platform) = ask(agent, &Request::Platform, &mut |_| {})? else {
+        return Err(Failure::new("AGENT_LOST", "the agent answered something else"));
+    };
+    std::fs::create_dir_all(out).map_err(|e| output_failed(&e))?;
+    for (file, text) in [("pdh.cert", &platform.pdh), ("platform.cert", &platform.platform), ("amd.cert", &platform.amd)] {
+        std::fs::write(out.join(file), from_base64(text)?).map_err(|e| output_failed(&e))?;
+    }
+    let kind = if platform.emulated { "emulated, NOT AMD" } else { "AMD" };
+    print_bytes(format!("{kind}; root sha256:{}\nwritten to {}\n", platform.root_sha256, out.display()).as_bytes())
+}
+
+fn verify_evidence(ledger: &Path, key: &Path, json: bool) -> Result<u8, Failure> {
+    let summary = crate::agent::evidence::verify(ledger, key)?;
+    if json {
+        print_json(&summary)?;
+    } else {
+        print_bytes(format!("{summary}\n").as_bytes())?;
+    }
+    Ok(0)
+}
+
+fn read_session(folder: &Path) -> Result<SessionText, Failure> {
+    let read = |file: &str| {
+        let path = folder.join(file);
+        std::fs::read(&path).map(|bytes| to_base64(&bytes)).map_err(|e| {
+            let remedy = "make it with `casemate owner session`";
+            Failure::new("OWNER_SESSION", format!("{} cannot be read: {e}; {remedy}", path.display()))
+        })
+    };
+    Ok(SessionText { certificate: read("owner.cert")?, blob: read("session.bin")? })
+}
+
+fn to_base64(bytes: &[u8]) -> String {
+    use base64::Engine as _;
+    base64::engine::general_purpose::STANDARD.encode(bytes)
+}
+
+fn from_base64(text: &str) -> Result<Vec<u8>, Failure> {
+    use base64::Engine as _;
+    base64::engine::general_purpose::STANDARD
+        .decode(text)
+        .map_err(|e| Failure::new("BASE64", format!("a field of the answer is not base64: {e}")))
+}
+
+fn print_json(value: &impl serde::Serialize) -> Result<u8, Failure> {
+    let mut text = serde_json::to_vec(value).map_err(|e| output_failed(&e))?;
+    text.push(b'\n');
+    print_bytes(&text)
+}
+
+fn print_bytes(bytes: &[u8]) -> Result<u8, Failure> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(bytes).and_then(|()| out.flush()) {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(output_failed(&e)),
+        _ => Ok(0),
+    }
+}
+
+fn output_failed(error: &dyn std::fmt::Display) -> Failure {
+    Failure::new("OUTPUT", format!("the result cannot be written: {error}"))
+}
+
+fn exit_of(failure: &Failure) -> u8 {
+    match failure.code.as_str() {
+        "AGENT_UNAVAILABLE" => EXIT_UNAVAILABLE,
+        code if code.starts_with("POLICY") => EXIT_REFUSED,
+        _ => EXIT_FAILED,
+    }
+}
+
+/// The work failed.
+const EXIT_FAILED: u8 = 1;
+/// A policy refused it.
+const EXIT_REFUSED: u8 = 3;
+/// The command line is wrong (`EX_USAGE` of sysexits.h).
+const EXIT_USAGE: u8 = 64;
+/// No agent answers (`EX_UNAVAILABLE`).
+const EXIT_UNAVAILABLE: u8 = 69;

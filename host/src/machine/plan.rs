@@ -27,6 +27,46 @@ pub struct MachinePlan {
     pub vsock_cid: Option<u32>,
 }
 
+impl MachinePlan {
+    /// Whether a plan that came from a peer is one that this version builds; the error says what is wrong.
+    pub fn check(&self) -> Result<(), String> {
+        let rules = [
+            (is_name(&self.name), "a name that is not 1 to 64 of a-z, 0-9 and '-'"),
+            ((1..=MAX_VCPUS).contains(&self.vcpus), "a number of vCPUs that is not 1 to 64"),
+            (
+                self.memory_bytes.is_multiple_of(2 << 20) && (MIN_MEMORY..=MAX_MEMORY).contains(&self.memory_bytes),
+                "a memory size that is not a multiple of 2 MiB from 64 MiB to 3 GiB",
+            ),
+            (
+                self.cmdline.len() <= MAX_CMDLINE && self.cmdline.bytes().all(|b| (0x20..0x7f).contains(&b)),
+                "a command line that is not printable or is too long",
+            ),
+            (self.disks.len() <= MAX_DEVICES && self.nets.len() <= MAX_DEVICES, "more than 8 disks or network cards"),
+            (
+                self.disks.iter().all(|d| is_name(&d.id) && d.id.len() <= MAX_DISK_ID),
+                "a disk whose name is not 1 to 20 of a-z, 0-9 and '-'",
+            ),
+            (
+                self.nets.iter().all(|n| is_name(&n.id) && n.mac.first().is_some_and(|b| b & 1 == 0)),
+                "a network card with an unusable name or a multicast address",
+            ),
+            (self.nets.iter().all(|n| n.announce.len() <= MAX_ANNOUNCE), "more than 8 addresses of a card"),
+            (self.vsock_cid.is_none_or(|cid| (3..u32::MAX).contains(&cid)), "a vsock context id below 3"),
+        ];
+        match rules.iter().find(|(kept, _)| !kept) {
+            Some((_, problem)) => Err(format!("has {problem}")),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Whether a name is 1 to 64 characters of `[a-z0-9-]`, not beginning with a hyphen.
+pub fn is_name(name: &str) -> bool {
+    (1..=64).contains(&name.len())
+        && !name.starts_with('-')
+        && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+}
+
 /// Confidential technology of a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Technology {
@@ -59,4 +99,59 @@ pub struct NetPlan {
     pub mac: [u8; 6],
     /// Addresses announced by gratuitous ARP after a move (RARP for the MAC is always sent).
     pub announce: Vec<Ipv4Addr>,
+}
+
+/// Most vCPUs.
+pub const MAX_VCPUS: u8 = 64;
+/// Least memory in bytes.
+pub const MIN_MEMORY: u64 = 64 << 20;
+/// Most memory in bytes.
+pub const MAX_MEMORY: u64 = 3 << 30;
+/// Longest command line in bytes.
+pub const MAX_CMDLINE: usize = 1600;
+/// Longest disk name: a virtio serial has 20 bytes.
+pub const MAX_DISK_ID: usize = 20;
+/// Most disks and most network cards.
+pub const MAX_DEVICES: usize = 8;
+/// Most announced addresses of a card.
+pub const MAX_ANNOUNCE: usize = 8;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plan() -> MachinePlan {
+        MachinePlan {
+            name: "vault".into(),
+            vm_id: [1; 16],
+            vcpus: 2,
+            memory_bytes: 512 << 20,
+            cmdline: "console=ttyS0".into(),
+            technology: Technology::None,
+            disks: vec![DiskPlan { id: "data".into(), read_only: false }],
+            nets: vec![NetPlan { id: "net0".into(), mac: [0x52, 0, 0, 0, 0, 1], announce: vec![] }],
+            vsock_cid: Some(3),
+        }
+    }
+
+    #[test]
+    fn what_a_peer_may_not_ask_for_is_refused() {
+        plan().check().unwrap();
+        let spoil: [(&str, fn(&mut MachinePlan)); 8] = [
+            ("name", |p| p.name = "../vault".into()),
+            ("vCPUs", |p| p.vcpus = 65),
+            ("memory", |p| p.memory_bytes = 1 << 40),
+            ("command line", |p| p.cmdline = "a\nb".into()),
+            ("disk whose name", |p| p.disks[0].id = String::new()),
+            ("multicast", |p| p.nets[0].mac = [1; 6]),
+            ("more than 8 disks", |p| p.disks = vec![p.disks[0].clone(); 9]),
+            ("vsock", |p| p.vsock_cid = Some(2)),
+        ];
+        for (words, spoil) in spoil {
+            let mut bad = plan();
+            spoil(&mut bad);
+            let error = bad.check().unwrap_err();
+            assert!(error.contains(words), "{words}: {error}");
+        }
+    }
 }

@@ -11,7 +11,10 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use toml::Spanned;
 
-use crate::machine::plan::{DiskPlan, MachinePlan, NetPlan, Technology};
+use crate::machine::plan::{
+    DiskPlan, MAX_ANNOUNCE, MAX_CMDLINE, MAX_DEVICES, MAX_DISK_ID, MAX_MEMORY, MAX_VCPUS, MIN_MEMORY, MachinePlan, NetPlan,
+    Technology, is_name,
+};
 
 /// A description that has been read and checked. Files named in it exist and are readable.
 #[derive(Clone, Debug)]
@@ -173,15 +176,6 @@ impl fmt::Display for SpecError {
         }
         write!(f, ": {}", self.problem)
     }
-}
-
-/// Whether a name is 1 to 64 characters of `[a-z0-9-]`, not beginning with a hyphen.
-pub fn is_name(name: &str) -> bool {
-    (1..=64).contains(&name.len())
-        && !name.starts_with('-')
-        && name
-            .bytes()
-            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
 }
 
 /// `52:54:00:12:34:56` as six bytes.
@@ -535,13 +529,6 @@ fn line_of(text: &str, span: &Range<usize>) -> usize {
 }
 
 const MAX_DESCRIPTION: u64 = 64 * 1024;
-const MAX_VCPUS: u8 = 64;
-const MIN_MEMORY: u64 = 64 << 20;
-const MAX_MEMORY: u64 = 3 << 30;
-const MAX_CMDLINE: usize = 1600;
-const MAX_DISK_ID: usize = 20;
-const MAX_DEVICES: usize = 8;
-const MAX_ANNOUNCE: usize = 8;
 /// Guest policy bit 0: the host may not debug (SEV API, chapter 3).
 const SEV_POLICY_NODBG: u32 = 1;
 /// NODBG, NOKS (no key sharing), SEV (only to SEV platforms).

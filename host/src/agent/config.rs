@@ -1,0 +1,104 @@
+//! The agent's own configuration file (TOML); unknown keys are refused, paths are relative to its folder.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+/// What an agent is told at its start.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AgentConfig {
+    /// Name of this host; goes into the ledger.
+    pub name: String,
+    /// Folder for the state that must survive: ownership records, ledger, the emulated processor's identity.
+    pub state_dir: PathBuf,
+    /// Unix socket of the API.
+    pub socket: PathBuf,
+    /// Where migrations are accepted; none if absent.
+    pub listen: Option<SocketAddr>,
+    /// The signed-off rules of this host.
+    pub policy: PathBuf,
+    /// Who this host is to others; needed for migration.
+    pub identity: Option<IdentityFiles>,
+    /// Addresses of the peers that the policy names.
+    #[serde(default)]
+    pub peers: BTreeMap<String, SocketAddr>,
+    /// First of the user ids given to roles.
+    #[serde(default = "default_uid_base")]
+    pub uid_base: u32,
+}
+
+/// PEM files of the host's identity.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct IdentityFiles {
+    /// Certificate chain, leaf first.
+    pub certificate: PathBuf,
+    /// PKCS#8 private key (P-256), readable by root only.
+    pub key: PathBuf,
+    /// Certificate authorities of the peers.
+    pub ca: PathBuf,
+}
+
+impl AgentConfig {
+    /// Reads the configuration.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| ConfigError::Unreadable { file: path.to_owned(), source })?;
+        let mut config: Self = toml::from_str(&text)
+            .map_err(|e| ConfigError::Invalid { file: path.to_owned(), source: Box::new(e) })?;
+        let folder = path.parent().unwrap_or(Path::new(""));
+        let paths = [&mut config.state_dir, &mut config.socket, &mut config.policy].into_iter();
+        let identity = config.identity.iter_mut().flat_map(|i| [&mut i.certificate, &mut i.key, &mut i.ca]);
+        for path in paths.chain(identity) {
+            *path = folder.join(&*path);
+        }
+        Ok(config)
+    }
+}
+
+/// A configuration that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("agent configuration {file} cannot be read: {source}")]
+    Unreadable {
+        /// The file.
+        file: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The file is not what is wanted; the source names line and key.
+    #[error("agent configuration {file}: {source}")]
+    Invalid {
+        /// The file.
+        file: PathBuf,
+        /// Line, key and what would be right.
+        source: Box<toml::de::Error>,
+    },
+}
+
+fn default_uid_base() -> u32 {
+    200_000
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_are_relative_to_the_file_and_unknown_keys_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("agent.toml");
+        let text = "name = \"a\"\nstate_dir = \"state\"\nsocket = \"/run/a.sock\"\npolicy = \"policy.toml\"\n";
+        std::fs::write(&path, text).unwrap();
+        let config = AgentConfig::load(&path).unwrap();
+        assert_eq!(config.state_dir, folder.path().join("state"));
+        assert_eq!(config.socket, Path::new("/run/a.sock"));
+        std::fs::write(&path, format!("{text}lisen = 1\n")).unwrap();
+        let error = AgentConfig::load(&path).unwrap_err().to_string();
+        assert!(error.contains("lisen") && error.contains("line 5"), "{error}");
+    }
+}

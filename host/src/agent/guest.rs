@@ -1,0 +1,213 @@
+//! One guest on this host: its process, its resources, and what is known of it.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use crate::agent::api::{Failure, GuestInfo};
+use crate::agent::tap;
+use crate::agent::vmm_process::{VmmProcess, lock};
+use crate::ipc::Channel;
+use crate::machine::plan::{MachinePlan, Technology};
+use crate::agent::mover_process::MoverProcess;
+use crate::vmm::protocol::{HandleKind, MachineState, Measurement, VmmReply, VmmRequest};
+
+/// A guest whose VMM runs.
+pub struct Guest {
+    /// What it is.
+    pub plan: MachinePlan,
+    /// Its process.
+    pub vmm: VmmProcess,
+    /// Ownership epoch.
+    pub epoch: Mutex<u64>,
+    /// The measurement, while its owner has not answered.
+    pub measurement: Mutex<Option<Measurement>>,
+    /// The mover of the migration that is under way, if one is.
+    pub mover: Mutex<Option<Arc<MoverProcess>>>,
+    /// Where the console's output goes.
+    pub console: PathBuf,
+    /// The vsock device's Unix socket; removed with the guest.
+    pub vsock: Option<PathBuf>,
+    /// From the request to the running (or measured) guest.
+    pub launch_us: Mutex<Option<u64>>,
+}
+
+impl Guest {
+    /// What is known of it.
+    pub fn info(&self) -> Result<GuestInfo, Failure> {
+        let VmmReply::Status(status) = self.vmm.call(&VmmRequest::Status, &[])? else {
+            return Err(Failure::new("VMM_GONE", "the VMM answered something else"));
+        };
+        Ok(self.info_in(status.state))
+    }
+
+    /// The same, without asking the VMM.
+    pub fn info_in(&self, state: MachineState) -> GuestInfo {
+        GuestInfo {
+            name: self.plan.name.clone(),
+            vm_id: hex::encode(self.plan.vm_id),
+            state,
+            technology: self.plan.technology.name().to_owned(),
+            emulated: self.plan.technology.emulated(),
+            vcpus: self.plan.vcpus,
+            memory_mib: self.plan.memory_bytes >> 20,
+            epoch: *lock(&self.epoch),
+            pid: self.vmm.pid(),
+            console: self.console.clone(),
+            vsock: self.vsock.clone(),
+            launch_us: *lock(&self.launch_us),
+        }
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        self.vmm.kill();
+        if let Some(path) = &self.vsock {
+            // Already gone is just as good.
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+/// The local resources a guest is given; opened by the agent, handed over as descriptors.
+pub struct Resources {
+    handles: Vec<(HandleKind, OwnedFd)>,
+    /// Where the console's output goes.
+    pub console: PathBuf,
+    /// The vsock device's Unix socket.
+    pub vsock: Option<PathBuf>,
+}
+
+/// A local tap for one network card.
+pub struct TapChoice {
+    /// Name of the tap device.
+    pub tap: String,
+    /// Bridge it is put on.
+    pub bridge: Option<String>,
+}
+
+impl Resources {
+    /// Opens everything but the boot files.
+    pub fn open(
+        plan: &MachinePlan,
+        folder: &Path,
+        disks: &[&Path],
+        taps: &[TapChoice],
+        processor: Option<Channel>,
+    ) -> Result<Self, Failure> {
+        std::fs::create_dir_all(folder).map_err(|e| unusable(folder, &e))?;
+        let mut handles = vec![(HandleKind::Kvm, open_kvm()?)];
+        let console = folder.join("console.log");
+        handles.push((HandleKind::Console, console_pipe(&console)?));
+        for (number, (path, disk)) in (0u8..).zip(disks.iter().zip(&plan.disks)) {
+            let file = OpenOptions::new().read(true).write(!disk.read_only).open(path);
+            handles.push((HandleKind::Disk(number), file.map_err(|e| unusable(path, &e))?.into()));
+        }
+        for (number, choice) in (0u8..).zip(taps) {
+            let device = tap::open(&choice.tap, choice.bridge.as_deref())
+                .map_err(|e| Failure::new("TAP", e.to_string()))?;
+            handles.push((HandleKind::Tap(number), device));
+        }
+        let vsock = plan.vsock_cid.map(|_| folder.join("vsock.sock"));
+        if let Some(path) = &vsock {
+            handles.push((HandleKind::VsockListener, listen(path)?));
+        }
+        handles.extend(processor.map(|channel| (HandleKind::Processor, channel.into_fd())));
+        Ok(Self { handles, console, vsock })
+    }
+
+    /// Adds kernel and initramfs, for a launch.
+    pub fn with_boot(mut self, kernel: &Path, initrd: &Path) -> Result<Self, Failure> {
+        for (kind, path) in [(HandleKind::Kernel, kernel), (HandleKind::Initrd, initrd)] {
+            self.handles.push((kind, File::open(path).map_err(|e| unusable(path, &e))?.into()));
+        }
+        Ok(self)
+    }
+
+    /// Hands everything to a VMM that was just spawned.
+    pub fn prepare(self, vmm: VmmProcess, plan: MachinePlan, epoch: u64) -> Result<Arc<Guest>, Failure> {
+        let kinds = self.handles.iter().map(|(kind, _)| *kind).collect();
+        let fds: Vec<BorrowedFd<'_>> = self.handles.iter().map(|(_, fd)| fd.as_fd()).collect();
+        let guest = Guest {
+            plan: plan.clone(),
+            vmm,
+            epoch: Mutex::new(epoch),
+            measurement: Mutex::new(None),
+            mover: Mutex::new(None),
+            console: self.console,
+            vsock: self.vsock,
+            launch_us: Mutex::new(None),
+        };
+        guest.vmm.call(&VmmRequest::Prepare { plan: Box::new(plan), handles: kinds }, &fds)?;
+        Ok(Arc::new(guest))
+    }
+}
+
+fn open_kvm() -> Result<OwnedFd, Failure> {
+    match OpenOptions::new().read(true).write(true).open("/dev/kvm") {
+        Ok(file) => Ok(file.into()),
+        Err(e) => {
+            let remedy = "load kvm_amd, run the agent as root, and see `casemate doctor`";
+            Err(Failure::new("KVM_UNAVAILABLE", format!("/dev/kvm cannot be opened: {e}; {remedy}")))
+        }
+    }
+}
+
+/// A pipe whose other end is copied to a file until [`CONSOLE_LIMIT`]: a guest that prints without end fills no disk,
+/// and a VMM never waits for one.
+fn console_pipe(path: &Path) -> Result<OwnedFd, Failure> {
+    let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(|e| unusable(path, &e.into()))?;
+    let file = OpenOptions::new().create(true).append(true).open(path).map_err(|e| unusable(path, &e))?;
+    let copy = move || copy_console(File::from(reader), file);
+    std::thread::Builder::new().name("console".into()).spawn(copy).map_err(|e| unusable(path, &e))?;
+    Ok(writer)
+}
+
+fn copy_console(mut from: File, mut to: File) {
+    let mut room = CONSOLE_LIMIT;
+    let mut buffer = [0u8; 4096];
+    while let Ok(count @ 1..) = from.read(&mut buffer) {
+        let keep = count.min(room);
+        room -= keep;
+        if let Some(bytes) = buffer.get(..keep)
+            && let Err(error) = to.write_all(bytes)
+        {
+            tracing::warn!(%error, "console output is lost from here on");
+            room = 0;
+        }
+    }
+}
+
+fn listen(path: &Path) -> Result<OwnedFd, Failure> {
+    // A socket left behind by a killed agent is in the way, and nobody listens on it.
+    let _ = std::fs::remove_file(path);
+    let listener = UnixListener::bind(path).map_err(|e| unusable(path, &e))?;
+    listener.set_nonblocking(true).map_err(|e| unusable(path, &e))?;
+    Ok(listener.into())
+}
+
+fn unusable(path: &Path, error: &std::io::Error) -> Failure {
+    Failure::new("RESOURCE", format!("{} cannot be used: {error}", path.display()))
+}
+
+/// Most console output kept of one guest on one host, in bytes.
+const CONSOLE_LIMIT: usize = 64 << 20;
+
+impl Technology {
+    /// `none` or `sev`.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Sev { .. } => "sev",
+        }
+    }
+
+    /// Whether the software secure processor stands in for AMD's.
+    pub fn emulated(&self) -> bool {
+        matches!(self, Self::Sev { emulated: true, .. })
+    }
+}

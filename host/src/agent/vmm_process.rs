@@ -1,0 +1,101 @@
+//! One VMM process as the agent sees it: requests in order, one reply each, events on the side.
+
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use crate::agent::api::Failure;
+use crate::ipc::Channel;
+use crate::sandbox::jail::RoleProcess;
+use crate::vmm::protocol::{RoleError, VmmEvent, VmmMessage, VmmReply, VmmRequest};
+
+/// A running VMM. Dropping it kills the process.
+pub struct VmmProcess {
+    channel: Arc<Channel>,
+    replies: Mutex<Receiver<Result<VmmReply, RoleError>>>,
+    alive: Arc<AtomicBool>,
+    process: Mutex<RoleProcess>,
+}
+
+impl VmmProcess {
+    /// Takes over a process just spawned; `on_event` is called from a thread of its own, at last with `None` when
+    /// the process is gone.
+    pub fn new(
+        process: RoleProcess,
+        channel_end: Channel,
+        on_event: impl FnMut(Option<VmmEvent>) + Send + 'static,
+    ) -> std::io::Result<Self> {
+        let channel_end = Arc::new(channel_end);
+        let alive = Arc::new(AtomicBool::new(true));
+        let (sender, replies) = channel();
+        let reader = Reader { channel: Arc::clone(&channel_end), alive: Arc::clone(&alive), sender };
+        std::thread::Builder::new().name("vmm-events".into()).spawn(move || reader.run(on_event))?;
+        Ok(Self { channel: channel_end, replies: Mutex::new(replies), alive, process: Mutex::new(process) })
+    }
+
+    /// One request and its reply.
+    pub fn call(&self, request: &VmmRequest, handles: &[BorrowedFd<'_>]) -> Result<VmmReply, Failure> {
+        let replies = lock(&self.replies);
+        self.channel.send_with(request, handles).map_err(|e| gone(&e))?;
+        match replies.recv_timeout(REPLY_DEADLINE) {
+            Ok(reply) => reply.map_err(Failure::from),
+            Err(RecvTimeoutError::Timeout) => {
+                Err(Failure::new("VMM_SILENT", format!("the VMM did not answer within {REPLY_DEADLINE:?}; stop the guest")))
+            }
+            Err(RecvTimeoutError::Disconnected) => Err(gone(&"it ended")),
+        }
+    }
+
+    /// Whether the process has not ended.
+    pub fn alive(&self) -> bool {
+        self.alive.load(Ordering::Acquire)
+    }
+
+    /// Process id as this host sees it.
+    pub fn pid(&self) -> u32 {
+        lock(&self.process).pid()
+    }
+
+    /// Kills the process and waits for its end.
+    pub fn kill(&self) {
+        // Already ended is just as good.
+        let _ = lock(&self.process).kill();
+    }
+}
+
+struct Reader {
+    channel: Arc<Channel>,
+    alive: Arc<AtomicBool>,
+    sender: Sender<Result<VmmReply, RoleError>>,
+}
+
+impl Reader {
+    fn run(self, mut on_event: impl FnMut(Option<VmmEvent>)) {
+        loop {
+            match self.channel.recv::<VmmMessage>(None).map(|message| message.body) {
+                Ok(VmmMessage::Event(event)) => on_event(Some(event)),
+                // Nobody waits for a reply that came after its deadline; it is dropped with the receiver.
+                Ok(VmmMessage::Reply(reply)) => drop(self.sender.send(reply)),
+                Err(error) => {
+                    tracing::debug!(%error, "VMM channel ended");
+                    break;
+                }
+            }
+        }
+        self.alive.store(false, Ordering::Release);
+        on_event(None);
+    }
+}
+
+fn gone(error: &dyn std::fmt::Display) -> Failure {
+    Failure::new("VMM_GONE", format!("the VMM process is gone ({error}); its last words are in the agent's log"))
+}
+
+/// Locks a mutex; a panic elsewhere ends the process, so poisoning cannot be met.
+pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+const REPLY_DEADLINE: Duration = Duration::from_secs(60);

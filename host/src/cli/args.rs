@@ -1,0 +1,210 @@
+//! The command line's grammar and help.
+
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand, ValueEnum};
+
+/// Casemate: a security-hardened confidential VM host.
+///
+/// Runs guests under AMD SEV in a jailed VMM, proves what it launched, and moves them between hosts over an
+/// authenticated, encrypted stream. Where no AMD secure processor is present a software one stands in, and every
+/// output says "emulated".
+#[derive(Debug, Parser)]
+#[command(
+    name = "casemate",
+    version,
+    after_help = "Exit status: 0 done, 1 failed or rejected, 2 cannot verify, 3 refused by policy, 64 usage, 69 no agent."
+)]
+pub struct Cli {
+    /// The agent's API socket.
+    #[arg(long, global = true, env = "CASEMATE_AGENT", default_value = "/run/casemate/agent.sock")]
+    pub agent: PathBuf,
+    /// Print one JSON object instead of a table.
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Say what this host can and cannot do, and how to mend it.
+    Doctor,
+    /// Run the host's agent in the foreground.
+    Agent {
+        /// The agent's configuration.
+        #[arg(long)]
+        config: PathBuf,
+    },
+    /// Launch a guest from its description.
+    Run {
+        /// Description (TOML).
+        description: PathBuf,
+        /// Folder made by `casemate owner session`: the launch is bound to that owner and waits for the secret.
+        #[arg(long)]
+        owner_session: Option<PathBuf>,
+    },
+    /// List the guests of this host.
+    List,
+    /// Show one guest.
+    Status {
+        /// Its name.
+        name: String,
+    },
+    /// End a guest.
+    Stop {
+        /// Its name.
+        name: String,
+    },
+    /// Stop a guest's vCPUs and devices.
+    Pause {
+        /// Its name.
+        name: String,
+    },
+    /// Let a paused guest go on.
+    Resume {
+        /// Its name.
+        name: String,
+    },
+    /// Move a running guest to a peer; with --json a line an event, the outcome last.
+    Migrate {
+        /// Its name.
+        name: String,
+        /// A peer named in the policy.
+        #[arg(long)]
+        to: String,
+        /// Longest acceptable pause in milliseconds (default: the policy's).
+        #[arg(long, value_name = "MS")]
+        downtime_limit: Option<u32>,
+    },
+    /// Cancel the migration of a guest; it goes on running here.
+    Cancel {
+        /// Its name.
+        name: String,
+    },
+    /// The guest owner's side: sessions, expected measurements, secrets.
+    Owner {
+        /// What to do.
+        #[command(subcommand)]
+        command: OwnerCommand,
+    },
+    /// The secure processor of this host.
+    Platform {
+        /// What to do.
+        #[command(subcommand)]
+        command: PlatformCommand,
+    },
+    /// The cells of a guest's processes.
+    Sandbox {
+        /// What to do.
+        #[command(subcommand)]
+        command: SandboxCommand,
+    },
+    /// Verify an agent's ledger offline.
+    Evidence {
+        /// The ledger file.
+        ledger: PathBuf,
+        /// The ledger's public key, a C2SP verifier key in a file.
+        #[arg(long)]
+        key: PathBuf,
+    },
+    /// Print a completion script.
+    Completion {
+        /// For this shell.
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page (roff).
+    Man,
+    /// Internal roles; started by the agent only.
+    #[command(hide = true)]
+    Internal {
+        /// The role.
+        role: Role,
+    },
+}
+
+/// What an owner does.
+#[derive(Debug, Subcommand)]
+pub enum OwnerCommand {
+    /// Verify a platform's certificates and make the session a launch there will be bound to.
+    Session {
+        /// Folder made by `casemate platform export`.
+        #[arg(long)]
+        platform: PathBuf,
+        /// Description of the guest (for its guest policy).
+        #[arg(long)]
+        description: PathBuf,
+        /// Accept this emulated root (sha256:…); emulated platforms are refused without it.
+        #[arg(long, value_name = "SHA256")]
+        allow_emulated: Option<String>,
+        /// Folder for owner.cert and session.bin (for the host) and owner.keys (secret, mode 0600).
+        #[arg(long)]
+        out: PathBuf,
+    },
+    /// Compare a launch's measurement with the one the description must have, and only then release the secret.
+    Release {
+        /// The guest.
+        name: String,
+        /// The owner's own copy of the description; kernel and initramfs are read from beside it.
+        #[arg(long)]
+        description: PathBuf,
+        /// Folder made by `casemate owner session`.
+        #[arg(long)]
+        session: PathBuf,
+        /// Folder made by `casemate platform export`.
+        #[arg(long)]
+        platform: PathBuf,
+        /// Accept this emulated root (sha256:…).
+        #[arg(long, value_name = "SHA256")]
+        allow_emulated: Option<String>,
+        /// The secret, at most 2048 bytes.
+        #[arg(long)]
+        secret: PathBuf,
+    },
+    /// Print the launch digest a description must have.
+    Measure {
+        /// Description of the guest.
+        description: PathBuf,
+    },
+}
+
+/// What can be asked of the secure processor.
+#[derive(Debug, Subcommand)]
+pub enum PlatformCommand {
+    /// Status, and whether it is emulated.
+    Show,
+    /// Write its certificates for a guest owner.
+    Export {
+        /// Folder for pdh.cert, platform.cert, amd.cert.
+        #[arg(long)]
+        out: PathBuf,
+    },
+}
+
+/// What can be asked of a sandbox.
+#[derive(Debug, Subcommand)]
+pub enum SandboxCommand {
+    /// Try from inside a guest's processes what must be refused; exit status 1 if anything was not.
+    Probe {
+        /// The guest.
+        name: String,
+    },
+    /// Show the sandbox thread by thread.
+    Report {
+        /// The guest.
+        name: String,
+    },
+}
+
+/// Internal roles.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Role {
+    /// One guest's virtual machine monitor.
+    Vmm,
+    /// One migration.
+    Mover,
+    /// The software secure processor.
+    Psp,
+}

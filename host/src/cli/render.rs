@@ -1,0 +1,135 @@
+//! Answers as tables for people.
+
+use std::fmt::Write as _;
+
+use crate::agent::api::{Answer, GuestInfo};
+use crate::sandbox::report::{ProbeReport, SandboxReport};
+
+/// An answer as text, with a line end.
+pub fn answer(answer: &Answer) -> String {
+    match answer {
+        Answer::Guest(guest) => one_guest(guest),
+        Answer::Guests { guests } => guest_table(guests),
+        Answer::Measurement(m) => {
+            format!("policy {:#x}, API {}.{} build {}{}\n", m.policy, m.api_major, m.api_minor, m.build, mark(m.emulated))
+        }
+        Answer::Platform(p) => format!(
+            "secure processor: API {}.{} build {}{}\nroot sha256:{}\n",
+            p.api_major,
+            p.api_minor,
+            p.build,
+            mark(p.emulated),
+            p.root_sha256
+        ),
+        Answer::Migrated { outcome } => outcome_text(outcome),
+        Answer::Probe { reports } => reports.iter().map(probe).collect(),
+        Answer::Sandbox { reports } => reports.iter().map(sandbox).collect(),
+        Answer::Done => "done\n".to_owned(),
+    }
+}
+
+/// The progress display of a migration.
+#[derive(Debug, Default)]
+pub struct Rounds {
+    header_shown: bool,
+    phase: String,
+}
+
+impl Rounds {
+    /// The text for one progress event; empty when there is nothing new to show.
+    pub fn line(&mut self, event: &serde_json::Value) -> String {
+        let mut text = String::new();
+        let phase = event.get("phase").and_then(|p| p.as_str()).unwrap_or_default();
+        if phase != self.phase {
+            phase.clone_into(&mut self.phase);
+            let _ = writeln!(text, "  phase {phase}");
+        }
+        let number = |key: &str| event.get(key).and_then(serde_json::Value::as_u64);
+        if let (Some(round), Some(pages)) = (number("round"), number("pages")) {
+            if !self.header_shown {
+                self.header_shown = true;
+                let _ = writeln!(text, "  round     pages       KiB  dirty pages/s   est. downtime ms");
+            }
+            let bytes = number("bytes").unwrap_or(0);
+            let rate = number("dirty_rate").unwrap_or(0);
+            let estimate = number("estimated_downtime_ms").map_or_else(|| "-".to_owned(), |ms| ms.to_string());
+            let _ = writeln!(text, "  {round:>5} {pages:>9} {:>9} {rate:>14} {estimate:>18}", bytes / 1024);
+        }
+        text
+    }
+}
+
+fn outcome_text(outcome: &serde_json::Value) -> String {
+    let mut text = "migrated; the destination runs the guest\n".to_owned();
+    if let Some(fields) = outcome.as_object() {
+        for (key, value) in fields {
+            let _ = writeln!(text, "  {key:<22} {value}");
+        }
+    }
+    text
+}
+
+fn one_guest(guest: &GuestInfo) -> String {
+    let mut text = String::new();
+    let _ = writeln!(text, "{} ({})", guest.name, state(guest));
+    let _ = writeln!(text, "  technology  {}{}", guest.technology, mark(guest.emulated));
+    let _ = writeln!(text, "  size        {} vCPU, {} MiB", guest.vcpus, guest.memory_mib);
+    let _ = writeln!(text, "  identity    {} epoch {}", guest.vm_id, guest.epoch);
+    let _ = writeln!(text, "  console     {}", guest.console.display());
+    if let Some(vsock) = &guest.vsock {
+        let _ = writeln!(text, "  vsock       {}", vsock.display());
+    }
+    if let Some(us) = guest.launch_us {
+        let _ = writeln!(text, "  launched in {} ms", us / 1000);
+    }
+    text
+}
+
+fn guest_table(guests: &[GuestInfo]) -> String {
+    let mut text = format!("{:<20} {:<10} {:<14} {:>5} {:>8} {:>6}\n", "NAME", "STATE", "TECHNOLOGY", "VCPUS", "MIB", "EPOCH");
+    for guest in guests {
+        let technology = if guest.emulated { format!("{} emulated", guest.technology) } else { guest.technology.clone() };
+        let _ = writeln!(
+            text,
+            "{:<20} {:<10} {technology:<14} {:>5} {:>8} {:>6}",
+            guest.name,
+            state(guest),
+            guest.vcpus,
+            guest.memory_mib,
+            guest.epoch
+        );
+    }
+    text
+}
+
+fn probe(report: &ProbeReport) -> String {
+    let mut text = format!("{}:\n", report.role);
+    for attempt in &report.attempts {
+        let verdict = if attempt.refused { "refused" } else { "NOT REFUSED" };
+        let _ = writeln!(text, "  {:<44} {verdict} ({})", attempt.what, attempt.by);
+    }
+    let held = report.attempts.iter().filter(|a| a.refused).count();
+    let _ = writeln!(text, "  {held} of {} refused", report.attempts.len());
+    text
+}
+
+fn sandbox(report: &SandboxReport) -> String {
+    let mut text = format!("{}: uid {} gid {}\n", report.role, report.uid, report.gid);
+    let _ = writeln!(text, "  namespaces    {}", report.namespaces.join(" "));
+    let capabilities = if report.capabilities.is_empty() { "none".to_owned() } else { report.capabilities.join(" ") };
+    let _ = writeln!(text, "  capabilities  {capabilities}; no_new_privs {}", report.no_new_privs);
+    let _ = writeln!(text, "  dumpable      {}; {} descriptors open", report.dumpable, report.descriptors);
+    let _ = writeln!(text, "  landlock      ABI {}; {}", report.landlock_abi, report.landlock.join("; "));
+    for thread in &report.threads {
+        let _ = writeln!(text, "  thread        {:<14} {} sha256:{}", thread.name, thread.filter, thread.filter_sha256);
+    }
+    text
+}
+
+fn state(guest: &GuestInfo) -> String {
+    serde_json::to_value(guest.state).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default()
+}
+
+fn mark(emulated: bool) -> &'static str {
+    if emulated { " (emulated, NOT AMD)" } else { "" }
+}
