@@ -37,6 +37,7 @@ mod cgroup;
 pub mod jail;
 pub mod landlock;
 pub mod probe;
+mod process;
 pub mod report;
 pub mod seccomp;
 mod spawn;
@@ -61,6 +62,7 @@ use report::{ProbeAttempt, ProbeReport, SandboxReport, ThreadReport};
 use seccomp::{SeccompError, ThreadKind};
 
 pub use cgroup::{CgroupError, hierarchy as cgroup_hierarchy};
+pub use process::{RoleCell, this_process};
 
 /// A role that runs in a cell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -292,8 +294,16 @@ pub enum SandboxError {
     /// No second handle.
     #[error("descriptor cannot be reopened read-only: {0}")]
     Reopen(Errno),
+    /// A stage was asked for out of order.
+    #[error("the sandbox is {found}, but this needs it {needed}")]
+    Stage {
+        /// Where it is.
+        found: &'static str,
+        /// Where it should be.
+        needed: &'static str,
+    },
     /// Threads without a filter.
-    #[error("{0} threads have not installed a filter")]
+    #[error("{0} thread(s) have not installed a filter")]
     Unfiltered(u32),
 }
 
@@ -316,6 +326,6 @@ fn open_errno(path: &CStr) -> Result<(), Errno> {
     open(path, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()).map(drop)
 }
 
-const FILTER_DEADLINE: Duration = Duration::from_secs(10);
+const FILTER_DEADLINE: Duration = Duration::from_secs(5);
 /// What Rust itself uses.
 const PANIC_STATUS: i32 = 101;

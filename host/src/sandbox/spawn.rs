@@ -7,7 +7,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitStatus, Stdio};
-use std::sync::mpsc;
+use std::sync::{Mutex, PoisonError, mpsc};
 use std::thread;
 
 use nix::errno::Errno;
@@ -37,7 +37,8 @@ pub struct Spawn {
 }
 
 impl Spawn {
-    /// The defaults: this binary, `internal <role>`, standard error shared with the caller, no environment.
+    /// The defaults: this binary, `internal <role>`, standard error shared with the caller, no environment
+    /// but `CASEMATE_LOG`.
     pub fn new(role: Role, spec: JailSpec) -> Self {
         Self {
             role,
@@ -92,6 +93,9 @@ impl Spawn {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(self.stderr);
+        if let Some(level) = std::env::var_os(LOG_VARIABLE) {
+            command.env(LOG_VARIABLE, level);
+        }
         if cfg!(debug_assertions)
             && let Some(mode) = std::env::var_os(super::seccomp::MODE_VARIABLE)
         {
@@ -101,8 +105,7 @@ impl Spawn {
         Ok(RoleProcess {
             pid: started.pid,
             pidfd: started.pidfd,
-            exit,
-            status: None,
+            exit: Mutex::new(Exit::Running(exit)),
             _cgroup: cgroup,
         })
     }
@@ -113,8 +116,7 @@ impl Spawn {
 pub struct RoleProcess {
     pid: u32,
     pidfd: OwnedFd,
-    exit: mpsc::Receiver<io::Result<ExitStatus>>,
-    status: Option<ExitStatus>,
+    exit: Mutex<Exit>,
     _cgroup: Option<Cgroup>,
 }
 
@@ -130,25 +132,33 @@ impl RoleProcess {
     }
 
     /// Waits for the end.
-    pub fn wait(&mut self) -> io::Result<ExitStatus> {
-        if let Some(status) = self.status {
-            return Ok(status);
-        }
-        let status = self.exit.recv().map_err(|_| waiter_gone())??;
-        self.status = Some(status);
-        Ok(status)
-    }
-
-    /// The exit status, if it has ended.
-    pub fn try_wait(&mut self) -> io::Result<Option<ExitStatus>> {
-        if self.status.is_none() {
-            match self.exit.try_recv() {
-                Ok(status) => self.status = Some(status?),
-                Err(mpsc::TryRecvError::Empty) => {}
-                Err(mpsc::TryRecvError::Disconnected) => return Err(waiter_gone()),
+    pub fn wait(&self) -> io::Result<ExitStatus> {
+        let mut exit = self.exit.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*exit {
+            Exit::Ended(status) => Ok(*status),
+            Exit::Running(waiter) => {
+                let status = waiter.recv().map_err(|_| waiter_gone())??;
+                *exit = Exit::Ended(status);
+                Ok(status)
             }
         }
-        Ok(self.status)
+    }
+
+    /// The exit status, if it has ended. Waits for another thread that is in [`Self::wait`].
+    pub fn try_wait(&self) -> io::Result<Option<ExitStatus>> {
+        let mut exit = self.exit.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*exit {
+            Exit::Ended(status) => Ok(Some(*status)),
+            Exit::Running(waiter) => match waiter.try_recv() {
+                Ok(status) => {
+                    let status = status?;
+                    *exit = Exit::Ended(status);
+                    Ok(Some(status))
+                }
+                Err(mpsc::TryRecvError::Empty) => Ok(None),
+                Err(mpsc::TryRecvError::Disconnected) => Err(waiter_gone()),
+            },
+        }
     }
 
     /// SIGKILL. As the process is init of its PID namespace, everything in it ends.
@@ -199,6 +209,12 @@ pub enum SpawnError {
         /// Why.
         source: io::Error,
     },
+}
+
+#[derive(Debug)]
+enum Exit {
+    Running(mpsc::Receiver<io::Result<ExitStatus>>),
+    Ended(ExitStatus),
 }
 
 struct Started {
@@ -299,3 +315,6 @@ fn between_fork_and_exec(channel: RawFd, procs: Option<RawFd>) -> io::Result<()>
 fn waiter_gone() -> io::Error {
     io::Error::other("the thread that waits for the role is gone")
 }
+
+/// How much a role logs; the only variable that is passed on.
+const LOG_VARIABLE: &str = "CASEMATE_LOG";

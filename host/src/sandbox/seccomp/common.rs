@@ -41,6 +41,10 @@ pub(super) const BASE: &[Rule] = &[
         "the kernel resumes an interrupted sleep by it"
     ),
     permit!(SYS_getrandom, "seeds of hash maps, keys, nonces"),
+    permit!(
+        SYS_getpid,
+        "glibc's pthread_kill asks before it kicks a thread"
+    ),
     permit!(SYS_gettid, "glibc: recursive locks; panic messages"),
     permit!(SYS_read, "descriptors handed in; std's and our eventfds"),
     permit!(SYS_write, "eventfds, the log, a panic's last words"),
@@ -123,6 +127,7 @@ pub(super) const F_GETFD: u64 = libc::F_GETFD as u64;
 pub(super) const F_GETFL: u64 = libc::F_GETFL as u64;
 pub(super) const F_SETFL: u64 = libc::F_SETFL as u64;
 pub(super) const F_DUPFD_CLOEXEC: u64 = libc::F_DUPFD_CLOEXEC as u64;
+pub(super) const F_ADD_SEALS: u64 = libc::F_ADD_SEALS as u64;
 pub(super) const F_GET_SEALS: u64 = libc::F_GET_SEALS as u64;
 pub(super) const F_OFD_GETLK: u64 = libc::F_OFD_GETLK as u64;
 pub(super) const F_OFD_SETLK: u64 = libc::F_OFD_SETLK as u64;

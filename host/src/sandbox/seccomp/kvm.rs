@@ -7,6 +7,8 @@ use kvm_bindings as kvm;
 /// State of the machine's interrupt controllers, timer and clock.
 pub(super) const VM_STATE: &[u64] = &[
     io(0x03),                         // CHECK_EXTENSION
+    iowr::<kvm::kvm_msr_list>(0x02),  // GET_MSR_INDEX_LIST
+    iowr::<kvm::kvm_cpuid2>(0x05),    // GET_SUPPORTED_CPUID
     iowr::<kvm::kvm_irqchip>(0x62),   // GET_IRQCHIP
     ior::<kvm::kvm_irqchip>(0x63),    // SET_IRQCHIP
     ior::<kvm::kvm_pit_state2>(0x9f), // GET_PIT2
@@ -45,6 +47,7 @@ pub(super) const VCPU_RUN: &[u64] = &[
 ];
 /// State of a stopped vCPU.
 pub(super) const VCPU_STATE: &[u64] = &[
+    io(0x03),                          // CHECK_EXTENSION
     ior::<kvm::kvm_regs>(0x81),        // GET_REGS
     iow::<kvm::kvm_regs>(0x82),        // SET_REGS
     ior::<kvm::kvm_sregs>(0x83),       // GET_SREGS

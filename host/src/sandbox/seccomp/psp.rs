@@ -1,6 +1,6 @@
 //! The filter of the software secure processor: channels, memory handed in, its own state.
 
-use super::common::{F_DUPFD_CLOEXEC, F_GET_SEALS};
+use super::common::{F_DUPFD_CLOEXEC, F_GET_SEALS, F_GETFL, F_SETFL};
 use super::rule::{Cond, Rule, permit};
 
 /// The processor's only thread.
@@ -11,7 +11,10 @@ pub(super) const PSP: &[Rule] = &[
     permit!(SYS_ftruncate, "its own state may shrink"),
     permit!(
         SYS_fcntl,
-        [Cond::Among(1, &[F_DUPFD_CLOEXEC, F_GET_SEALS])],
-        "second handles; seals of memory handed in"
+        [Cond::Among(
+            1,
+            &[F_DUPFD_CLOEXEC, F_GETFL, F_SETFL, F_GET_SEALS]
+        )],
+        "second handles, non-blocking channels, seals of memory handed in"
     ),
 ];

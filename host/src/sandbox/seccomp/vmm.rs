@@ -1,7 +1,7 @@
 //! The filters of the VMM: control thread, vCPU threads, device thread.
 
 use super::common::{
-    F_DUPFD_CLOEXEC, F_GET_SEALS, F_GETFL, F_OFD_GETLK, F_OFD_SETLK, F_SETFL, FIONBIO,
+    F_ADD_SEALS, F_DUPFD_CLOEXEC, F_GET_SEALS, F_GETFL, F_OFD_GETLK, F_OFD_SETLK, F_SETFL, FIONBIO,
 };
 use super::kvm;
 use super::rule::{Cond, Rule, permit};
@@ -32,6 +32,11 @@ pub(super) const CONTROL: &[Rule] = &[
         SYS_madvise,
         [Cond::Among(2, &[HUGEPAGE, POPULATE_READ, POPULATE_WRITE])],
         "guest memory is prepared at once, in huge pages"
+    ),
+    permit!(
+        SYS_fcntl,
+        [Cond::Among(1, &[F_ADD_SEALS])],
+        "guest memory is sealed against writing before a mover gets it"
     ),
 ];
 
@@ -72,13 +77,16 @@ pub(super) const DEVICE_IO: &[Rule] = &[
     permit!(SYS_sendto, "vsock: bytes to a host program"),
     permit!(SYS_shutdown, "vsock: half-closed connections"),
     permit!(SYS_epoll_ctl, "descriptors come and go with connections"),
+    permit!(
+        SYS_epoll_wait,
+        "the device thread's loop; vsock looks at its own set"
+    ),
+    permit!(SYS_epoll_pwait, "the same, as newer libraries do it"),
     permit!(SYS_timerfd_settime, "rate limits, announcements"),
 ];
 
 /// Device thread: waits, besides [`DEVICE_IO`].
 pub(super) const DEVICE: &[Rule] = &[
-    permit!(SYS_epoll_wait, "the device thread's loop"),
-    permit!(SYS_epoll_pwait, "the same, as newer libraries do it"),
     permit!(SYS_poll, "waiting for one descriptor"),
     permit!(
         SYS_ioctl,
