@@ -274,9 +274,10 @@ impl<'a> Segments<'a> {
     }
 }
 
-/// Features every device here offers: the queue's own.
-pub(super) const RING_FEATURES: u64 =
-    EVENT_IDX | 1 << virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
+/// Features of the queues that most devices here offer.
+pub(super) const RING_FEATURES: u64 = EVENT_IDX | INDIRECT;
+/// Chains may be tables of their own.
+pub(super) const INDIRECT: u64 = 1 << virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 const EVENT_IDX: u64 = 1 << virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 #[cfg(test)]
