@@ -429,7 +429,7 @@ fn a_client_that_leaves_ends_the_connection() {
 fn waits_for_buffers_without_spinning() {
     let mut rig = rig();
     let mut client = rig.client();
-    client.write_all(b"CONNECT 1234\n").expect("listening");
+    client.write_all(b"CONNECT 1234\nearly").expect("listening");
     rig.turn();
     assert_eq!(rig.vsock.replies.len(), 1);
     let pollable = nix::poll::poll(
