@@ -50,6 +50,11 @@ pub enum ChannelError {
 }
 
 impl ChannelError {
+    /// Whether the peer gave up (and needs not be told).
+    pub fn by_peer(&self) -> bool {
+        matches!(self, ChannelError::Aborted(_))
+    }
+
     /// The stable code; that of the peer where the peer gave up.
     pub fn code(&self) -> &str {
         match self {
@@ -228,8 +233,17 @@ impl<T: Transport> Channel<T> {
         }
     }
 
+    /// Ends a failed connection: tells the peer why, unless it was the peer that gave up.
+    pub(crate) fn give_up(&mut self, kind: FrameKind, by_peer: bool, code: &str, text: &str) {
+        if by_peer {
+            self.tls.close()
+        } else {
+            self.abort(kind, code, text)
+        }
+    }
+
     /// Tells the peer why, as far as it listens, and closes.
-    pub(crate) fn abort(&mut self, kind: FrameKind, code: &str, text: &str) {
+    fn abort(&mut self, kind: FrameKind, code: &str, text: &str) {
         self.frame_time = LAST_WORDS_TIME;
         let told = Abort::new(code, text).encode().map_err(ChannelError::from);
         match told.and_then(|payload| self.send_raw(kind, payload)) {

@@ -159,6 +159,15 @@ pub enum DestinationError {
 }
 
 impl DestinationError {
+    /// Whether the peer gave up (and needs not be told).
+    pub fn by_peer(&self) -> bool {
+        match self {
+            DestinationError::Agree(error) => error.by_peer(),
+            DestinationError::Stream { error, .. } => error.by_peer(),
+            _ => false,
+        }
+    }
+
     /// The stable code; that of the source where it gave up.
     pub fn code(&self) -> &str {
         match self {
@@ -224,7 +233,7 @@ pub fn receive<T: Transport>(
             } else {
                 FrameKind::Refuse
             };
-            channel.abort(kind, error.code(), &error.to_string());
+            channel.give_up(kind, error.by_peer(), error.code(), &error.to_string());
             Err(error)
         }
     }

@@ -102,6 +102,11 @@ impl Gateway {
                 tracing::trace!(%error, "closing");
             }
         }
+        if !matches!(result, Ok(GatewayReport { cut: true, .. })) {
+            // What was forwarded last must not be lost to a reset.
+            source.linger(deadline);
+            destination.linger(deadline);
+        }
         source.close();
         destination.close();
         result

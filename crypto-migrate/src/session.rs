@@ -120,6 +120,11 @@ pub enum SessionError {
 }
 
 impl SessionError {
+    /// Whether the peer gave up (and needs not be told).
+    pub fn by_peer(&self) -> bool {
+        matches!(self, SessionError::Channel(error) if error.by_peer())
+    }
+
     /// The stable code.
     pub fn code(&self) -> &str {
         match self {

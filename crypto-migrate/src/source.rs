@@ -182,6 +182,15 @@ pub enum SourceError {
 }
 
 impl SourceError {
+    /// Whether the peer gave up (and needs not be told).
+    pub fn by_peer(&self) -> bool {
+        match self {
+            SourceError::Agree(error) => error.by_peer(),
+            SourceError::Stream { error, .. } => error.by_peer(),
+            _ => false,
+        }
+    }
+
     /// The stable code; that of the destination where it refused.
     pub fn code(&self) -> &str {
         match self {
@@ -242,7 +251,12 @@ pub fn migrate<T: Transport>(
         Err(error) => {
             let error = better_cause(&mut channel, error);
             let error = resume(guest, error);
-            channel.abort(FrameKind::Abort, error.code(), &error.to_string());
+            channel.give_up(
+                FrameKind::Abort,
+                error.by_peer(),
+                error.code(),
+                &error.to_string(),
+            );
             Err(error)
         }
     }

@@ -266,7 +266,11 @@ impl<T: Transport> TlsStream<T> {
     }
 
     fn fill(&mut self, deadline: Instant, cancelled: &dyn Fn() -> bool) -> Result<(), TlsError> {
-        self.flush(deadline)?;
+        match self.flush(deadline) {
+            // The peer no longer listens; what it said before it closed may still be there.
+            Ok(()) | Err(TlsError::Truncated) => {}
+            Err(error) => return Err(error),
+        }
         loop {
             match self.connection.read_tls(&mut self.io) {
                 Ok(_) => break,

@@ -1,5 +1,9 @@
 //! A relay with a valid certificate: refused on a direct path, blind and harmless on a gateway path.
-#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "a test fails by panicking"
+)]
 
 mod common;
 
@@ -344,8 +348,7 @@ fn older_version_is_page_rolled_back() {
             if round(&entries[0]) == 1 && old.is_none() {
                 old = Some(entries[data_entry(&entries, 0)].clone());
             } else if round(&entries[0]) == 2 {
-                let target = data_entry(&entries, 0);
-                entries[target] = old.clone().unwrap();
+                entries[0] = old.clone().unwrap();
             }
             frame.payload = join(&entries);
         }

@@ -170,8 +170,8 @@ impl Abort {
     /// Bounds both strings; control characters become spaces, for they will be printed.
     pub fn new(code: &str, text: &str) -> Self {
         Self {
-            code: printable(code, 64),
-            text: printable(text, 1024),
+            code: printable(code, 64), // characters, of up to four bytes
+            text: printable(text, 512),
         }
     }
 
@@ -201,7 +201,7 @@ kinds! {
 
 fn printable(text: &str, max: usize) -> String {
     text.chars()
-        .take(max / 4)
+        .take(max)
         .map(|c| if c.is_control() { ' ' } else { c })
         .collect()
 }
