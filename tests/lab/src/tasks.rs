@@ -100,15 +100,26 @@ fn cargo(paths: &Paths, task: &[&str], packages: &[&str], env: &[(&str, String)]
         .args(packages)
         .current_dir(&paths.workspace)
         .envs(env.iter().cloned());
-    // Set by the `cargo run` that started us, for our package: it would only confuse the inner cargo's fingerprints.
-    for (name, _) in env::vars_os().filter(|(name, _)| {
-        name.to_str()
-            .is_some_and(|name| name.starts_with("CARGO_PKG_"))
-    }) {
+    // Set for our own package by the `cargo run` that started us. Build scripts watch some of them, and what they build
+    // would be built again each time.
+    for (name, _) in
+        env::vars_os().filter(|(name, _)| name.to_str().is_some_and(is_set_by_cargo_run))
+    {
         command.env_remove(name);
     }
     say(&text(&command));
     Guarded::start(&mut command)?.wait().map(exit_code)
+}
+
+fn is_set_by_cargo_run(name: &str) -> bool {
+    let prefixes = [
+        "CARGO_PKG_",
+        "CARGO_MANIFEST_",
+        "CARGO_BIN_",
+        "CARGO_CRATE_",
+        "CARGO_PRIMARY_",
+    ];
+    name == "CARGO" || prefixes.iter().any(|prefix| name.starts_with(prefix))
 }
 
 const RUNNER: &str = "CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER";
