@@ -1,5 +1,7 @@
 //! Virtio devices: what the PCI transport needs of a device, and the devices.
 
+pub mod transport;
+
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
