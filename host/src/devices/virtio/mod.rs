@@ -6,6 +6,7 @@ mod driver;
 pub mod net;
 mod ring;
 mod saved;
+pub mod transport;
 pub mod vsock;
 
 use std::os::fd::RawFd;
