@@ -1,1 +1,26 @@
-//! Placeholder.
+//! Who is running what, proven.
+//!
+//! `casemate-attest` answers one question for the owner of a confidential guest: *is this the
+//! guest I described, on a platform I trust, under the policy I asked for?* It speaks AMD SEV's
+//! own formats and holds both ends of the conversation:
+//!
+//! | Module | Side | For |
+//! | --- | --- | --- |
+//! | [`legacy`] | owner and host | SEV certificates, chains, sessions, launch measure, secret packets |
+//! | [`measure`] | owner | the launch digest that a description leads to |
+//! | [`verify`] | owner | evidence + expectation → [`verify::Verdict`], with every check's result |
+//! | [`processor`] | host | the software secure processor, for machines without AMD's |
+//!
+//! Trust starts at AMD's root keys, which are pinned in the binary. A software secure processor
+//! has a root of its own that says `ARK-EMULATED` and `NOT AMD`; it counts only where the caller
+//! names its fingerprint, and every verdict over it carries `emulated: true`.
+//!
+//! `examples/sev_launch.rs` walks through a whole launch.
+//!
+//! The formats follow AMD publication 55766, "Secure Encrypted Virtualization API".
+#![forbid(unsafe_code)]
+
+pub mod legacy;
+pub mod measure;
+pub mod processor;
+pub mod verify;
