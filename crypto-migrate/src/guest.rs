@@ -10,7 +10,9 @@ pub const PAGE_SIZE: usize = 4096;
 pub const PACKET_HEADER_SIZE: usize = 52;
 
 /// A guest page number: guest physical address / 4096.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
+)]
 pub struct Gpn(pub u64);
 
 /// A run of guest pages.
@@ -56,7 +58,11 @@ pub trait SourceGuest {
     /// Pages written since tracking started or since the last call; ascending.
     fn take_dirty(&mut self) -> Result<Vec<Gpn>, GuestError>;
     /// Reads pages (any order, each once, at most [`SourceGuest::batch_pages`]) and passes each on.
-    fn read_pages(&mut self, pages: &[Gpn], emit: &mut dyn FnMut(Gpn, PageContent<'_>)) -> Result<(), GuestError>;
+    fn read_pages(
+        &mut self,
+        pages: &[Gpn],
+        emit: &mut dyn FnMut(Gpn, PageContent<'_>),
+    ) -> Result<(), GuestError>;
     /// How many pages one [`SourceGuest::read_pages`] may ask for.
     fn batch_pages(&self) -> usize;
     /// Stops vCPUs and devices; from here on nothing changes memory.
@@ -109,7 +115,11 @@ pub struct Refusal {
 /// The guest that is being built at the destination.
 pub trait DestinationGuest {
     /// Checks the offer against local policy and, if allowed, builds the machine (memory, devices, no vCPU running).
-    fn admit(&mut self, offer: &GuestOffer, peer: &crate::identity::PeerIdentity) -> Result<Admission, Refusal>;
+    fn admit(
+        &mut self,
+        offer: &GuestOffer,
+        peer: &crate::identity::PeerIdentity,
+    ) -> Result<Admission, Refusal>;
     /// Opens the firmware's receive context with the blob of [`SourceGuest::begin`].
     fn begin(&mut self, start: &[u8]) -> Result<(), GuestError>;
     /// Places one page whose seal has been verified. The engine calls [`DestinationGuest::flush`] before it believes the pages placed.

@@ -1,1 +1,44 @@
-//! Placeholder.
+//! Bytes that may leave the host: the authenticated, encrypted migration stream.
+//!
+//! One guest moves over one connection. TLS 1.3 with mutual authentication carries frames ([`wire`]);
+//! inside and independent of it, every page is sealed end to end ([`page`]) under keys that both hosts agree
+//! on and sign ([`session`]), so that a gateway that policy names can forward, but neither read nor change
+//! anything. Nothing resumes before both ends hold the same manifest ([`transcript`]).
+//!
+//! | | |
+//! | --- | --- |
+//! | [`source::migrate`] | moves a guest away: give it a [`guest::SourceGuest`] |
+//! | [`destination::receive`] | takes a guest in: give it a [`guest::DestinationGuest`] |
+//! | [`identity`] | who this host is, who is allowed, and the way to them |
+//! | [`dev_ca`] | a site authority for development |
+//! | [`gateway`] | forwards, and sees nothing; the attack drill's tool |
+//! | [`code`] | the stable codes of every refusal |
+//!
+//! Blocking I/O on the caller's thread; the transport is a `TcpStream` or `UnixStream`, connected by the
+//! caller. Every wait has a deadline. System calls besides memory: `recvfrom`, `writev`/`sendto`,
+//! `setsockopt` (timeouts, once), `ioctl(FIONBIO)`, `shutdown`, `getrandom`, `clock_gettime`.
+//!
+//! The example `loopback` moves a toy guest between two threads:
+//! `cargo run --release -p casemate-crypto-migrate --example loopback`.
+#![forbid(unsafe_code)]
+
+pub mod code;
+pub mod destination;
+pub mod dev_ca;
+pub mod gateway;
+pub mod guest;
+pub mod identity;
+pub mod page;
+pub mod precopy;
+pub mod progress;
+pub mod session;
+pub mod source;
+pub mod tls;
+pub mod transcript;
+pub mod wire;
+
+mod channel;
+mod crypto;
+
+pub use channel::ChannelError;
+pub use crypto::CryptoError;

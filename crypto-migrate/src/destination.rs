@@ -1,0 +1,567 @@
+//! The destination's engine: decide, place verified pages, compare, restore, take over.
+//!
+//! Not yet believed: everything, until its seal opens and it is what must come next. No vCPU runs before the
+//! whole transcript has verified and the source has committed. Until then every failure removes every trace
+//! here and tells the source why.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use serde::Serialize;
+
+use crate::channel::{Channel, ChannelError};
+use crate::code::Code;
+use crate::guest::{DestinationGuest, Gpn, GuestError, GuestOffer};
+use crate::identity::PeerIdentity;
+use crate::page::{OpenError, PageOpener};
+use crate::progress::{Phase, Progress, millis};
+use crate::session::{self, Local, OwnerKey, SessionError};
+use crate::source::Deadlines;
+use crate::tls::{self, TlsError, Transport};
+use crate::transcript::{Manifest, PageTable, StreamEnd, TranscriptError};
+use crate::wire::batch::{Entries, PageKind};
+use crate::wire::messages::{
+    Begin, Commit, Message, PathKind, RoundAck, RoundEnd, Running, State, Verified,
+};
+use crate::wire::{FrameKind, MAX_STATE, WireError};
+
+/// What the destination needs besides the guest.
+#[derive(Debug)]
+pub struct DestinationConfig {
+    /// This host and whom it allows.
+    pub local: Local,
+    /// Deadlines.
+    pub deadlines: Deadlines,
+    /// The owner's secret, where there is one.
+    pub owner_key: Option<OwnerKey>,
+    /// Set it to cancel; honoured until the source has committed.
+    pub cancel: Arc<AtomicBool>,
+}
+
+impl DestinationConfig {
+    /// Defaults.
+    pub fn new(local: Local) -> Self {
+        Self {
+            local,
+            deadlines: Deadlines::default(),
+            owner_key: None,
+            cancel: Arc::default(),
+        }
+    }
+}
+
+/// What was received.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct DestinationOutcome {
+    /// The guest's identity, hexadecimal.
+    pub vm_id: String,
+    /// Names of the source's certificate.
+    pub source: Vec<String>,
+    /// Direct or through a gateway.
+    pub path: PathKind,
+    /// Rounds, the last included.
+    pub rounds: u32,
+    /// Pages received, zero pages included.
+    pub pages: u64,
+    /// Zero pages among them.
+    pub zero_pages: u64,
+    /// Bytes of frames in both directions, before TLS.
+    pub wire_bytes: u64,
+    /// Everything.
+    pub total_ms: u64,
+    /// From the end of the last round to the running guest.
+    pub takeover_ms: f64,
+    /// Root of the manifest that both ends hold, hexadecimal.
+    pub manifest_root: String,
+    /// The epoch that this side holds.
+    pub epoch: u64,
+    /// Whether the source was told; if not, it will ask.
+    pub source_informed: bool,
+}
+
+/// A migration that this side refused or lost; nothing is left of it here.
+#[derive(Debug, thiserror::Error)]
+pub enum DestinationError {
+    /// TLS.
+    #[error("accepting the source: {0}")]
+    Connect(#[source] TlsError),
+    /// The agreement.
+    #[error("agreeing with the source: {0}")]
+    Agree(#[source] SessionError),
+    /// The stream, or the source's abort.
+    #[error("in phase {phase}: {error}")]
+    Stream {
+        /// Where.
+        phase: Phase,
+        /// Why.
+        #[source]
+        error: ChannelError,
+    },
+    /// The guest's side of this host.
+    #[error("in phase {phase}, the guest's side of this host: {error}")]
+    Guest {
+        /// Where.
+        phase: Phase,
+        /// Why.
+        #[source]
+        error: GuestError,
+    },
+    /// A page is refused.
+    #[error(transparent)]
+    Page(#[from] OpenError),
+    /// A page outside the offered memory, or twice.
+    #[error(transparent)]
+    Transcript(#[from] TranscriptError),
+    /// The end of a round and its pages differ.
+    #[error("the end of round {round} names {named} pages, {received} were received")]
+    Incomplete {
+        /// The round.
+        round: u32,
+        /// What it named.
+        named: u64,
+        /// What came.
+        received: u64,
+    },
+    /// The end of another round than the current one.
+    #[error("the end of round {got} came in round {current}")]
+    Round {
+        /// What it named.
+        got: u32,
+        /// Where the stream is.
+        current: u32,
+    },
+    /// The state is too large or its pieces do not join.
+    #[error("the machine state exceeds {MAX_STATE} bytes, or its pieces do not join")]
+    State,
+    /// The ends do not hold the same.
+    #[error("the manifest differs from what was received: ours {ours:?}, theirs {theirs:?}")]
+    Manifest {
+        /// What this end holds.
+        ours: Box<Manifest>,
+        /// What the source says.
+        theirs: Box<Manifest>,
+    },
+    /// The commit names another epoch.
+    #[error("the commit names epoch {got}, {due} was due")]
+    Epoch {
+        /// What it names.
+        got: u64,
+        /// What was due.
+        due: u64,
+    },
+    /// The guest could not be run after the commit; the source runs it.
+    #[error("the guest could not be activated: {0}; it stays with the source")]
+    Activate(#[source] GuestError),
+    /// The operator cancelled.
+    #[error("cancelled")]
+    Cancelled,
+}
+
+impl DestinationError {
+    /// The stable code; that of the source where it gave up.
+    pub fn code(&self) -> &str {
+        match self {
+            DestinationError::Connect(error) => error.code().as_str(),
+            DestinationError::Agree(error) => error.code(),
+            DestinationError::Stream { error, .. } => error.code(),
+            DestinationError::Guest { .. } => Code::GuestFailed.as_str(),
+            DestinationError::Page(error) => error.code().as_str(),
+            DestinationError::Transcript(error) => error.code().as_str(),
+            DestinationError::Incomplete { .. } => Code::PageMissing.as_str(),
+            DestinationError::Round { .. } => Code::RoundMismatch.as_str(),
+            DestinationError::State => Code::StateTooLarge.as_str(),
+            DestinationError::Manifest { .. } => Code::ManifestMismatch.as_str(),
+            DestinationError::Epoch { .. } => Code::SessionMismatch.as_str(),
+            DestinationError::Activate(_) => Code::ActivationFailed.as_str(),
+            DestinationError::Cancelled => Code::Cancelled.as_str(),
+        }
+    }
+}
+
+/// Receives one guest over one connection. On any error the guest does not run here and nothing is left.
+pub fn receive<T: Transport>(
+    transport: T,
+    config: &DestinationConfig,
+    guest: &mut dyn DestinationGuest,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<DestinationOutcome, DestinationError> {
+    let started = Instant::now();
+    progress(Progress::new(Phase::Connect, started));
+    let local = &config.local;
+    let tls = tls::accept(
+        transport,
+        &local.identity,
+        &local.anchors,
+        &local.allow,
+        config.deadlines.connect,
+    )
+    .map_err(DestinationError::Connect)?;
+    let cancel = config.cancel.clone();
+    let cancelled = Box::new(move || cancel.load(Ordering::Relaxed));
+    let mut channel = Channel::new(tls, config.deadlines.frame, cancelled);
+    let mut admitted = false;
+    match run(
+        &mut channel,
+        config,
+        guest,
+        progress,
+        started,
+        &mut admitted,
+    ) {
+        Ok(outcome) => {
+            channel.close(config.deadlines.frame.min(CLOSE_TIME));
+            Ok(outcome)
+        }
+        Err(error) => {
+            let error = plain_cause(error);
+            if admitted {
+                guest.abandon(); // before the source is told: it may resume the guest at once
+            }
+            let agreed = !matches!(error, DestinationError::Agree(_));
+            let kind = if agreed {
+                FrameKind::Abort
+            } else {
+                FrameKind::Refuse
+            };
+            channel.abort(kind, error.code(), &error.to_string());
+            Err(error)
+        }
+    }
+}
+
+fn run<T: Transport>(
+    channel: &mut Channel<T>,
+    config: &DestinationConfig,
+    guest: &mut dyn DestinationGuest,
+    progress: &mut dyn FnMut(Progress),
+    started: Instant,
+    admitted: &mut bool,
+) -> Result<DestinationOutcome, DestinationError> {
+    progress(Progress::new(Phase::Agree, started));
+    let deadline = Instant::now() + config.deadlines.agree;
+    let mut admit = |offer: &GuestOffer, peer: &PeerIdentity| {
+        *admitted = true; // even a refusal may have built something
+        guest.admit(offer, peer)
+    };
+    let accepted = session::accept(
+        channel,
+        &config.local,
+        config.owner_key.as_ref(),
+        deadline,
+        &mut admit,
+    )
+    .map_err(DestinationError::Agree)?;
+    let (session, offer) = (accepted.session, accepted.guest);
+    progress(Progress::new(Phase::Begin, started));
+    let deadline = Instant::now() + config.deadlines.agree;
+    let begin: Begin = channel
+        .receive_message("Begin", deadline)
+        .map_err(on(Phase::Begin))?;
+    guest.begin(&begin.start).map_err(at(Phase::Begin))?;
+    let receiver = Receiver {
+        table: PageTable::new(&offer.memory, session.manifest_key)?,
+        opener: PageOpener::new(session.page_key, session.binding),
+        peer: session.peer,
+        path: session.path,
+        offer_hash: session.offer_hash,
+        offer,
+        channel,
+        config,
+        guest,
+        progress,
+        started,
+        round_pages: 0,
+        pages: 0,
+        zero_pages: 0,
+    };
+    receiver.receive()
+}
+
+/// The running stream: phases `Rounds` to `Running`.
+struct Receiver<'a, T> {
+    channel: &'a mut Channel<T>,
+    config: &'a DestinationConfig,
+    guest: &'a mut dyn DestinationGuest,
+    progress: &'a mut dyn FnMut(Progress),
+    started: Instant,
+    peer: PeerIdentity,
+    path: PathKind,
+    offer: GuestOffer,
+    offer_hash: [u8; 32],
+    opener: PageOpener,
+    table: PageTable,
+    round_pages: u64,
+    pages: u64,
+    zero_pages: u64,
+}
+
+impl<T: Transport> Receiver<'_, T> {
+    fn receive(mut self) -> Result<DestinationOutcome, DestinationError> {
+        self.report(Phase::Rounds);
+        self.receive_rounds()?;
+        let last_page = Instant::now();
+        self.report(Phase::Final);
+        let (state, theirs) = self.receive_state()?;
+        self.report(Phase::Manifest);
+        let root = self.verify(&state, theirs)?;
+        self.report(Phase::Commit);
+        let epoch = self.await_commit()?;
+        self.guest
+            .activate(epoch)
+            .map_err(DestinationError::Activate)?;
+        // From here on this side owns the guest, whether or not the source hears of it.
+        let takeover = last_page.elapsed();
+        let told = self.channel.send(&Running { epoch });
+        if let Err(error) = &told {
+            tracing::warn!(%error, epoch, "the guest runs here; the source could not be told and will ask");
+        }
+        self.report(Phase::Running);
+        Ok(DestinationOutcome {
+            vm_id: hex::encode(self.offer.vm_id),
+            source: self.peer.san,
+            path: self.path,
+            rounds: self.opener.round(),
+            pages: self.pages,
+            zero_pages: self.zero_pages,
+            wire_bytes: self.channel.bytes(),
+            total_ms: millis(self.started.elapsed()),
+            takeover_ms: takeover.as_secs_f64() * 1e3,
+            manifest_root: hex::encode(root),
+            epoch,
+            source_informed: told.is_ok(),
+        })
+    }
+
+    /// Phase `Rounds`, up to the end of the last round.
+    fn receive_rounds(&mut self) -> Result<(), DestinationError> {
+        loop {
+            self.check_cancelled()?;
+            let deadline = Instant::now() + self.config.deadlines.frame;
+            let Self {
+                channel,
+                guest,
+                opener,
+                table,
+                round_pages,
+                zero_pages,
+                ..
+            } = self;
+            let end = match channel.receive(deadline).map_err(on(Phase::Rounds))? {
+                (FrameKind::PageBatch, payload) => {
+                    place(payload, *guest, opener, table, round_pages, zero_pages)?;
+                    continue;
+                }
+                (FrameKind::RoundEnd, payload) => {
+                    RoundEnd::decode(payload).map_err(wire(Phase::Rounds))?
+                }
+                (got, _) => return Err(unexpected(Phase::Rounds, got, "PageBatch or RoundEnd")),
+            };
+            self.end_round(end)?;
+            if end.last {
+                return Ok(());
+            }
+        }
+    }
+
+    fn end_round(&mut self, end: RoundEnd) -> Result<(), DestinationError> {
+        let RoundEnd {
+            round,
+            pages: named,
+            next_sequence,
+            last,
+        } = end;
+        let (current, received) = (self.opener.round(), self.round_pages);
+        if round != current {
+            return Err(DestinationError::Round {
+                got: round,
+                current,
+            });
+        }
+        if named != received || next_sequence != self.opener.next_sequence() {
+            return Err(DestinationError::Incomplete {
+                round,
+                named,
+                received,
+            });
+        }
+        self.guest.flush().map_err(at(Phase::Rounds))?;
+        self.pages += received;
+        self.report(if last { Phase::Final } else { Phase::Rounds });
+        self.round_pages = 0;
+        if !last {
+            self.opener.next_round();
+            self.channel
+                .send(&RoundAck {
+                    round,
+                    pages: received,
+                })
+                .map_err(on(Phase::Rounds))?;
+        }
+        Ok(())
+    }
+
+    /// Phase `Final`: the state, then the manifest.
+    fn receive_state(&mut self) -> Result<(Vec<u8>, Manifest), DestinationError> {
+        let mut state: Vec<u8> = Vec::new();
+        let mut total = None;
+        loop {
+            let deadline = Instant::now() + self.config.deadlines.finish;
+            match self.channel.receive(deadline).map_err(on(Phase::Final))? {
+                (FrameKind::State, payload) => {
+                    let piece = State::decode(payload).map_err(wire(Phase::Final))?;
+                    let size = usize::try_from(piece.total).unwrap_or(usize::MAX);
+                    let joins =
+                        usize::try_from(piece.offset) == Ok(state.len()) && !piece.bytes.is_empty();
+                    let fits =
+                        state.len().saturating_add(piece.bytes.len()) <= size && size <= MAX_STATE;
+                    if !joins || !fits || *total.get_or_insert(size) != size {
+                        return Err(DestinationError::State);
+                    }
+                    state.extend_from_slice(&piece.bytes);
+                }
+                (FrameKind::Manifest, payload) => {
+                    let manifest = Manifest::decode(payload).map_err(wire(Phase::Manifest))?;
+                    if state.len() != total.unwrap_or(0) {
+                        return Err(DestinationError::State);
+                    }
+                    return Ok((state, manifest));
+                }
+                (got, _) => return Err(unexpected(Phase::Final, got, "State or Manifest")),
+            }
+        }
+    }
+
+    /// Phase `Manifest`: equality first, then the state is restored, then the source is told.
+    fn verify(&mut self, state: &[u8], theirs: Manifest) -> Result<[u8; 48], DestinationError> {
+        let phase = Phase::Manifest;
+        let end = StreamEnd {
+            seals: self.opener.next_sequence(),
+            rounds: self.opener.round(),
+            epoch: self.offer.epoch,
+        };
+        let ours = self.table.manifest(end, state, self.offer_hash);
+        if ours != theirs {
+            return Err(DestinationError::Manifest {
+                ours: Box::new(ours),
+                theirs: Box::new(theirs),
+            });
+        }
+        self.guest.restore(state).map_err(at(phase))?;
+        self.check_cancelled()?;
+        let root = ours.root().map_err(wire(phase))?;
+        let mut halves = root.as_chunks::<24>().0.iter().copied();
+        let (root_hi, root_lo) = (
+            halves.next().unwrap_or_default(),
+            halves.next().unwrap_or_default(),
+        );
+        self.channel
+            .send(&Verified { root_hi, root_lo })
+            .map_err(on(phase))?;
+        Ok(root)
+    }
+
+    fn await_commit(&mut self) -> Result<u64, DestinationError> {
+        let deadline = Instant::now() + self.config.deadlines.finish;
+        let commit: Commit = self
+            .channel
+            .receive_message("Commit", deadline)
+            .map_err(on(Phase::Commit))?;
+        let due = self.offer.epoch.saturating_add(1);
+        if commit.epoch != due {
+            return Err(DestinationError::Epoch {
+                got: commit.epoch,
+                due,
+            });
+        }
+        self.channel.ignore_cancel();
+        Ok(due)
+    }
+
+    fn check_cancelled(&self) -> Result<(), DestinationError> {
+        if self.config.cancel.load(Ordering::Relaxed) {
+            Err(DestinationError::Cancelled)
+        } else {
+            Ok(())
+        }
+    }
+
+    fn report(&mut self, phase: Phase) {
+        (self.progress)(Progress {
+            round: self.opener.round(),
+            pages: self.round_pages,
+            zero_pages: self.zero_pages,
+            bytes: self.channel.bytes(),
+            ..Progress::new(phase, self.started)
+        });
+    }
+}
+
+const CLOSE_TIME: std::time::Duration = std::time::Duration::from_secs(1);
+
+/// Opens a batch and places its pages; stops at the first that is refused.
+fn place(
+    payload: &mut [u8],
+    guest: &mut dyn DestinationGuest,
+    opener: &mut PageOpener,
+    table: &mut PageTable,
+    round_pages: &mut u64,
+    zero_pages: &mut u64,
+) -> Result<(), DestinationError> {
+    let mut entries = Entries::parse(payload).map_err(OpenError::from)?;
+    while let Some(page) = opener.open_next(&mut entries)? {
+        let header = page.header;
+        table.record(
+            header.page,
+            header.count,
+            header.round,
+            header.kind,
+            &page.tag,
+        )?;
+        for step in 0..u64::from(header.count) {
+            guest
+                .write_page(Gpn(header.page + step), page.content)
+                .map_err(at(Phase::Rounds))?;
+        }
+        *round_pages += u64::from(header.count);
+        if header.kind == PageKind::Zero {
+            *zero_pages += u64::from(header.count);
+        }
+    }
+    Ok(())
+}
+
+fn plain_cause(error: DestinationError) -> DestinationError {
+    match error {
+        DestinationError::Stream {
+            error: ChannelError::Tls(TlsError::Cancelled),
+            ..
+        }
+        | DestinationError::Agree(SessionError::Channel(ChannelError::Tls(TlsError::Cancelled))) => {
+            DestinationError::Cancelled
+        }
+        error => error,
+    }
+}
+
+fn unexpected(phase: Phase, got: FrameKind, wanted: &'static str) -> DestinationError {
+    DestinationError::Stream {
+        phase,
+        error: ChannelError::Unexpected { got, wanted },
+    }
+}
+
+fn at(phase: Phase) -> impl Fn(GuestError) -> DestinationError {
+    move |error| DestinationError::Guest { phase, error }
+}
+
+fn on(phase: Phase) -> impl Fn(ChannelError) -> DestinationError {
+    move |error| DestinationError::Stream { phase, error }
+}
+
+fn wire(phase: Phase) -> impl Fn(WireError) -> DestinationError {
+    move |error| DestinationError::Stream {
+        phase,
+        error: error.into(),
+    }
+}

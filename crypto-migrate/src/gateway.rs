@@ -1,0 +1,216 @@
+//! A gateway: terminates the TLS of both sides with its own certificate and forwards frames.
+//!
+//! It holds no key of the session: it sees frame headers, the clear headers of pages, and ciphertext. The
+//! hook sees every frame before it goes on; the attack drill is written with it. Not believed: either side;
+//! frames are bounded and every wait has a deadline.
+
+use std::time::{Duration, Instant};
+
+use crate::code::Code;
+use crate::session::Local;
+use crate::tls::{self, TlsError, TlsStream, Transport};
+use crate::wire::{Frame, HEADER_SIZE, Header, WireError};
+
+/// Which way a frame travels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// From the source to the destination.
+    ToDestination,
+    /// Back.
+    ToSource,
+}
+
+/// What becomes of a frame.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// These go on in its place (none: it is dropped).
+    Forward(Vec<Frame>),
+    /// Both connections are cut.
+    Cut,
+}
+
+impl From<Frame> for Action {
+    fn from(frame: Frame) -> Self {
+        Action::Forward(vec![frame])
+    }
+}
+
+/// A gateway that failed.
+#[derive(Debug, thiserror::Error)]
+pub enum GatewayError {
+    /// One of the TLS connections.
+    #[error("{0:?}: {1}")]
+    Tls(Direction, #[source] TlsError),
+    /// A frame that cannot be read or written.
+    #[error(transparent)]
+    Wire(#[from] WireError),
+}
+
+impl GatewayError {
+    /// The stable code.
+    pub fn code(&self) -> Code {
+        match self {
+            GatewayError::Tls(_, error) => error.code(),
+            GatewayError::Wire(error) => error.code(),
+        }
+    }
+}
+
+/// What passed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct GatewayReport {
+    /// Frames from the source.
+    pub frames_to_destination: u64,
+    /// Frames from the destination.
+    pub frames_to_source: u64,
+    /// Bytes of frames both ways.
+    pub bytes: u64,
+    /// Whether the hook cut the connections.
+    pub cut: bool,
+}
+
+/// A gateway's identity and whom it forwards for.
+#[derive(Clone, Debug)]
+pub struct Gateway {
+    /// Its own identity and its (direct) peers: both hosts.
+    pub local: Local,
+    /// TLS handshakes, and the longest silence of both sides together.
+    pub timeout: Duration,
+}
+
+impl Gateway {
+    /// Accepts TLS from the source, connects TLS to the destination, and forwards until one side closes.
+    pub fn run<A: Transport, B: Transport>(
+        &self,
+        source: A,
+        destination: B,
+        hook: &mut dyn FnMut(Direction, Frame) -> Action,
+    ) -> Result<GatewayReport, GatewayError> {
+        let Local {
+            identity,
+            anchors,
+            allow,
+        } = &self.local;
+        let mut source = tls::accept(source, identity, anchors, allow, self.timeout)
+            .map_err(|error| GatewayError::Tls(Direction::ToSource, error))?;
+        let mut destination = tls::connect(destination, identity, anchors, allow, self.timeout)
+            .map_err(|error| GatewayError::Tls(Direction::ToDestination, error))?;
+        let result = self.forward(&mut source, &mut destination, hook);
+        let deadline = Instant::now() + CLOSE_TIME;
+        for closed in [source.finish(deadline), destination.finish(deadline)] {
+            if let Err(error) = closed {
+                tracing::trace!(%error, "closing");
+            }
+        }
+        source.close();
+        destination.close();
+        result
+    }
+
+    fn forward<A: Transport, B: Transport>(
+        &self,
+        source: &mut TlsStream<A>,
+        destination: &mut TlsStream<B>,
+        hook: &mut dyn FnMut(Direction, Frame) -> Action,
+    ) -> Result<GatewayReport, GatewayError> {
+        let mut report = GatewayReport::default();
+        let mut quiet_since = Instant::now();
+        loop {
+            let onward = self.pass(
+                Direction::ToDestination,
+                source,
+                destination,
+                hook,
+                &mut report,
+            )?;
+            let back = self.pass(Direction::ToSource, destination, source, hook, &mut report)?;
+            match (onward, back) {
+                (Passed::End, _) | (_, Passed::End) => return Ok(report),
+                (Passed::Nothing, Passed::Nothing) if quiet_since.elapsed() > self.timeout => {
+                    return Err(GatewayError::Tls(
+                        Direction::ToDestination,
+                        TlsError::Timeout,
+                    ));
+                }
+                (Passed::Nothing, Passed::Nothing) => std::thread::sleep(IDLE),
+                _ => quiet_since = Instant::now(),
+            }
+        }
+    }
+
+    /// Passes at most one frame.
+    fn pass<A: Transport, B: Transport>(
+        &self,
+        direction: Direction,
+        from: &mut TlsStream<A>,
+        to: &mut TlsStream<B>,
+        hook: &mut dyn FnMut(Direction, Frame) -> Action,
+        report: &mut GatewayReport,
+    ) -> Result<Passed, GatewayError> {
+        let failed = |error| GatewayError::Tls(direction, error);
+        let deadline = Instant::now() + self.timeout;
+        let frame = match from.readable() {
+            Ok(false) => return Ok(Passed::Nothing),
+            Ok(true) => match read_frame(from, deadline) {
+                Ok(frame) => frame,
+                Err(GatewayError::Tls(_, TlsError::Truncated)) => return Ok(Passed::End),
+                Err(error) => return Err(error),
+            },
+            Err(TlsError::Truncated) => return Ok(Passed::End),
+            Err(error) => return Err(failed(error)),
+        };
+        report.bytes += (HEADER_SIZE + frame.payload.len()) as u64;
+        match direction {
+            Direction::ToDestination => report.frames_to_destination += 1,
+            Direction::ToSource => report.frames_to_source += 1,
+        }
+        match hook(direction, frame) {
+            Action::Forward(frames) => {
+                for frame in frames {
+                    to.write_all(&frame.encode()?, deadline).map_err(failed)?;
+                }
+                Ok(Passed::Frame)
+            }
+            Action::Cut => {
+                report.cut = true;
+                Ok(Passed::End)
+            }
+        }
+    }
+}
+
+/// Reads one frame, bounded by its type's maximum, by the deadline.
+pub fn read_frame<T: Transport>(
+    tls: &mut TlsStream<T>,
+    deadline: Instant,
+) -> Result<Frame, GatewayError> {
+    let failed = |error| GatewayError::Tls(Direction::ToDestination, error);
+    let mut header = [0; HEADER_SIZE];
+    tls.read_exact(&mut header, deadline, &|| false)
+        .map_err(failed)?;
+    let header = Header::parse(&header)?;
+    let mut payload = vec![0; usize::try_from(header.length).unwrap_or(0)];
+    tls.read_exact(&mut payload, deadline, &|| false)
+        .map_err(failed)?;
+    let Header {
+        kind,
+        stream,
+        sequence,
+        ..
+    } = header;
+    Ok(Frame {
+        kind,
+        stream,
+        sequence,
+        payload,
+    })
+}
+
+enum Passed {
+    Frame,
+    Nothing,
+    End,
+}
+
+const IDLE: Duration = Duration::from_micros(200);
+const CLOSE_TIME: Duration = Duration::from_secs(1);

@@ -1,0 +1,507 @@
+//! Page seals: AES-256-GCM per page, bound to exactly one place in exactly one migration.
+//!
+//! The associated data is protocol version, session id, VM id, epoch, the entry's clear header (sequence,
+//! guest page, count, round, session tag, stream, kind) and the length. The nonce is the sequence number and
+//! never travels. Not yet believed: the clear header, until it equals what must come next and the seal opens.
+
+use crate::code::Code;
+use crate::crypto::{AeadKey, CryptoError, TAG_SIZE};
+use crate::guest::{Gpn, PACKET_HEADER_SIZE, PageContent};
+use crate::wire::batch::{BatchBuilder, ENTRY_HEADER_SIZE, Entries, Entry, EntryHeader, PageKind};
+
+/// A page that is refused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PageError {
+    /// The seal does not open.
+    #[error("page {0:#x}: the seal does not open; it was changed on the way")]
+    Authentication(u64),
+    /// A sequence number that was there before.
+    #[error("page {0:#x}: sent again")]
+    Replayed(u64),
+    /// A sequence number is left out.
+    #[error("before page {0:#x}: a page of the stream is missing")]
+    Missing(u64),
+    /// The missing page comes later in the same batch.
+    #[error("page {0:#x}: changed places with another")]
+    Reordered(u64),
+    /// An older round.
+    #[error("page {page:#x}: of round {round}, the stream is in round {current}")]
+    RolledBack {
+        /// The page.
+        page: u64,
+        /// Its round.
+        round: u32,
+        /// The stream's round.
+        current: u32,
+    },
+    /// A round that has not begun.
+    #[error("page {page:#x}: of round {round}, which has not begun")]
+    FutureRound {
+        /// The page.
+        page: u64,
+        /// Its round.
+        round: u32,
+    },
+    /// Another session or stream.
+    #[error("page {0:#x}: of another session or stream")]
+    Session(u64),
+    /// A key reached its limit or a primitive failed.
+    #[error(transparent)]
+    Crypto(#[from] CryptoError),
+    /// The guest handed over a page of the wrong size.
+    #[error("page {0:#x}: the guest handed over a page of the wrong size")]
+    Size(u64),
+}
+
+impl PageError {
+    /// The stable code.
+    pub fn code(&self) -> Code {
+        match self {
+            PageError::Authentication(_) => Code::PageAuthentication,
+            PageError::Replayed(_) => Code::PageReplayed,
+            PageError::Missing(_) => Code::PageMissing,
+            PageError::Reordered(_) => Code::PageReordered,
+            PageError::RolledBack { .. } => Code::PageRolledBack,
+            PageError::FutureRound { .. } => Code::RoundMismatch,
+            PageError::Session(_) => Code::SessionMismatch,
+            PageError::Crypto(error) => (*error).into(),
+            PageError::Size(_) => Code::GuestFailed,
+        }
+    }
+}
+
+/// What every seal of a stream is bound to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Binding {
+    /// The session.
+    pub session_id: [u8; 16],
+    /// The guest.
+    pub vm_id: [u8; 16],
+    /// The epoch that the source holds.
+    pub epoch: u64,
+    /// The stream.
+    pub stream: u16,
+}
+
+impl Binding {
+    fn session_tag(&self) -> [u8; 4] {
+        let [a, b, c, d, ..] = self.session_id;
+        [a, b, c, d]
+    }
+}
+
+/// Seals pages at the source.
+pub struct PageSealer {
+    key: AeadKey,
+    binding: Binding,
+    aad: Aad,
+    next: u64,
+}
+
+impl PageSealer {
+    pub(crate) fn new(key: AeadKey, binding: Binding) -> Self {
+        Self {
+            key,
+            aad: Aad::new(&binding),
+            binding,
+            next: 0,
+        }
+    }
+
+    /// Number of the next seal.
+    pub fn next_sequence(&self) -> u64 {
+        self.next
+    }
+
+    /// Seals one page, or a run of `count` zero pages, into the batch; returns kind and tag.
+    pub fn seal(
+        &mut self,
+        batch: &mut BatchBuilder,
+        round: u32,
+        page: Gpn,
+        count: u32,
+        content: PageContent<'_>,
+    ) -> Result<(PageKind, [u8; TAG_SIZE]), PageError> {
+        let (kind, parts): (_, [&[u8]; 2]) = match content {
+            PageContent::Zero => (PageKind::Zero, [&[], &[]]),
+            PageContent::Data(data) => (PageKind::Data, [data, &[]]),
+            PageContent::Firmware { header, ciphertext } => {
+                (PageKind::Firmware, [header, ciphertext])
+            }
+        };
+        let [first, second] = parts;
+        let firmware_fits = kind != PageKind::Firmware || first.len() == PACKET_HEADER_SIZE;
+        if first.len() + second.len() != kind.body_length() || !firmware_fits {
+            return Err(PageError::Size(page.0));
+        }
+        let (session, stream, sequence) =
+            (self.binding.session_tag(), self.binding.stream, self.next);
+        let header = EntryHeader {
+            sequence,
+            page: page.0,
+            count,
+            round,
+            session,
+            stream,
+            kind,
+        }
+        .encode();
+        let (key, aad) = (&self.key, self.aad.fill(&header, kind));
+        let mut sealed_tag = [0; TAG_SIZE];
+        batch.push(&header, parts, |data| {
+            sealed_tag = key.seal(sequence, aad, data)?;
+            Ok::<_, CryptoError>(sealed_tag)
+        })?;
+        self.next += 1;
+        Ok((kind, sealed_tag))
+    }
+}
+
+/// Opens pages at the destination.
+pub struct PageOpener {
+    key: AeadKey,
+    binding: Binding,
+    aad: Aad,
+    expected: u64,
+    round: u32,
+}
+
+/// A page whose seal has opened.
+pub struct Opened<'a> {
+    /// The authenticated header.
+    pub header: EntryHeader,
+    /// The seal's tag, for the manifest.
+    pub tag: [u8; TAG_SIZE],
+    /// What the page holds.
+    pub content: PageContent<'a>,
+}
+
+impl PageOpener {
+    pub(crate) fn new(key: AeadKey, binding: Binding) -> Self {
+        Self {
+            key,
+            aad: Aad::new(&binding),
+            binding,
+            expected: 0,
+            round: 1,
+        }
+    }
+
+    /// Number of the next seal.
+    pub fn next_sequence(&self) -> u64 {
+        self.expected
+    }
+
+    /// The round whose pages are accepted.
+    pub fn round(&self) -> u32 {
+        self.round
+    }
+
+    /// Begins the next round.
+    pub fn next_round(&mut self) {
+        self.round = self.round.saturating_add(1);
+    }
+
+    /// Opens the next entry of a batch; `None` after the last.
+    pub fn open_next<'a>(
+        &mut self,
+        entries: &mut Entries<'a>,
+    ) -> Result<Option<Opened<'a>>, OpenError> {
+        let Some(entry) = entries.next_entry()? else {
+            return Ok(None);
+        };
+        self.check_claim(&entry.header, entries)?;
+        Ok(Some(self.open(entry)?))
+    }
+
+    /// Compares what the clear header claims with what must come next.
+    fn check_claim(&self, header: &EntryHeader, rest: &Entries<'_>) -> Result<(), PageError> {
+        let page = header.page;
+        if header.stream != self.binding.stream || header.session != self.binding.session_tag() {
+            return Err(PageError::Session(page));
+        }
+        if header.round < self.round {
+            return Err(PageError::RolledBack {
+                page,
+                round: header.round,
+                current: self.round,
+            });
+        }
+        if header.sequence < self.expected {
+            return Err(PageError::Replayed(page));
+        }
+        if header.sequence > self.expected {
+            let later = rest
+                .remaining_headers()
+                .iter()
+                .any(|other| other.sequence == self.expected);
+            return Err(if later {
+                PageError::Reordered(page)
+            } else {
+                PageError::Missing(page)
+            });
+        }
+        if header.round > self.round {
+            return Err(PageError::FutureRound {
+                page,
+                round: header.round,
+            });
+        }
+        Ok(())
+    }
+
+    fn open<'a>(&mut self, entry: Entry<'a>) -> Result<Opened<'a>, PageError> {
+        let header = entry.header;
+        let refused = PageError::Authentication(header.page);
+        let tag = *entry
+            .sealed
+            .last_chunk::<TAG_SIZE>()
+            .ok_or(refused.clone())?;
+        let aad = self.aad.fill(&entry.header_bytes, header.kind);
+        let plain = self
+            .key
+            .open(self.expected, aad, entry.sealed)
+            .map_err(|_| refused.clone())?;
+        let content = match header.kind {
+            PageKind::Zero => PageContent::Zero,
+            PageKind::Data => PageContent::Data(plain),
+            PageKind::Firmware => {
+                let (header, ciphertext) =
+                    plain.split_at_checked(PACKET_HEADER_SIZE).ok_or(refused)?;
+                PageContent::Firmware { header, ciphertext }
+            }
+        };
+        self.expected += 1;
+        Ok(Opened {
+            header,
+            tag,
+            content,
+        })
+    }
+}
+
+/// Why an entry is refused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum OpenError {
+    /// The batch does not parse.
+    #[error(transparent)]
+    Wire(#[from] crate::wire::WireError),
+    /// The page is refused.
+    #[error(transparent)]
+    Page(#[from] PageError),
+}
+
+impl OpenError {
+    /// The stable code.
+    pub fn code(&self) -> Code {
+        match self {
+            OpenError::Wire(error) => error.code(),
+            OpenError::Page(error) => error.code(),
+        }
+    }
+}
+
+/// The associated data: a constant prefix, then the entry's header and the length. Built in place.
+struct Aad([u8; AAD_SIZE]);
+
+impl Aad {
+    fn new(binding: &Binding) -> Self {
+        let mut out = [0; AAD_SIZE];
+        let prefix = PAGE_SEAL_VERSION
+            .to_le_bytes()
+            .into_iter()
+            .chain(binding.session_id)
+            .chain(binding.vm_id)
+            .chain(binding.epoch.to_le_bytes())
+            .chain(binding.stream.to_le_bytes());
+        out.iter_mut().zip(prefix).for_each(|(o, p)| *o = p);
+        Self(out)
+    }
+
+    fn fill(&mut self, header: &[u8; ENTRY_HEADER_SIZE], kind: PageKind) -> &[u8] {
+        if let Some((_, tail)) = self.0.split_at_mut_checked(PREFIX_SIZE)
+            && let Some((place, length)) = tail.split_first_chunk_mut::<ENTRY_HEADER_SIZE>()
+        {
+            *place = *header;
+            let bytes = u32::try_from(kind.body_length())
+                .unwrap_or(u32::MAX)
+                .to_le_bytes();
+            length.iter_mut().zip(bytes).for_each(|(l, b)| *l = b);
+        }
+        &self.0
+    }
+}
+
+const PAGE_SEAL_VERSION: u16 = 1;
+const PREFIX_SIZE: usize = 2 + 16 + 16 + 8 + 2;
+const AAD_SIZE: usize = PREFIX_SIZE + ENTRY_HEADER_SIZE + 4;
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::crypto::KeySchedule;
+    use crate::guest::PAGE_SIZE;
+    use crate::wire::batch::{join, split};
+
+    fn binding() -> Binding {
+        Binding {
+            session_id: [1; 16],
+            vm_id: [2; 16],
+            epoch: 3,
+            stream: 0,
+        }
+    }
+
+    fn key() -> AeadKey {
+        KeySchedule::extract(b"salt", b"secret")
+            .aead(b"page")
+            .unwrap()
+    }
+
+    /// Four pages in round 1: data, zero run, firmware, data.
+    fn batch(binding: Binding) -> Vec<u8> {
+        let mut sealer = PageSealer::new(key(), binding);
+        let mut batch = BatchBuilder::new();
+        let page = [0x5a; PAGE_SIZE];
+        let packet = PageContent::Firmware {
+            header: &[7; PACKET_HEADER_SIZE],
+            ciphertext: &page,
+        };
+        sealer
+            .seal(&mut batch, 1, Gpn(10), 1, PageContent::Data(&page))
+            .unwrap();
+        sealer
+            .seal(&mut batch, 1, Gpn(11), 9, PageContent::Zero)
+            .unwrap();
+        sealer.seal(&mut batch, 1, Gpn(20), 1, packet).unwrap();
+        sealer
+            .seal(&mut batch, 1, Gpn(21), 1, PageContent::Data(&page))
+            .unwrap();
+        batch.finish(&[0; 16])[16..].to_vec()
+    }
+
+    fn open_all(opener: &mut PageOpener, payload: &[u8]) -> Result<usize, Code> {
+        let mut payload = payload.to_vec();
+        let mut entries = Entries::parse(&mut payload).map_err(|e| e.code())?;
+        let mut opened = 0;
+        while opener
+            .open_next(&mut entries)
+            .map_err(|e| e.code())?
+            .is_some()
+        {
+            opened += 1;
+        }
+        Ok(opened)
+    }
+
+    fn opener() -> PageOpener {
+        PageOpener::new(key(), binding())
+    }
+
+    #[test]
+    fn untouched_batch_opens_and_content_survives() {
+        let mut payload = batch(binding());
+        assert!(!payload.windows(16).any(|w| w == [0x5a; 16]), "ciphertext");
+        let mut entries = Entries::parse(&mut payload).unwrap();
+        let mut opener = opener();
+        let first = opener.open_next(&mut entries).unwrap().unwrap();
+        assert_eq!(first.content, PageContent::Data(&[0x5a; PAGE_SIZE]));
+        let run = opener.open_next(&mut entries).unwrap().unwrap();
+        assert_eq!((run.content, run.header.count), (PageContent::Zero, 9));
+        let packet = opener.open_next(&mut entries).unwrap().unwrap();
+        let expected = PageContent::Firmware {
+            header: &[7; PACKET_HEADER_SIZE],
+            ciphertext: &[0x5a; PAGE_SIZE],
+        };
+        assert_eq!(packet.content, expected);
+    }
+
+    #[test]
+    fn replay_drop_swap_duplicate_each_have_their_code() {
+        let entries = split(&batch(binding())).unwrap();
+        let take = |order: &[usize]| {
+            join(
+                &order
+                    .iter()
+                    .map(|i| entries[*i].clone())
+                    .collect::<Vec<_>>(),
+            )
+        };
+        assert_eq!(open_all(&mut opener(), &take(&[0, 1, 2, 3])), Ok(4));
+        assert_eq!(
+            open_all(&mut opener(), &take(&[0, 0, 1, 2, 3])),
+            Err(Code::PageReplayed)
+        );
+        assert_eq!(
+            open_all(&mut opener(), &take(&[0, 2, 3])),
+            Err(Code::PageMissing)
+        );
+        assert_eq!(
+            open_all(&mut opener(), &take(&[0, 2, 1, 3])),
+            Err(Code::PageReordered)
+        );
+        let mut again = opener();
+        assert_eq!(open_all(&mut again, &take(&[0, 1, 2, 3])), Ok(4));
+        assert_eq!(
+            open_all(&mut again, &take(&[0, 1, 2, 3])),
+            Err(Code::PageReplayed)
+        );
+    }
+
+    #[test]
+    fn older_round_is_rolled_back() {
+        let mut opener = opener();
+        opener.next_round();
+        assert_eq!(
+            open_all(&mut opener, &batch(binding())),
+            Err(Code::PageRolledBack)
+        );
+    }
+
+    #[test]
+    fn splices_are_refused() {
+        let other_stream = Binding {
+            stream: 1,
+            ..binding()
+        };
+        assert_eq!(
+            open_all(&mut opener(), &batch(other_stream)),
+            Err(Code::SessionMismatch)
+        );
+        let other_session = Binding {
+            session_id: [9; 16],
+            ..binding()
+        };
+        assert_eq!(
+            open_all(&mut opener(), &batch(other_session)),
+            Err(Code::SessionMismatch)
+        );
+        for hidden in [
+            Binding {
+                vm_id: [9; 16],
+                ..binding()
+            },
+            Binding {
+                epoch: 4,
+                ..binding()
+            },
+        ] {
+            assert_eq!(
+                open_all(&mut opener(), &batch(hidden)),
+                Err(Code::PageAuthentication)
+            );
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_flipped_bit_is_refused(position: prop::sample::Index, bit in 0u8..8) {
+            let mut payload = batch(binding());
+            let position = position.index(payload.len());
+            payload[position] ^= 1 << bit;
+            prop_assert!(open_all(&mut opener(), &payload).is_err());
+        }
+    }
+}

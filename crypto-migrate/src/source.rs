@@ -1,0 +1,755 @@
+//! The source's engine: offer, copy in rounds, pause, prove, give up, destroy.
+//!
+//! Phases are those of [`Phase`]. Until the commit is sent, every failure ends with the guest running here
+//! as if nothing had been tried. From the first byte of the commit on, only the destination's word counts:
+//! `Running` (destroy here), an authenticated abort (the destination holds nothing: resume here), or silence:
+//! [`SourceError::InDoubt`], and the host must ask the destination who owns the guest.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use crate::channel::{Channel, ChannelError};
+use crate::code::Code;
+use crate::guest::{Gpn, GuestError, GuestOffer, PageContent, SourceGuest};
+use crate::page::{PageError, PageSealer};
+use crate::precopy::{Convergence, Estimator, Limits, Next, Round};
+use crate::progress::{Phase, Progress, millis};
+use crate::session::{self, Local, OwnerKey, SessionError};
+use crate::tls::{self, TlsError, Transport};
+use crate::transcript::{Manifest, PageTable, StreamEnd, TranscriptError};
+use crate::wire::batch::{BatchBuilder, MAX_ENTRIES, MAX_RUN};
+use crate::wire::messages::{
+    Begin, Commit, PathKind, RoundAck, RoundEnd, Running, State, Verified,
+};
+use crate::wire::{FrameKind, MAX_STATE, STATE_CHUNK, WireError};
+
+/// How long each wait may last, at either end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Deadlines {
+    /// TLS handshake.
+    pub connect: Duration,
+    /// Each answer of the agreement; the destination builds the machine meanwhile.
+    pub agree: Duration,
+    /// Sending one frame, or waiting for the next one of a running stream.
+    pub frame: Duration,
+    /// Each answer after the last page: verification, restore, activation.
+    pub finish: Duration,
+}
+
+impl Default for Deadlines {
+    fn default() -> Self {
+        let seconds = Duration::from_secs;
+        Self {
+            connect: seconds(10),
+            agree: seconds(30),
+            frame: seconds(20),
+            finish: seconds(30),
+        }
+    }
+}
+
+/// What the source needs besides the guest.
+#[derive(Debug)]
+pub struct SourceConfig {
+    /// This host and whom it allows.
+    pub local: Local,
+    /// The destination's name in the allow-list.
+    pub peer: String,
+    /// Convergence.
+    pub limits: Limits,
+    /// Deadlines.
+    pub deadlines: Deadlines,
+    /// The owner's secret, where there is one.
+    pub owner_key: Option<OwnerKey>,
+    /// Set it to cancel; honoured between batches and while waiting, until the commit.
+    pub cancel: Arc<AtomicBool>,
+}
+
+impl SourceConfig {
+    /// Defaults for a migration to `peer`.
+    pub fn new(local: Local, peer: &str) -> Self {
+        Self {
+            local,
+            peer: peer.to_owned(),
+            limits: Limits::default(),
+            deadlines: Deadlines::default(),
+            owner_key: None,
+            cancel: Arc::default(),
+        }
+    }
+}
+
+/// What was measured.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct SourceOutcome {
+    /// Rounds, the last included.
+    pub rounds: u32,
+    /// Pages sent, zero pages included.
+    pub pages: u64,
+    /// Zero pages among them.
+    pub zero_pages: u64,
+    /// Firmware packets among them.
+    pub firmware_pages: u64,
+    /// Bytes of frames in both directions, before TLS.
+    pub wire_bytes: u64,
+    /// From the pause to the destination's `Running`.
+    pub downtime_ms: f64,
+    /// The forecast when the guest was paused.
+    pub estimated_downtime_ms: f64,
+    /// Everything.
+    pub total_ms: u64,
+    /// Bytes per second over all rounds.
+    pub throughput: f64,
+    /// Why the guest was paused when it was.
+    pub convergence: Convergence,
+    /// TLS cipher suite.
+    pub tls_suite: String,
+    /// Direct or through a gateway.
+    pub path: PathKind,
+    /// Root of the manifest that both ends hold, hexadecimal.
+    pub manifest_root: String,
+    /// The epoch that the destination holds.
+    pub epoch: u64,
+}
+
+/// A migration that did not happen, or of which the end is not known.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    /// TLS.
+    #[error("connecting to the destination: {0}")]
+    Connect(#[source] TlsError),
+    /// The agreement.
+    #[error("agreeing with the destination: {0}")]
+    Agree(#[source] SessionError),
+    /// The stream, or the destination's abort.
+    #[error("in phase {phase}: {error}")]
+    Stream {
+        /// Where.
+        phase: Phase,
+        /// Why.
+        #[source]
+        error: ChannelError,
+    },
+    /// The guest's side of this host.
+    #[error("in phase {phase}, the guest's side of this host: {error}")]
+    Guest {
+        /// Where.
+        phase: Phase,
+        /// Why.
+        #[source]
+        error: GuestError,
+    },
+    /// A page could not be sealed.
+    #[error(transparent)]
+    Page(#[from] PageError),
+    /// A page outside the offered memory, or twice.
+    #[error(transparent)]
+    Transcript(#[from] TranscriptError),
+    /// The destination answered something else than it must.
+    #[error("the destination {0}")]
+    Peer(&'static str),
+    /// The operator cancelled.
+    #[error("cancelled; the guest runs on")]
+    Cancelled,
+    /// The guest could not be resumed after a failure.
+    #[error("the migration failed ({cause}) and the guest could not be resumed: {error}")]
+    Resume {
+        /// Why the migration failed.
+        cause: Box<SourceError>,
+        /// Why the guest does not run.
+        #[source]
+        error: GuestError,
+    },
+    /// The destination runs the guest, but the copy here could not be destroyed.
+    #[error(
+        "the destination runs the guest; its copy here could not be destroyed: {0}; remove it, never resume it"
+    )]
+    Destroy(#[source] GuestError),
+    /// The commit was sent and not answered.
+    #[error(
+        "the commit of epoch {epoch} was sent and not answered ({error}); the guest stays paused: ask the destination who owns it"
+    )]
+    InDoubt {
+        /// The epoch that the destination holds if it received the commit.
+        epoch: u64,
+        /// What ended the connection.
+        #[source]
+        error: ChannelError,
+    },
+}
+
+impl SourceError {
+    /// The stable code; that of the destination where it refused.
+    pub fn code(&self) -> &str {
+        match self {
+            SourceError::Connect(error) => error.code().as_str(),
+            SourceError::Agree(error) => error.code(),
+            SourceError::Stream { error, .. } => error.code(),
+            SourceError::Guest { .. } | SourceError::Destroy(_) => Code::GuestFailed.as_str(),
+            SourceError::Page(error) => error.code().as_str(),
+            SourceError::Transcript(error) => error.code().as_str(),
+            SourceError::Peer(_) => Code::ManifestMismatch.as_str(),
+            SourceError::Cancelled => Code::Cancelled.as_str(),
+            SourceError::Resume { cause, .. } => cause.code(),
+            SourceError::InDoubt { .. } => Code::InDoubt.as_str(),
+        }
+    }
+
+    /// Whether the guest runs at the source, as before.
+    pub fn guest_runs_here(&self) -> bool {
+        !matches!(
+            self,
+            SourceError::Resume { .. } | SourceError::Destroy(_) | SourceError::InDoubt { .. }
+        )
+    }
+}
+
+/// Moves the guest over one connection. On any error for which [`SourceError::guest_runs_here`] holds, the
+/// guest runs on here.
+pub fn migrate<T: Transport>(
+    transport: T,
+    config: &SourceConfig,
+    offer: &GuestOffer,
+    guest: &mut dyn SourceGuest,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<SourceOutcome, SourceError> {
+    let started = Instant::now();
+    progress(Progress::new(Phase::Connect, started));
+    let local = &config.local;
+    let tls = tls::connect(
+        transport,
+        &local.identity,
+        &local.anchors,
+        &local.allow,
+        config.deadlines.connect,
+    );
+    let tls = match tls {
+        Ok(tls) => tls,
+        Err(error) => return Err(resume(guest, SourceError::Connect(error))),
+    };
+    let cancel = config.cancel.clone();
+    let cancelled = Box::new(move || cancel.load(Ordering::Relaxed));
+    let mut channel = Channel::new(tls, config.deadlines.frame, cancelled);
+    match run(&mut channel, config, offer, guest, progress, started) {
+        Ok(outcome) => {
+            channel.close(CLOSE_TIME);
+            Ok(outcome)
+        }
+        Err(error @ (SourceError::InDoubt { .. } | SourceError::Destroy(_))) => Err(error),
+        Err(error) => {
+            let error = better_cause(&mut channel, error);
+            let error = resume(guest, error);
+            channel.abort(FrameKind::Abort, error.code(), &error.to_string());
+            Err(error)
+        }
+    }
+}
+
+fn run<T: Transport>(
+    channel: &mut Channel<T>,
+    config: &SourceConfig,
+    offer: &GuestOffer,
+    guest: &mut dyn SourceGuest,
+    progress: &mut dyn FnMut(Progress),
+    started: Instant,
+) -> Result<SourceOutcome, SourceError> {
+    progress(Progress::new(Phase::Agree, started));
+    let deadline = Instant::now() + config.deadlines.agree;
+    let owner_key = config.owner_key.as_ref();
+    let session = session::offer(
+        channel,
+        &config.local,
+        &config.peer,
+        owner_key,
+        offer,
+        deadline,
+    )
+    .map_err(SourceError::Agree)?;
+    progress(Progress::new(Phase::Begin, started));
+    let start = guest.begin(&session.evidence).map_err(at(Phase::Begin))?;
+    channel.send(&Begin { start }).map_err(on(Phase::Begin))?;
+    let table = PageTable::new(&offer.memory, session.manifest_key)?;
+    let sealer = PageSealer::new(session.page_key, session.binding);
+    let mut stream = Stream {
+        channel,
+        config,
+        guest,
+        progress,
+        started,
+        sealer,
+        table,
+        batch: BatchBuilder::new(),
+        round: 0,
+        totals: Totals::default(),
+        polled: started,
+    };
+    let copied = stream.copy_rounds()?;
+    let end = EndOfStream {
+        epoch: offer.epoch,
+        offer_hash: session.offer_hash,
+    };
+    stream.finish(copied, end, session.path)
+}
+
+/// The running stream: phases `Rounds` to `Done`.
+struct Stream<'a, T> {
+    channel: &'a mut Channel<T>,
+    config: &'a SourceConfig,
+    guest: &'a mut dyn SourceGuest,
+    progress: &'a mut dyn FnMut(Progress),
+    started: Instant,
+    sealer: PageSealer,
+    table: PageTable,
+    batch: BatchBuilder,
+    round: u32,
+    totals: Totals,
+    polled: Instant,
+}
+
+#[derive(Default)]
+struct Totals {
+    pages: u64,
+    zero_pages: u64,
+    firmware_pages: u64,
+    stream_time: Duration,
+}
+
+/// What is left when the guest is about to be paused.
+struct Copied {
+    left: Vec<Gpn>,
+    convergence: Convergence,
+    estimator: Estimator,
+}
+
+struct EndOfStream {
+    epoch: u64,
+    offer_hash: [u8; 32],
+}
+
+impl<T: Transport> Stream<'_, T> {
+    /// Phase `Rounds`: the guest runs.
+    fn copy_rounds(&mut self) -> Result<Copied, SourceError> {
+        let mut pages = self.guest.start_tracking().map_err(at(Phase::Rounds))?;
+        let mut estimator = Estimator::new(self.config.limits);
+        loop {
+            self.round += 1;
+            let (begun, bytes) = (Instant::now(), self.channel.bytes());
+            let sent = self.send_pages(Phase::Rounds, &pages, &estimator)?;
+            let ended = Instant::now();
+            self.end_round(sent, Phase::Rounds)?;
+            self.await_ack(sent)?;
+            let acknowledged_after = ended.elapsed();
+            let dirty = self.guest.take_dirty().map_err(at(Phase::Rounds))?;
+            let duration = begun.elapsed();
+            self.totals.stream_time += duration;
+            let bytes = self.channel.bytes().saturating_sub(bytes);
+            let dirty_pages = dirty.len() as u64;
+            let next = estimator.finish(Round {
+                bytes,
+                duration,
+                acknowledged_after,
+                dirty_pages,
+            });
+            let mut event = self.event(Phase::Rounds, &estimator);
+            event.pages = sent;
+            event.pages_total = sent;
+            event.dirty_pages = dirty_pages;
+            (self.progress)(event);
+            match next {
+                Next::Round => pages = dirty,
+                Next::Pause(convergence) => {
+                    return Ok(Copied {
+                        left: dirty,
+                        convergence,
+                        estimator,
+                    });
+                }
+            }
+        }
+    }
+
+    /// Phases `Final` to `Done`.
+    fn finish(
+        &mut self,
+        copied: Copied,
+        end: EndOfStream,
+        path: PathKind,
+    ) -> Result<SourceOutcome, SourceError> {
+        let Copied {
+            left,
+            convergence,
+            estimator,
+        } = copied;
+        self.check_cancelled()?;
+        let paused = Instant::now();
+        self.report(Phase::Final, &estimator);
+        self.guest.pause().map_err(at(Phase::Final))?;
+        let state = self.send_last(left, &estimator)?;
+        self.totals.stream_time += paused.elapsed();
+
+        self.report(Phase::Manifest, &estimator);
+        let stream_end = StreamEnd {
+            seals: self.sealer.next_sequence(),
+            rounds: self.round,
+            epoch: end.epoch,
+        };
+        let manifest = self.table.manifest(stream_end, &state, end.offer_hash);
+        let root = self.agree_on(&manifest)?;
+        self.check_cancelled()?;
+
+        self.report(Phase::Commit, &estimator);
+        self.guest.release().map_err(at(Phase::Commit))?;
+        let epoch = self.commit(end.epoch.saturating_add(1))?;
+        let downtime = paused.elapsed();
+        self.report(Phase::Running, &estimator);
+        self.guest.destroy().map_err(SourceError::Destroy)?;
+        self.report(Phase::Done, &estimator);
+        let stream_seconds = self.totals.stream_time.as_secs_f64().max(1e-6);
+        Ok(SourceOutcome {
+            rounds: self.round,
+            pages: self.totals.pages,
+            zero_pages: self.totals.zero_pages,
+            firmware_pages: self.totals.firmware_pages,
+            wire_bytes: self.channel.bytes(),
+            downtime_ms: downtime.as_secs_f64() * 1e3,
+            estimated_downtime_ms: estimator
+                .estimated_downtime()
+                .map_or(0.0, |d| d.as_secs_f64() * 1e3),
+            total_ms: millis(self.started.elapsed()),
+            throughput: self.channel.bytes() as f64 / stream_seconds,
+            convergence,
+            tls_suite: self.channel.tls().suite(),
+            path,
+            manifest_root: hex::encode(root),
+            epoch,
+        })
+    }
+
+    /// The last round and the state; nothing is waited for in between.
+    fn send_last(
+        &mut self,
+        mut left: Vec<Gpn>,
+        estimator: &Estimator,
+    ) -> Result<Vec<u8>, SourceError> {
+        left.extend(self.guest.take_dirty().map_err(at(Phase::Final))?);
+        left.sort_unstable();
+        left.dedup();
+        self.round += 1;
+        let sent = self.send_pages(Phase::Final, &left, estimator)?;
+        self.end_round(sent, Phase::Final)?;
+        let state = self.guest.state().map_err(at(Phase::Final))?;
+        let total = match u32::try_from(state.len()) {
+            Ok(total) if state.len() <= MAX_STATE => total,
+            _ => {
+                return Err(at(Phase::Final)(GuestError(format!(
+                    "machine state exceeds {MAX_STATE} bytes"
+                ))));
+            }
+        };
+        let mut offset = 0;
+        for chunk in state.chunks(STATE_CHUNK) {
+            let piece = State {
+                total,
+                offset,
+                bytes: chunk.to_vec(),
+            };
+            self.channel.send(&piece).map_err(on(Phase::Final))?;
+            offset = offset.saturating_add(u32::try_from(chunk.len()).unwrap_or(u32::MAX));
+        }
+        Ok(state)
+    }
+
+    fn agree_on(&mut self, manifest: &Manifest) -> Result<[u8; 48], SourceError> {
+        let phase = Phase::Manifest;
+        let root = manifest.root().map_err(wire(phase))?;
+        self.channel.send(manifest).map_err(on(phase))?;
+        let deadline = Instant::now() + self.config.deadlines.finish;
+        let verified: Verified = self
+            .channel
+            .receive_message("Verified", deadline)
+            .map_err(on(phase))?;
+        if [verified.root_hi, verified.root_lo].as_flattened() != root {
+            return Err(SourceError::Peer("holds another manifest"));
+        }
+        Ok(root)
+    }
+
+    /// From the first byte of the commit on, this side no longer decides.
+    fn commit(&mut self, epoch: u64) -> Result<u64, SourceError> {
+        self.channel.ignore_cancel();
+        let sent = self.channel.send(&Commit { epoch });
+        let deadline = Instant::now() + self.config.deadlines.finish;
+        let answer =
+            sent.and_then(|()| self.channel.receive_message::<Running>("Running", deadline));
+        match answer {
+            Ok(running) if running.epoch == epoch => Ok(epoch),
+            Ok(_) => Err(SourceError::InDoubt {
+                epoch,
+                error: WireError::Malformed("Running of another epoch").into(),
+            }),
+            // Sealed by the destination, after it has abandoned: it holds nothing and never will.
+            Err(error @ ChannelError::Aborted(_)) => Err(SourceError::Stream {
+                phase: Phase::Commit,
+                error,
+            }),
+            Err(error) => Err(SourceError::InDoubt { epoch, error }),
+        }
+    }
+
+    fn send_pages(
+        &mut self,
+        phase: Phase,
+        pages: &[Gpn],
+        estimator: &Estimator,
+    ) -> Result<u64, SourceError> {
+        let step = self.guest.batch_pages().clamp(1, MAX_ENTRIES / 2);
+        let mut sent = 0u64;
+        let mut zero = ZeroRun::default();
+        let mut reported = Instant::now();
+        for chunk in pages.chunks(step) {
+            self.check_cancelled()?;
+            self.poll_abort(phase)?;
+            self.seal_chunk(phase, chunk, &mut zero)?;
+            sent += chunk.len() as u64;
+            // Room for another chunk and the pending run must remain.
+            if self.batch.payload_length() >= BATCH_TARGET
+                || self.batch.entries() + step + 1 > MAX_ENTRIES
+            {
+                self.channel
+                    .send_batch(&mut self.batch)
+                    .map_err(on(phase))?;
+            }
+            if reported.elapsed() >= REPORT_EVERY {
+                reported = Instant::now();
+                let mut event = self.event(phase, estimator);
+                event.pages = sent;
+                event.pages_total = pages.len() as u64;
+                (self.progress)(event);
+            }
+        }
+        self.seal_run(&mut zero)?;
+        self.channel
+            .send_batch(&mut self.batch)
+            .map_err(on(phase))?;
+        self.totals.pages += sent;
+        Ok(sent)
+    }
+
+    /// Reads a chunk and seals each page as it passes, straight into the batch.
+    fn seal_chunk(
+        &mut self,
+        phase: Phase,
+        chunk: &[Gpn],
+        zero: &mut ZeroRun,
+    ) -> Result<(), SourceError> {
+        let Self {
+            guest,
+            sealer,
+            table,
+            batch,
+            totals,
+            round,
+            ..
+        } = self;
+        let mut failed = None;
+        let mut emitted = 0;
+        let mut emit = |page: Gpn, content: PageContent<'_>| {
+            emitted += 1;
+            if failed.is_some() {
+                return;
+            }
+            let sealed = match content {
+                PageContent::Zero => {
+                    totals.zero_pages += 1;
+                    zero.extend(page).map_or(Ok(()), |run| {
+                        seal(sealer, table, batch, *round, run, PageContent::Zero)
+                    })
+                }
+                content => {
+                    totals.firmware_pages +=
+                        u64::from(matches!(content, PageContent::Firmware { .. }));
+                    seal(sealer, table, batch, *round, (page, 1), content)
+                }
+            };
+            failed = sealed.err();
+        };
+        guest.read_pages(chunk, &mut emit).map_err(at(phase))?;
+        if let Some(error) = failed {
+            return Err(error);
+        }
+        if emitted != chunk.len() {
+            let text = format!("{} pages were asked for, {emitted} were read", chunk.len());
+            return Err(at(phase)(GuestError(text)));
+        }
+        Ok(())
+    }
+
+    fn seal_run(&mut self, zero: &mut ZeroRun) -> Result<(), SourceError> {
+        let Some(run) = zero.take() else {
+            return Ok(());
+        };
+        seal(
+            &mut self.sealer,
+            &mut self.table,
+            &mut self.batch,
+            self.round,
+            run,
+            PageContent::Zero,
+        )
+    }
+
+    fn end_round(&mut self, pages: u64, phase: Phase) -> Result<(), SourceError> {
+        let last = phase == Phase::Final;
+        let end = RoundEnd {
+            round: self.round,
+            pages,
+            next_sequence: self.sealer.next_sequence(),
+            last,
+        };
+        self.channel.send(&end).map_err(on(phase))
+    }
+
+    fn await_ack(&mut self, pages: u64) -> Result<(), SourceError> {
+        let deadline = Instant::now() + self.config.deadlines.frame;
+        let ack: RoundAck = self
+            .channel
+            .receive_message("RoundAck", deadline)
+            .map_err(on(Phase::Rounds))?;
+        if ack
+            != (RoundAck {
+                round: self.round,
+                pages,
+            })
+        {
+            return Err(SourceError::Peer("acknowledged another round"));
+        }
+        Ok(())
+    }
+
+    fn poll_abort(&mut self, phase: Phase) -> Result<(), SourceError> {
+        if self.polled.elapsed() >= POLL_EVERY {
+            self.polled = Instant::now();
+            self.channel.check_abort().map_err(on(phase))?;
+        }
+        Ok(())
+    }
+
+    fn check_cancelled(&self) -> Result<(), SourceError> {
+        if self.config.cancel.load(Ordering::Relaxed) {
+            Err(SourceError::Cancelled)
+        } else {
+            Ok(())
+        }
+    }
+
+    fn report(&mut self, phase: Phase, estimator: &Estimator) {
+        let event = self.event(phase, estimator);
+        (self.progress)(event);
+    }
+
+    fn event(&self, phase: Phase, estimator: &Estimator) -> Progress {
+        Progress {
+            round: self.round,
+            zero_pages: self.totals.zero_pages,
+            bytes: self.channel.bytes(),
+            dirty_rate: estimator.dirty_rate(),
+            throughput: estimator.throughput(),
+            estimated_downtime_ms: estimator
+                .estimated_downtime()
+                .map(|d| d.as_secs_f64() * 1e3),
+            ..Progress::new(phase, self.started)
+        }
+    }
+}
+
+/// Zero pages that follow one another become one entry.
+#[derive(Default)]
+struct ZeroRun(Option<(Gpn, u32)>);
+
+impl ZeroRun {
+    /// Adds a page; returns the run that it does not continue.
+    fn extend(&mut self, page: Gpn) -> Option<(Gpn, u32)> {
+        match &mut self.0 {
+            Some((start, count))
+                if start.0.checked_add(u64::from(*count)) == Some(page.0) && *count < MAX_RUN =>
+            {
+                *count += 1;
+                None
+            }
+            other => other.replace((page, 1)),
+        }
+    }
+
+    fn take(&mut self) -> Option<(Gpn, u32)> {
+        self.0.take()
+    }
+}
+
+const BATCH_TARGET: usize = 256 * 1024;
+const REPORT_EVERY: Duration = Duration::from_millis(500);
+const POLL_EVERY: Duration = Duration::from_millis(20);
+const CLOSE_TIME: Duration = Duration::from_secs(1);
+
+fn seal(
+    sealer: &mut PageSealer,
+    table: &mut PageTable,
+    batch: &mut BatchBuilder,
+    round: u32,
+    (page, count): (Gpn, u32),
+    content: PageContent<'_>,
+) -> Result<(), SourceError> {
+    let (kind, tag) = sealer.seal(batch, round, page, count, content)?;
+    Ok(table.record(page.0, count, round, kind, &tag)?)
+}
+
+/// A write that failed because the peer has closed: what it said before that is the better cause.
+fn better_cause<T: Transport>(channel: &mut Channel<T>, error: SourceError) -> SourceError {
+    match error {
+        SourceError::Stream {
+            phase,
+            error: ChannelError::Tls(TlsError::Truncated | TlsError::Io(_)),
+        } => match channel.last_words() {
+            Some(error) => SourceError::Stream { phase, error },
+            None => SourceError::Stream {
+                phase,
+                error: TlsError::Truncated.into(),
+            },
+        },
+        SourceError::Stream {
+            error: ChannelError::Tls(TlsError::Cancelled),
+            ..
+        } => SourceError::Cancelled,
+        SourceError::Agree(SessionError::Channel(ChannelError::Tls(TlsError::Cancelled))) => {
+            SourceError::Cancelled
+        }
+        error => error,
+    }
+}
+
+fn resume(guest: &mut dyn SourceGuest, cause: SourceError) -> SourceError {
+    match guest.resume() {
+        Ok(()) => cause,
+        Err(error) => SourceError::Resume {
+            cause: Box::new(cause),
+            error,
+        },
+    }
+}
+
+fn at(phase: Phase) -> impl Fn(GuestError) -> SourceError {
+    move |error| SourceError::Guest { phase, error }
+}
+
+fn on(phase: Phase) -> impl Fn(ChannelError) -> SourceError {
+    move |error| SourceError::Stream { phase, error }
+}
+
+fn wire(phase: Phase) -> impl Fn(WireError) -> SourceError {
+    move |error| SourceError::Stream {
+        phase,
+        error: error.into(),
+    }
+}
