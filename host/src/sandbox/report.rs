@@ -27,6 +27,8 @@ pub struct SandboxReport {
     pub descriptors: u32,
     /// Threads and their filters.
     pub threads: Vec<ThreadReport>,
+    /// cgroup and root: what is limited, and what this host could not give.
+    pub notes: Vec<String>,
 }
 
 /// One thread's filter.

@@ -1,1 +1,0 @@
-//! `casemate doctor`: what this host can and cannot do, and how to mend it.

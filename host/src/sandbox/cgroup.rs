@@ -1,0 +1,157 @@
+//! One cgroup v2 group per role process: limits on memory and tasks, and a way to kill all of it.
+
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// A group of our own, removed with everything in it when dropped.
+#[derive(Debug)]
+pub struct Cgroup {
+    path: PathBuf,
+    /// What is limited and what could not be, one line each.
+    pub notes: Vec<String>,
+}
+
+impl Cgroup {
+    /// Creates the group `casemate/<name>` in the cgroup v2 hierarchy and sets what limits its controllers
+    /// allow. `None` with the reason where there is no such hierarchy at all.
+    pub fn create(
+        name: &str,
+        memory_max: Option<u64>,
+        pids_max: u32,
+    ) -> Result<(Option<Self>, Vec<String>), CgroupError> {
+        let Some(root) = hierarchy() else {
+            let note =
+                "cgroup: no v2 hierarchy is mounted; memory and tasks are bounded by rlimits only";
+            return Ok((None, vec![note.to_owned()]));
+        };
+        let parent = root.join(PARENT);
+        make(&parent)?;
+        // Where a controller is missing (hybrid hosts keep it in v1) the write fails; `notes` will say so.
+        for dir in [&root, &parent] {
+            for controller in ["+memory", "+pids"] {
+                let _ = fs::write(dir.join("cgroup.subtree_control"), controller);
+            }
+        }
+        let path = parent.join(name);
+        make(&path)?;
+        let mut group = Self {
+            path,
+            notes: Vec::new(),
+        };
+        if group.populated()? {
+            let path = std::mem::take(&mut group.path);
+            return Err(CgroupError::InUse(path));
+        }
+        if let Some(limit) = memory_max {
+            group.limit("memory.max", &limit.to_string())?;
+            // Guest memory must not be swapped to a disk in the clear; where the file is absent there is no swap.
+            let _ = fs::write(group.path.join("memory.swap.max"), "0");
+        }
+        group.limit("pids.max", &pids_max.to_string())?;
+        let notes = group.notes.clone();
+        Ok((Some(group), notes))
+    }
+
+    /// The group's `cgroup.procs`, open for writing: a process that writes `0` joins.
+    pub fn procs(&self) -> Result<OwnedFd, CgroupError> {
+        let path = self.path.join("cgroup.procs");
+        let file = fs::OpenOptions::new().write(true).open(&path);
+        Ok(file.map_err(|e| CgroupError::Io(path, e))?.into())
+    }
+
+    /// Kills all members and removes the group.
+    pub fn remove(&mut self) {
+        if self.path.as_os_str().is_empty() {
+            return;
+        }
+        let _ = fs::write(self.path.join("cgroup.kill"), "1");
+        for _ in 0..REMOVE_ATTEMPTS {
+            match fs::remove_dir(&self.path) {
+                Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                _ => break,
+            }
+        }
+        if let Some(parent) = self.path.parent() {
+            // Refused while other groups are left in it.
+            let _ = fs::remove_dir(parent);
+        }
+        self.path = PathBuf::new();
+    }
+
+    fn populated(&self) -> Result<bool, CgroupError> {
+        let path = self.path.join("cgroup.events");
+        let events = fs::read_to_string(&path).map_err(|e| CgroupError::Io(path, e))?;
+        Ok(events.lines().any(|line| line == "populated 1"))
+    }
+
+    fn limit(&mut self, file: &str, value: &str) -> Result<(), CgroupError> {
+        let path = self.path.join(file);
+        if !path.exists() {
+            self.notes.push(format!(
+                "cgroup: {file} not set: the v2 hierarchy has no such controller (a hybrid host keeps it in v1)"
+            ));
+            return Ok(());
+        }
+        fs::write(&path, value).map_err(|e| CgroupError::Io(path, e))?;
+        self.notes.push(format!("cgroup: {file} = {value}"));
+        Ok(())
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        self.remove();
+    }
+}
+
+/// Removes groups that a killed agent left behind; those with a living process stay. Returns their number.
+pub fn sweep() -> usize {
+    let Some(parent) = hierarchy().map(|root| root.join(PARENT)) else {
+        return 0;
+    };
+    let Ok(entries) = fs::read_dir(&parent) else {
+        return 0;
+    };
+    let removed = entries
+        .flatten()
+        .filter(|entry| fs::remove_dir(entry.path()).is_ok())
+        .count();
+    let _ = fs::remove_dir(parent);
+    removed
+}
+
+/// Where cgroup v2 is mounted, and which controllers it offers there.
+pub fn hierarchy() -> Option<PathBuf> {
+    ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"]
+        .map(PathBuf::from)
+        .into_iter()
+        .find(|path| path.join("cgroup.controllers").exists())
+}
+
+/// Why a group could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum CgroupError {
+    /// A file of the hierarchy could not be used.
+    #[error("cgroup file {0:?}: {1}; the agent needs root and a writable cgroup v2 hierarchy")]
+    Io(PathBuf, #[source] io::Error),
+    /// The group exists and has members.
+    #[error("cgroup {0:?} has living processes; stop them or choose another name")]
+    InUse(PathBuf),
+}
+
+fn make(path: &Path) -> Result<(), CgroupError> {
+    match fs::create_dir(path) {
+        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => {
+            Err(CgroupError::Io(path.to_owned(), e))
+        }
+        _ => Ok(()),
+    }
+}
+
+const PARENT: &str = "casemate";
+const REMOVE_ATTEMPTS: u32 = 100;

@@ -1,0 +1,107 @@
+//! The filters of the VMM: control thread, vCPU threads, device thread.
+
+use super::common::{
+    F_DUPFD_CLOEXEC, F_GET_SEALS, F_GETFL, F_OFD_GETLK, F_OFD_SETLK, F_SETFL, FIONBIO,
+};
+use super::kvm;
+use super::rule::{Cond, Rule, permit};
+
+/// Control thread: the agent's and the mover's requests, save and restore.
+pub(super) const CONTROL: &[Rule] = &[
+    permit!(
+        SYS_ioctl,
+        [Cond::Among(1, kvm::VM_STATE)],
+        "state of the interrupt controllers and clock"
+    ),
+    permit!(
+        SYS_ioctl,
+        [Cond::Among(1, kvm::VM_MEMORY)],
+        "dirty log, and switching it on per slot"
+    ),
+    permit!(
+        SYS_ioctl,
+        [Cond::Among(1, kvm::VM_INTERRUPTS)],
+        "interrupt routes of restored devices"
+    ),
+    permit!(
+        SYS_ioctl,
+        [Cond::Among(1, kvm::SEV)],
+        "SEV commands on the VM and the platform"
+    ),
+    permit!(
+        SYS_madvise,
+        [Cond::Among(2, &[HUGEPAGE, POPULATE_READ, POPULATE_WRITE])],
+        "guest memory is prepared at once, in huge pages"
+    ),
+];
+
+/// What a device does with what was opened for it: tap, disk, vsock connections. The device thread does it, and
+/// the control thread while that one is stopped.
+pub(super) const DEVICE_IO: &[Rule] = &[
+    permit!(SYS_readv, "tap: a frame; disk"),
+    permit!(SYS_writev, "tap: a frame; disk"),
+    permit!(SYS_pread64, "disk; kernel and initramfs"),
+    permit!(SYS_pwrite64, "disk"),
+    permit!(SYS_preadv, "disk"),
+    permit!(SYS_pwritev, "disk"),
+    permit!(SYS_preadv2, "disk"),
+    permit!(SYS_pwritev2, "disk"),
+    permit!(SYS_fdatasync, "disk: flush that means it"),
+    permit!(SYS_fsync, "disk: flush after a change of size"),
+    permit!(SYS_fallocate, "disk: discard and write-zeroes"),
+    permit!(
+        SYS_fcntl,
+        [Cond::Among(1, &[F_OFD_SETLK, F_OFD_GETLK])],
+        "the disk's lock: given up and taken over in a move"
+    ),
+    permit!(
+        SYS_fcntl,
+        [Cond::Among(
+            1,
+            &[F_GETFL, F_SETFL, F_DUPFD_CLOEXEC, F_GET_SEALS]
+        )],
+        "non-blocking descriptors, second handles, seals of memory"
+    ),
+    permit!(
+        SYS_ioctl,
+        [Cond::Among(1, &[FIONBIO])],
+        "std's way to make a socket non-blocking"
+    ),
+    permit!(SYS_accept4, "vsock: a host program connects"),
+    permit!(SYS_recvfrom, "vsock: bytes from a host program"),
+    permit!(SYS_sendto, "vsock: bytes to a host program"),
+    permit!(SYS_shutdown, "vsock: half-closed connections"),
+    permit!(SYS_epoll_ctl, "descriptors come and go with connections"),
+    permit!(SYS_timerfd_settime, "rate limits, announcements"),
+];
+
+/// Device thread: waits, besides [`DEVICE_IO`].
+pub(super) const DEVICE: &[Rule] = &[
+    permit!(SYS_epoll_wait, "the device thread's loop"),
+    permit!(SYS_epoll_pwait, "the same, as newer libraries do it"),
+    permit!(SYS_poll, "waiting for one descriptor"),
+    permit!(
+        SYS_ioctl,
+        [Cond::Among(1, kvm::VM_INTERRUPTS)],
+        "interrupts of the devices"
+    ),
+];
+
+/// vCPU threads: the guest runs here, so next to nothing else does.
+pub(super) const VCPU: &[Rule] = &[
+    permit!(SYS_ioctl, [Cond::Among(1, kvm::VCPU_RUN)], "the guest runs"),
+    permit!(
+        SYS_ioctl,
+        [Cond::Among(1, kvm::VCPU_STATE)],
+        "state of a stopped vCPU, saved and restored"
+    ),
+    permit!(
+        SYS_ioctl,
+        [Cond::Among(1, kvm::VM_INTERRUPTS)],
+        "the guest programs MSI-X and queues by MMIO, which ends here"
+    ),
+];
+
+const HUGEPAGE: u64 = libc::MADV_HUGEPAGE as u64;
+const POPULATE_READ: u64 = libc::MADV_POPULATE_READ as u64;
+const POPULATE_WRITE: u64 = libc::MADV_POPULATE_WRITE as u64;

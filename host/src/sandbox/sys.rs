@@ -1,0 +1,127 @@
+//! The few system calls of the sandbox that no crate offers, each behind a safe signature.
+#![expect(
+    unsafe_code,
+    reason = "raw system calls; each block names why it is harmless to memory"
+)]
+
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+use nix::errno::Errno;
+
+/// `prctl` operations whose arguments are plain numbers.
+pub(crate) fn prctl(operation: libc::c_int, argument: u64) -> Result<i32, Errno> {
+    // SAFETY: every operation used in this crate takes numbers only, so no memory is touched.
+    Errno::result(unsafe { libc::prctl(operation, argument, 0u64, 0u64, 0u64) })
+}
+
+/// `prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)`.
+pub(crate) fn clear_ambient() -> Result<(), Errno> {
+    prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL as u64).map(drop)
+}
+
+/// Empties the effective, permitted and inheritable sets of the calling thread.
+pub(crate) fn capset_empty() -> Result<(), Errno> {
+    #[repr(C)]
+    struct Header {
+        version: u32,
+        pid: i32,
+    }
+    let header = Header {
+        version: CAPABILITY_VERSION_3,
+        pid: 0,
+    };
+    let data = [[0u32; 3]; 2];
+    // SAFETY: version 3 reads one header and two data structures of three words; both outlive the call.
+    let result = unsafe { libc::syscall(libc::SYS_capset, &raw const header, data.as_ptr()) };
+    Errno::result(result).map(drop)
+}
+
+/// Closes every descriptor from `first` on.
+pub(crate) fn close_from(first: RawFd) -> Result<(), Errno> {
+    let first = u64::try_from(first).map_err(|_| Errno::EBADF)?;
+    // SAFETY: called by a process that is about to own nothing but the descriptors below `first`; the
+    // caller holds no owned descriptor above.
+    let result = unsafe { libc::syscall(libc::SYS_close_range, first, u64::from(u32::MAX), 0u64) };
+    Errno::result(result).map(drop)
+}
+
+/// Takes over a descriptor of this process by its number, once it is known to be open.
+pub(crate) fn adopt(fd: RawFd) -> Result<OwnedFd, Errno> {
+    // SAFETY: F_GETFD only asks whether the number is open.
+    Errno::result(unsafe { libc::fcntl(fd, libc::F_GETFD) })?;
+    // SAFETY: open (just asked), and handed over at this number by the parent, so nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Number of open descriptors below `limit`, by asking for each.
+pub(crate) fn count_descriptors(limit: RawFd) -> u32 {
+    // SAFETY: F_GETFD only asks whether the number is open.
+    let open = |fd: &RawFd| unsafe { libc::fcntl(*fd, libc::F_GETFD) } >= 0;
+    u32::try_from((0..limit).filter(open).count()).unwrap_or(u32::MAX)
+}
+
+/// A descriptor for the process `pid`, close-on-exec.
+pub(crate) fn pidfd_open(pid: u32) -> Result<OwnedFd, Errno> {
+    // SAFETY: numbers only; the result is a new descriptor that nobody else owns.
+    let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0u64) })?;
+    let fd = RawFd::try_from(fd).map_err(|_| Errno::EBADF)?;
+    // SAFETY: just created by the kernel.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// SIGKILL to the process behind `pidfd`.
+pub(crate) fn pidfd_kill(pidfd: BorrowedFd<'_>) -> Result<(), Errno> {
+    // SAFETY: numbers only and a null siginfo.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            pidfd.as_raw_fd(),
+            libc::SIGKILL,
+            std::ptr::null::<libc::siginfo_t>(),
+            0u64,
+        )
+    };
+    Errno::result(result).map(drop)
+}
+
+/// The kernel's Landlock ABI, 0 without Landlock.
+pub(crate) fn landlock_abi() -> u32 {
+    // SAFETY: with LANDLOCK_CREATE_RULESET_VERSION the kernel wants a null attribute of size zero.
+    let abi = unsafe {
+        libc::syscall(
+            libc::SYS_landlock_create_ruleset,
+            std::ptr::null::<u8>(),
+            0usize,
+            LANDLOCK_CREATE_RULESET_VERSION,
+        )
+    };
+    u32::try_from(abi).unwrap_or(0)
+}
+
+/// Joins a new, empty session keyring, so that the parent's keys are out of reach.
+pub(crate) fn new_session_keyring() -> Result<(), Errno> {
+    // SAFETY: a null name asks for an anonymous keyring.
+    let result = unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, 0u64) };
+    Errno::result(result).map(drop)
+}
+
+/// Ends the process at once, without destructors.
+pub(crate) fn exit_now(code: i32) -> ! {
+    // SAFETY: `_exit` has no precondition.
+    unsafe { libc::_exit(code) }
+}
+
+/// Any system call, arguments as the kernel takes them.
+///
+/// # Safety
+/// Pointers among the arguments must be valid for what the call does, or such that the kernel refuses them;
+/// the call must not change memory or descriptors that safe code relies on.
+pub(crate) unsafe fn raw(call: i64, args: [u64; 6]) -> Result<i64, Errno> {
+    let [a, b, c, d, e, f] = args;
+    // SAFETY: the caller's promise.
+    Errno::result(unsafe { libc::syscall(call, a, b, c, d, e, f) })
+}
+
+const CAPABILITY_VERSION_3: u32 = 0x2008_0522;
+const LANDLOCK_CREATE_RULESET_VERSION: u32 = 1;
+const KEYCTL_JOIN_SESSION_KEYRING: u64 = 1;
