@@ -1,7 +1,7 @@
 //! Both ends of a move in one process: two movers, two agents, two VMMs that answer as the real one does.
 
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -22,7 +22,8 @@ use crate::confidential::tests::{EMULATED, SITE_A, SITE_B, plan, psp, root};
 use crate::confidential::{GuestMemoryView, open};
 use crate::ipc::{Channel, IpcError};
 use crate::machine::plan::{MachinePlan, Technology};
-use crate::role::OpenCell;
+use crate::role::FilterOnly;
+use crate::sandbox::seccomp::ThreadKind;
 use crate::vmm::confidential_hook::GuestProtection;
 use crate::vmm::protocol::{EXCHANGE_SIZE, MoverReply, MoverRequest, RoleError};
 
@@ -259,7 +260,8 @@ impl Side {
         admission: Option<Result<Channel, Refused>>,
     ) -> Self {
         let (agent, role) = Channel::pair().unwrap();
-        let mover = std::thread::spawn(move || super::run(role, Box::new(OpenCell)));
+        let mover =
+            std::thread::spawn(move || super::run(role, Box::new(FilterOnly(ThreadKind::Mover))));
         let borrowed: Vec<_> = handles.iter().map(AsFd::as_fd).collect();
         agent.send_with(command, &borrowed).unwrap();
         let (events, received) = channel();
@@ -397,7 +399,9 @@ impl Sites {
         emulated_roots: Vec<[u8; 32]>,
         admission: Option<Result<Channel, Refused>>,
     ) -> (Side, Side) {
-        let (near, far) = UnixStream::pair().unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (far, _) = listener.accept().unwrap();
         let vmm = source.end.as_fd().try_clone_to_owned().unwrap();
         let handles = [vmm, near.into()];
         let away = Side::start(&self.a, &self.source(emulated_roots), &handles, None);
@@ -579,7 +583,7 @@ fn a_cancel_is_heard_while_the_peer_is_waited_for() {
 #[test]
 fn a_mover_whose_agent_has_ended_lets_the_guest_run_on() {
     let (agent, role) = Channel::pair().unwrap();
-    let link = AgentLink::new(role, Box::new(OpenCell));
+    let link = AgentLink::new(role, Box::new(FilterOnly(ThreadKind::Mover)));
     link.poll();
     let flag = link.cancel_flag();
     assert!(!flag.load(std::sync::atomic::Ordering::Relaxed));
@@ -591,7 +595,7 @@ fn a_mover_whose_agent_has_ended_lets_the_guest_run_on() {
 #[test]
 fn a_deadline_that_is_over_cancels() {
     let (_agent, role) = Channel::pair().unwrap();
-    let link = AgentLink::new(role, Box::new(OpenCell));
+    let link = AgentLink::new(role, Box::new(FilterOnly(ThreadKind::Mover)));
     link.set_deadline(Instant::now());
     link.poll();
     assert!(
@@ -603,7 +607,8 @@ fn a_deadline_that_is_over_cancels() {
 #[test]
 fn questions_about_the_cell_are_answered_before_the_start() {
     let (agent, role) = Channel::pair().unwrap();
-    let mover = std::thread::spawn(move || super::run(role, Box::new(OpenCell)));
+    let mover =
+        std::thread::spawn(move || super::run(role, Box::new(FilterOnly(ThreadKind::Mover))));
     let next = || {
         let message = agent.recv::<MoverMessage>(Some(Duration::from_secs(5)));
         message.unwrap().body
@@ -628,7 +633,10 @@ fn destination(sites: &Sites, vmm: &Seen) -> DestinationMachine {
         // Stays until the other end is gone: a closed agent is a cancel.
         let _ = agent.recv::<MoverMessage>(None);
     });
-    let link = Arc::new(AgentLink::new(role, Box::new(OpenCell)));
+    let link = Arc::new(AgentLink::new(
+        role,
+        Box::new(FilterOnly(ThreadKind::Mover)),
+    ));
     let mut machine = DestinationMachine::new(link);
     let peer = sites.a.identity().unwrap();
     let offer = GuestOffer {

@@ -1,50 +1,50 @@
-//! What the VMM asks of a guest's confidential technology; `confidential` implements it.
+//! What the VMM needs of the confidential technology of its guest.
 
 use crate::vmm::protocol::{Measurement, OwnerSession, RoleError};
 
 /// The confidential technology of one guest as the VMM drives it; a failed call leaves the guest unlaunchable.
 pub trait GuestProtection: Send {
-    /// Opens the launch context.
+    /// LAUNCH_START. `memory` lists (gpa, length) and where it lies in the guest memory file.
     fn launch_start(&mut self, session: Option<&OwnerSession>) -> Result<(), RoleError>;
-    /// Encrypts and measures a run of guest memory.
+    /// LAUNCH_UPDATE_DATA over guest memory that already holds the bytes, in this order.
     fn launch_update(&mut self, gpa: u64, length: u64) -> Result<(), RoleError>;
-    /// Ends the measured part and says what was measured.
+    /// LAUNCH_MEASURE.
     fn launch_measure(&mut self) -> Result<Measurement, RoleError>;
-    /// Injects the owner's secret packet.
+    /// LAUNCH_SECRET to the secret page.
     fn launch_secret(
         &mut self,
         header: &[u8],
         ciphertext: &[u8],
         gpa: u64,
     ) -> Result<(), RoleError>;
-    /// Ends the launch; vCPUs may run.
+    /// LAUNCH_FINISH.
     fn launch_finish(&mut self) -> Result<(), RoleError>;
-    /// Opens the send context for a target; returns policy, source PDH and session.
+    /// SEND_START; returns (policy, source PDH, session).
     fn send_start(
         &mut self,
         target_pdh: &[u8],
         platform: &[u8],
         amd: &[u8],
     ) -> Result<(u32, Vec<u8>, Vec<u8>), RoleError>;
-    /// Puts a packet of each page into the exchange memory, `PACKET_STRIDE` bytes each, in order.
+    /// SEND_UPDATE_DATA of each page; packets go to `exchange`, PACKET_STRIDE bytes each. `offsets` are guest physical addresses.
     fn send_pages(&mut self, gpas: &[u64]) -> Result<(), RoleError>;
-    /// Ends the transfer; the guest cannot run here any more.
+    /// SEND_FINISH.
     fn send_finish(&mut self) -> Result<(), RoleError>;
-    /// Cancels the transfer; the guest may run on.
+    /// SEND_CANCEL.
     fn send_cancel(&mut self) -> Result<(), RoleError>;
-    /// This platform's evidence: PDH; PEK ‖ OCA ‖ CEK; ASK ‖ ARK.
+    /// PDH, then PEK ‖ OCA ‖ CEK, then ASK ‖ ARK.
     fn evidence(&mut self) -> Result<(Vec<u8>, Vec<u8>, Vec<u8>), RoleError>;
-    /// Opens the receive context.
+    /// RECEIVE_START.
     fn receive_start(
         &mut self,
         policy: u32,
         source_pdh: &[u8],
         session: &[u8],
     ) -> Result<(), RoleError>;
-    /// Places the pages whose packets lie in the exchange memory.
+    /// RECEIVE_UPDATE_DATA of each page from the exchange memory.
     fn receive_pages(&mut self, gpas: &[u64]) -> Result<(), RoleError>;
-    /// Ends the transfer; vCPUs may run.
+    /// RECEIVE_FINISH.
     fn receive_finish(&mut self) -> Result<(), RoleError>;
-    /// Frees the guest's context; nothing more can be done with it.
+    /// Ends the firmware's guest context (DEACTIVATE, DECOMMISSION); errors are logged only.
     fn decommission(&mut self);
 }
