@@ -1,7 +1,8 @@
 //! What every internal role (`psp`, `mover`) needs of the process it runs in.
 
+use crate::ipc::Channel;
 use crate::sandbox::report::{ProbeReport, SandboxReport};
-use crate::sandbox::{Enforced, Jailed, Sealed};
+use crate::sandbox::{Jailed, Role, SandboxError, Sealed};
 use crate::vmm::protocol::RoleError;
 
 /// The cell of a role, as the sandbox builds it. The role decides when it closes: before it reads a byte of
@@ -15,6 +16,65 @@ pub trait Cell {
     fn probe(&self) -> Result<ProbeReport, RoleError>;
 }
 
+/// Enters the jail that the agent meant for this process; the first thing a role's `main` does. Gives the
+/// channel to the agent, and the cell for the role to close.
+pub fn enter(role: Role) -> Result<(Channel, Box<dyn Cell + Send>), RoleError> {
+    let (jailed, channel) = crate::sandbox::enter_jail(role)?;
+    Ok((channel, Box::new(Stage::Jailed(jailed))))
+}
+
+/// How far a cell is closed.
+enum Stage {
+    Jailed(Jailed),
+    Sealed(Sealed),
+    Failed,
+}
+
+impl Stage {
+    fn sealed(&self) -> Result<&Sealed, RoleError> {
+        match self {
+            Self::Sealed(sealed) => Ok(sealed),
+            _ => Err(RoleError::new(
+                "SANDBOX_NOT_IN_FORCE",
+                "the cell is not closed",
+            )),
+        }
+    }
+}
+
+impl Cell for Stage {
+    fn close(&mut self) -> Result<(), RoleError> {
+        match std::mem::replace(self, Self::Failed) {
+            Self::Jailed(jailed) => {
+                *self = Self::Sealed(jailed.enforce()?.seal()?);
+                Ok(())
+            }
+            Self::Sealed(sealed) => {
+                *self = Self::Sealed(sealed);
+                Ok(())
+            }
+            Self::Failed => Err(RoleError::new(
+                "SANDBOX_NOT_IN_FORCE",
+                "the cell did not close",
+            )),
+        }
+    }
+
+    fn report(&self) -> Result<SandboxReport, RoleError> {
+        Ok(self.sealed()?.report()?)
+    }
+
+    fn probe(&self) -> Result<ProbeReport, RoleError> {
+        Ok(self.sealed()?.probe()?)
+    }
+}
+
+impl From<SandboxError> for RoleError {
+    fn from(error: SandboxError) -> Self {
+        Self::new("SANDBOX_NOT_IN_FORCE", error)
+    }
+}
+
 impl RoleError {
     /// An error with a stable code.
     pub fn new(code: &str, text: impl std::fmt::Display) -> Self {
@@ -25,57 +85,16 @@ impl RoleError {
     }
 }
 
-/// The cell as the sandbox builds it.
-pub struct RoleCell {
-    stage: Option<Stage>,
-}
-
-enum Stage {
-    Jailed(Jailed),
-    Sealed(Sealed),
-}
-
-impl RoleCell {
-    /// The cell of a process that is in its jail already.
-    pub fn new(jailed: Jailed) -> Self {
-        Self { stage: Some(Stage::Jailed(jailed)) }
-    }
-
-    fn sealed(&self) -> Result<&Sealed, RoleError> {
-        match &self.stage {
-            Some(Stage::Sealed(sealed)) => Ok(sealed),
-            _ => Err(RoleError::new("SANDBOX", "the cell is not closed")),
-        }
-    }
-}
-
-impl Cell for RoleCell {
-    fn close(&mut self) -> Result<(), RoleError> {
-        let Some(Stage::Jailed(jailed)) = self.stage.take() else {
-            return Err(RoleError::new("SANDBOX", "the cell was closed before"));
-        };
-        let sealed = jailed.enforce().and_then(Enforced::seal);
-        self.stage = Some(Stage::Sealed(sealed.map_err(|e| RoleError::new("SANDBOX", e))?));
-        Ok(())
-    }
-
-    fn report(&self) -> Result<SandboxReport, RoleError> {
-        self.sealed()?.report().map_err(|e| RoleError::new("SANDBOX", e))
-    }
-
-    fn probe(&self) -> Result<ProbeReport, RoleError> {
-        self.sealed()?.probe().map_err(|e| RoleError::new("SANDBOX", e))
-    }
-}
-
-/// No cell at all: for tests, and for nothing else.
+/// Only the role's own filter, on the thread that closes it: for tests. A system call that the filter has not
+/// ends the whole test process with SIGSYS.
 #[cfg(test)]
-pub(crate) struct OpenCell;
+pub(crate) struct FilterOnly(pub crate::sandbox::seccomp::ThreadKind);
 
 #[cfg(test)]
-impl Cell for OpenCell {
+impl Cell for FilterOnly {
     fn close(&mut self) -> Result<(), RoleError> {
-        Ok(())
+        let installed = crate::sandbox::seccomp::install(self.0);
+        installed.map(drop).map_err(|e| RoleError::new("TEST", e))
     }
     fn report(&self) -> Result<SandboxReport, RoleError> {
         Err(RoleError::new("TEST", "no cell"))

@@ -3,12 +3,13 @@
 use std::os::fd::AsFd;
 use std::time::Duration;
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use zeroize::Zeroizing;
 
 use crate::confidential::protocol::{
     ControlOutcome, ControlReply, PlatformEvidence, PlatformStatus, ProcessorControl,
 };
-use crate::ipc::Channel;
+use crate::ipc::{Channel, IpcError};
 use crate::sandbox::report::{ProbeReport, SandboxReport};
 use crate::vmm::protocol::RoleError;
 
@@ -49,6 +50,9 @@ impl ProcessorLink {
     /// A new guest's channel: the end for its VMM.
     pub fn connect(&self) -> Result<Channel, RoleError> {
         let (for_vmm, for_psp) = Channel::pair()?;
+        // A VMM that does not read its replies must not hold up the psp's other guests. The flag belongs to
+        // the psp's end and travels with it; the psp's own filter has no call to set it.
+        fcntl(for_psp.as_fd(), FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(IpcError::Socket)?;
         match self.call(&ProcessorControl::Connect, &[for_psp.as_fd()])? {
             ControlReply::Done => Ok(for_vmm),
             _ => Err(unexpected()),

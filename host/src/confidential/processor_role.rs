@@ -10,7 +10,6 @@ use std::time::Duration;
 use casemate_attest::legacy::TrustAnchors;
 use casemate_attest::processor::{Identity, ProcessorConfig, SecureProcessor};
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use zeroize::Zeroizing;
 
@@ -173,9 +172,6 @@ impl Processor {
                     format!("{MAX_CLIENTS} guests at most; end one first"),
                 )
             })?;
-        // A client that does not read its replies must not hold up the others.
-        fcntl(&fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
-            .map_err(|e| RoleError::new("BAD_REQUEST", format!("descriptor of Connect: {e}")))?;
         self.clients
             .push(GuestClient::new(Channel::from_fd(fd), asid));
         Ok(ControlReply::Done)

@@ -21,7 +21,7 @@ pub enum ProcessorControl {
         /// SHA-256 of the other emulated roots that guests may be sent to, from policy.
         peer_roots: Vec<[u8; 32]>,
     },
-    /// One descriptor beside it: the psp's end of a VMM's channel.
+    /// One descriptor beside it: the psp's end of a VMM's channel, non-blocking.
     Connect,
     /// What PLATFORM_STATUS says.
     Status,

@@ -18,7 +18,8 @@ use super::shared::{Access, MemoryRun, SharedMemory, sealed_memfd};
 use super::{GuestMemoryView, open};
 use crate::ipc::{Channel, IpcError};
 use crate::machine::plan::{MachinePlan, Technology};
-use crate::role::OpenCell;
+use crate::role::FilterOnly;
+use crate::sandbox::seccomp::ThreadKind;
 use crate::vmm::confidential_hook::GuestProtection;
 use crate::vmm::protocol::{EXCHANGE_SIZE, OwnerSession, PACKET_STRIDE, RoleError};
 
@@ -39,7 +40,7 @@ pub(crate) fn root(identity: &[u8]) -> [u8; 32] {
 /// A psp in a thread.
 pub(crate) fn psp(identity: &[u8], peers: &[[u8; 32]]) -> ProcessorLink {
     let (agent, role) = Channel::pair().unwrap();
-    std::thread::spawn(move || processor_role::run(role, Box::new(OpenCell)));
+    std::thread::spawn(move || processor_role::run(role, Box::new(FilterOnly(ThreadKind::Psp))));
     let link = ProcessorLink::new(agent);
     link.initialise(identity, peers).unwrap();
     link
@@ -91,7 +92,7 @@ impl Toy {
     }
 
     fn fill(&self) -> Vec<u8> {
-        let bytes: Vec<u8> = (0..PAGES * PAGE).map(|i| (i * 31 >> 5) as u8).collect();
+        let bytes: Vec<u8> = (0..PAGES * PAGE).map(|i| ((i * 31) >> 5) as u8).collect();
         self.memory.write(0, &bytes).unwrap();
         bytes
     }
@@ -379,12 +380,13 @@ fn a_client_that_reads_no_reply_holds_up_nobody() {
 #[test]
 fn a_platform_needs_its_identity_first_and_takes_one_only() {
     let (agent, role) = Channel::pair().unwrap();
-    std::thread::spawn(move || processor_role::run(role, Box::new(OpenCell)));
+    std::thread::spawn(move || processor_role::run(role, Box::new(FilterOnly(ThreadKind::Psp))));
     let link = ProcessorLink::new(agent);
     assert_eq!(code(link.connect()), "PLATFORM_STATE");
     assert_eq!(code(link.status()), "PLATFORM_STATE");
     assert_eq!(code(link.initialise(b"rubbish", &[])), "PLATFORM_IDENTITY");
-    link.initialise(&SITE_A, &[]).unwrap();
+    let identity = link.generate().unwrap();
+    link.initialise(&identity, &[]).unwrap();
     assert_eq!(code(link.initialise(&SITE_A, &[])), "PLATFORM_STATE");
     assert!(link.status().unwrap().emulated);
     assert_eq!(code(link.sandbox_report()), "TEST");

@@ -40,3 +40,6 @@ pub fn run(channel: Channel, mut cell: Box<dyn Cell + Send>) -> Result<(), RoleE
     agent.tell(MoverEvent::Outcome(outcome));
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

@@ -182,7 +182,7 @@ pub struct DestinationStart {
 
 /// What happens in a move. The last one is [`MoverEvent::Outcome`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", tag = "event")]
+#[serde(rename_all = "kebab-case")]
 pub enum MoverEvent {
     /// The cell is closed, nothing was read from the peer yet.
     Ready,
