@@ -125,13 +125,19 @@ pub struct Failure {
 impl Failure {
     /// A failure with its stable code.
     pub fn new(code: &str, error: impl Into<String>) -> Self {
-        Self { code: code.to_owned(), error: error.into() }
+        Self {
+            code: code.to_owned(),
+            error: error.into(),
+        }
     }
 }
 
 impl From<crate::vmm::protocol::RoleError> for Failure {
     fn from(error: crate::vmm::protocol::RoleError) -> Self {
-        Self { code: error.code, error: error.text }
+        Self {
+            code: error.code,
+            error: error.text,
+        }
     }
 }
 

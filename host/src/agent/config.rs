@@ -45,13 +45,25 @@ pub struct IdentityFiles {
 impl AgentConfig {
     /// Reads the configuration.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|source| ConfigError::Unreadable { file: path.to_owned(), source })?;
-        let mut config: Self = toml::from_str(&text)
-            .map_err(|e| ConfigError::Invalid { file: path.to_owned(), source: Box::new(e) })?;
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Unreadable {
+            file: path.to_owned(),
+            source,
+        })?;
+        let mut config: Self = toml::from_str(&text).map_err(|e| ConfigError::Invalid {
+            file: path.to_owned(),
+            source: Box::new(e),
+        })?;
         let folder = path.parent().unwrap_or(Path::new(""));
-        let paths = [&mut config.state_dir, &mut config.socket, &mut config.policy].into_iter();
-        let identity = config.identity.iter_mut().flat_map(|i| [&mut i.certificate, &mut i.key, &mut i.ca]);
+        let paths = [
+            &mut config.state_dir,
+            &mut config.socket,
+            &mut config.policy,
+        ]
+        .into_iter();
+        let identity = config
+            .identity
+            .iter_mut()
+            .flat_map(|i| [&mut i.certificate, &mut i.key, &mut i.ca]);
         for path in paths.chain(identity) {
             *path = folder.join(&*path);
         }
@@ -99,6 +111,9 @@ mod tests {
         assert_eq!(config.socket, Path::new("/run/a.sock"));
         std::fs::write(&path, format!("{text}lisen = 1\n")).unwrap();
         let error = AgentConfig::load(&path).unwrap_err().to_string();
-        assert!(error.contains("lisen") && error.contains("line 5"), "{error}");
+        assert!(
+            error.contains("lisen") && error.contains("line 5"),
+            "{error}"
+        );
     }
 }

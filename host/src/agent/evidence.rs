@@ -24,11 +24,14 @@ impl Evidence {
     /// Opens the ledger in `state_dir`, or begins one: `ledger.key` (secret), `ledger.pub`, `ledger`.
     pub fn open(state_dir: &Path, host: &str) -> Result<Self, Failure> {
         let pkcs8 = signing_key(&state_dir.join("ledger.key"))?;
-        let signer = Signer::from_pkcs8(&format!("{host}/casemate"), &pkcs8).map_err(|e| failed(&e))?;
+        let signer =
+            Signer::from_pkcs8(&format!("{host}/casemate"), &pkcs8).map_err(|e| failed(&e))?;
         let public = format!("{}\n", signer.verifying_key());
         fs::write(state_dir.join("ledger.pub"), public).map_err(|e| failed(&e))?;
         let ledger = Ledger::open(&state_dir.join("ledger"), signer).map_err(|e| failed(&e))?;
-        Ok(Self { ledger: Mutex::new(ledger) })
+        Ok(Self {
+            ledger: Mutex::new(ledger),
+        })
     }
 
     /// Appends a record and signs the tree over it. What cannot be recorded must not be done.
@@ -66,8 +69,12 @@ impl fmt::Display for Summary {
 /// Verifies a ledger with nothing but the file and the public key.
 pub fn verify(path: &Path, key: &Path) -> Result<Summary, Failure> {
     let text = fs::read_to_string(key).map_err(|e| failed(&format!("{}: {e}", key.display())))?;
-    let key: VerifyingKey = text.trim().parse().map_err(|e| failed(&format!("{}: {e}", key.display())))?;
-    let verified = ledger::verify(path, &key).map_err(|e| failed(&format!("{}: {e}", path.display())))?;
+    let key: VerifyingKey = text
+        .trim()
+        .parse()
+        .map_err(|e| failed(&format!("{}: {e}", key.display())))?;
+    let verified =
+        ledger::verify(path, &key).map_err(|e| failed(&format!("{}: {e}", path.display())))?;
     Ok(Summary {
         records: verified.records().len() as u64,
         root: hex::encode(verified.tree().root()),
@@ -87,7 +94,11 @@ fn signing_key(path: &Path) -> Result<Vec<u8>, Failure> {
 
 /// Writes a new file that only its owner can read.
 pub fn write_secret(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)?;
     file.write_all(bytes)?;
     file.sync_all()
 }

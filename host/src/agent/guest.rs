@@ -8,11 +8,11 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use crate::agent::api::{Failure, GuestInfo};
+use crate::agent::mover_process::MoverProcess;
 use crate::agent::tap;
 use crate::agent::vmm_process::{VmmProcess, lock};
 use crate::ipc::Channel;
 use crate::machine::plan::{MachinePlan, Technology};
-use crate::agent::mover_process::MoverProcess;
 use crate::vmm::protocol::{HandleKind, MachineState, Measurement, VmmReply, VmmRequest};
 
 /// A guest whose VMM runs.
@@ -104,8 +104,14 @@ impl Resources {
         let console = folder.join("console.log");
         handles.push((HandleKind::Console, console_pipe(&console)?));
         for (number, (path, disk)) in (0u8..).zip(disks.iter().zip(&plan.disks)) {
-            let file = OpenOptions::new().read(true).write(!disk.read_only).open(path);
-            handles.push((HandleKind::Disk(number), file.map_err(|e| unusable(path, &e))?.into()));
+            let file = OpenOptions::new()
+                .read(true)
+                .write(!disk.read_only)
+                .open(path);
+            handles.push((
+                HandleKind::Disk(number),
+                file.map_err(|e| unusable(path, &e))?.into(),
+            ));
         }
         for (number, choice) in (0u8..).zip(taps) {
             let device = tap::open(&choice.tap, choice.bridge.as_deref())
@@ -117,19 +123,31 @@ impl Resources {
             handles.push((HandleKind::VsockListener, listen(path)?));
         }
         handles.extend(processor.map(|channel| (HandleKind::Processor, channel.into_fd())));
-        Ok(Self { handles, console, vsock })
+        Ok(Self {
+            handles,
+            console,
+            vsock,
+        })
     }
 
     /// Adds kernel and initramfs, for a launch.
     pub fn with_boot(mut self, kernel: &Path, initrd: &Path) -> Result<Self, Failure> {
         for (kind, path) in [(HandleKind::Kernel, kernel), (HandleKind::Initrd, initrd)] {
-            self.handles.push((kind, File::open(path).map_err(|e| unusable(path, &e))?.into()));
+            self.handles.push((
+                kind,
+                File::open(path).map_err(|e| unusable(path, &e))?.into(),
+            ));
         }
         Ok(self)
     }
 
     /// Hands everything to a VMM that was just spawned.
-    pub fn prepare(self, vmm: VmmProcess, plan: MachinePlan, epoch: u64) -> Result<Arc<Guest>, Failure> {
+    pub fn prepare(
+        self,
+        vmm: VmmProcess,
+        plan: MachinePlan,
+        epoch: u64,
+    ) -> Result<Arc<Guest>, Failure> {
         let kinds = self.handles.iter().map(|(kind, _)| *kind).collect();
         let fds: Vec<BorrowedFd<'_>> = self.handles.iter().map(|(_, fd)| fd.as_fd()).collect();
         let guest = Guest {
@@ -142,7 +160,13 @@ impl Resources {
             vsock: self.vsock,
             launch_us: Mutex::new(None),
         };
-        guest.vmm.call(&VmmRequest::Prepare { plan: Box::new(plan), handles: kinds }, &fds)?;
+        guest.vmm.call(
+            &VmmRequest::Prepare {
+                plan: Box::new(plan),
+                handles: kinds,
+            },
+            &fds,
+        )?;
         Ok(Arc::new(guest))
     }
 }
@@ -152,7 +176,10 @@ fn open_kvm() -> Result<OwnedFd, Failure> {
         Ok(file) => Ok(file.into()),
         Err(e) => {
             let remedy = "load kvm_amd, run the agent as root, and see `casemate doctor`";
-            Err(Failure::new("KVM_UNAVAILABLE", format!("/dev/kvm cannot be opened: {e}; {remedy}")))
+            Err(Failure::new(
+                "KVM_UNAVAILABLE",
+                format!("/dev/kvm cannot be opened: {e}; {remedy}"),
+            ))
         }
     }
 }
@@ -160,10 +187,18 @@ fn open_kvm() -> Result<OwnedFd, Failure> {
 /// A pipe whose other end is copied to a file until [`CONSOLE_LIMIT`]: a guest that prints without end fills no disk,
 /// and a VMM never waits for one.
 fn console_pipe(path: &Path) -> Result<OwnedFd, Failure> {
-    let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(|e| unusable(path, &e.into()))?;
-    let file = OpenOptions::new().create(true).append(true).open(path).map_err(|e| unusable(path, &e))?;
+    let (reader, writer) =
+        nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(|e| unusable(path, &e.into()))?;
+    let file = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(path)
+        .map_err(|e| unusable(path, &e))?;
     let copy = move || copy_console(File::from(reader), file);
-    std::thread::Builder::new().name("console".into()).spawn(copy).map_err(|e| unusable(path, &e))?;
+    std::thread::Builder::new()
+        .name("console".into())
+        .spawn(copy)
+        .map_err(|e| unusable(path, &e))?;
     Ok(writer)
 }
 
@@ -186,12 +221,17 @@ fn listen(path: &Path) -> Result<OwnedFd, Failure> {
     // A socket left behind by a killed agent is in the way, and nobody listens on it.
     let _ = std::fs::remove_file(path);
     let listener = UnixListener::bind(path).map_err(|e| unusable(path, &e))?;
-    listener.set_nonblocking(true).map_err(|e| unusable(path, &e))?;
+    listener
+        .set_nonblocking(true)
+        .map_err(|e| unusable(path, &e))?;
     Ok(listener.into())
 }
 
 fn unusable(path: &Path, error: &std::io::Error) -> Failure {
-    Failure::new("RESOURCE", format!("{} cannot be used: {error}", path.display()))
+    Failure::new(
+        "RESOURCE",
+        format!("{} cannot be used: {error}", path.display()),
+    )
 }
 
 /// Most console output kept of one guest on one host, in bytes.

@@ -19,7 +19,8 @@ use crate::agent::vmm_process::lock;
 use crate::ipc::Channel;
 use crate::machine::plan::MachinePlan;
 use crate::mover::protocol::{
-    AgentAnswer, DestinationStart, MoveLimits, MoveOutcome, MoverCommand, MoverRequestToAgent, OwnershipStep, PeerName,
+    AgentAnswer, DestinationStart, MoveLimits, MoveOutcome, MoverCommand, MoverRequestToAgent,
+    OwnershipStep, PeerName,
 };
 use crate::vmm::protocol::{RoleError, VmmRequest};
 
@@ -35,7 +36,10 @@ impl Agent {
     /// Serves one connection from its first byte to the end of the move.
     pub(super) fn receive(&self, stream: TcpStream) -> Result<(), Failure> {
         let unusable = |e: std::io::Error| Failure::new("PEER_UNREACHABLE", e.to_string());
-        stream.set_nonblocking(false).and_then(|()| stream.set_nodelay(true)).map_err(unusable)?;
+        stream
+            .set_nonblocking(false)
+            .and_then(|()| stream.set_nodelay(true))
+            .map_err(unusable)?;
         let mover = self.spawn_mover(self.policy.limits.max_memory_mib.get() << 20)?;
         let start = DestinationStart {
             credentials: self.credentials()?.credentials.clone(),
@@ -43,25 +47,46 @@ impl Agent {
             limits: MoveLimits::default(),
         };
         let socket = OwnedFd::from(stream);
-        mover.start(&MoverCommand::Destination(Box::new(start)), &[socket.as_fd()])?;
+        mover.start(
+            &MoverCommand::Destination(Box::new(start)),
+            &[socket.as_fd()],
+        )?;
         drop(socket);
         let mut arrival = Arrival::default();
-        let outcome = mover.serve(&mut |request| self.serve_arrival(&mut arrival, request), &mut |_| {});
-        let name = arrival.guest.as_ref().map_or_else(|| "unknown".to_owned(), |g| g.plan.name.clone());
-        let emulated = arrival.guest.as_ref().is_some_and(|g| g.plan.technology.emulated());
-        let entry = |outcome| Entry::new(&arrival.peer, "migrate-in", &name, outcome).emulated(emulated);
+        let outcome = mover.serve(
+            &mut |request| self.serve_arrival(&mut arrival, request),
+            &mut |_| {},
+        );
+        let name = arrival
+            .guest
+            .as_ref()
+            .map_or_else(|| "unknown".to_owned(), |g| g.plan.name.clone());
+        let emulated = arrival
+            .guest
+            .as_ref()
+            .is_some_and(|g| g.plan.technology.emulated());
+        let entry =
+            |outcome| Entry::new(&arrival.peer, "migrate-in", &name, outcome).emulated(emulated);
         match outcome {
             Some(MoveOutcome::Moved(_)) => {
-                self.evidence.record(entry(Outcome::Done).with("epoch", arrival.epoch))?;
+                self.evidence
+                    .record(entry(Outcome::Done).with("epoch", arrival.epoch))?;
                 if let Some(guest) = arrival.guest {
                     lock(&self.guests).insert(name, guest);
                 }
                 Ok(())
             }
             Some(MoveOutcome::Failed { code, reason, .. }) => {
-                self.evidence.record(entry(Outcome::Failed).code(&code).with("reason", reason.as_str()))?;
+                self.evidence.record(
+                    entry(Outcome::Failed)
+                        .code(&code)
+                        .with("reason", reason.as_str()),
+                )?;
                 self.keep_if_owner(arrival)?;
-                Err(Failure { code, error: reason })
+                Err(Failure {
+                    code,
+                    error: reason,
+                })
             }
             None => {
                 self.keep_if_owner(arrival)?;
@@ -72,12 +97,18 @@ impl Agent {
 
     /// Once the record says that this host owns the guest, it does, whatever became of the connection.
     fn keep_if_owner(&self, arrival: Arrival) -> Result<(), Failure> {
-        let Some(guest) = arrival.guest.filter(|_| arrival.epoch > 0) else { return Ok(()) };
-        guest.vmm.call(&VmmRequest::Run, &[]).map(drop).or_else(|e| match e.code.as_str() {
-            // It runs already: only the word that it does was lost.
-            "WRONG_STATE" => Ok(()),
-            _ => Err(e),
-        })?;
+        let Some(guest) = arrival.guest.filter(|_| arrival.epoch > 0) else {
+            return Ok(());
+        };
+        guest
+            .vmm
+            .call(&VmmRequest::Run, &[])
+            .map(drop)
+            .or_else(|e| match e.code.as_str() {
+                // It runs already: only the word that it does was lost.
+                "WRONG_STATE" => Ok(()),
+                _ => Err(e),
+            })?;
         lock(&self.guests).insert(guest.plan.name.clone(), guest);
         Ok(())
     }
@@ -89,20 +120,37 @@ impl Agent {
     ) -> Result<(AgentAnswer, Option<OwnedFd>), RoleError> {
         match request {
             MoverRequestToAgent::Sign { message } => Ok((self.host_sign(&message)?, None)),
-            MoverRequestToAgent::Admit { offer, peer } => Ok(match self.admit(arrival, &offer, &peer) {
-                Ok(channel) => (AgentAnswer::Admitted, Some(channel.into_fd())),
-                Err(failure) => (AgentAnswer::Refused { code: failure.code, reason: failure.error }, None),
-            }),
+            MoverRequestToAgent::Admit { offer, peer } => {
+                Ok(match self.admit(arrival, &offer, &peer) {
+                    Ok(channel) => (AgentAnswer::Admitted, Some(channel.into_fd())),
+                    Err(failure) => (
+                        AgentAnswer::Refused {
+                            code: failure.code,
+                            reason: failure.error,
+                        },
+                        None,
+                    ),
+                })
+            }
             MoverRequestToAgent::Record(OwnershipStep::Activating { epoch }) => {
-                self.take_over(arrival, epoch).map_err(|e| role_error(&e.code, e.error))?;
+                self.take_over(arrival, epoch)
+                    .map_err(|e| role_error(&e.code, e.error))?;
                 Ok((AgentAnswer::Recorded, None))
             }
-            MoverRequestToAgent::Record(_) => Err(role_error("ROLE_PROTOCOL", "a destination gives nothing away")),
+            MoverRequestToAgent::Record(_) => Err(role_error(
+                "ROLE_PROTOCOL",
+                "a destination gives nothing away",
+            )),
         }
     }
 
     /// Checks the offer against this host's own policy and builds the machine from this host's own resources.
-    fn admit(&self, arrival: &mut Arrival, offer: &GuestOffer, peer: &PeerName) -> Result<Channel, Failure> {
+    fn admit(
+        &self,
+        arrival: &mut Arrival,
+        offer: &GuestOffer,
+        peer: &PeerName,
+    ) -> Result<Channel, Failure> {
         if arrival.guest.is_some() {
             return Err(Failure::new("ROLE_PROTOCOL", "a mover admits one guest"));
         }
@@ -126,44 +174,78 @@ impl Agent {
         self.fence(&plan.name, offer.epoch)?;
         let guest = self.build_arrival(&plan, offer.epoch)?;
         guest.vmm.call(&VmmRequest::Incoming, &[])?;
-        let (vmm_end, mover_end) = Channel::pair().map_err(|e| Failure::new("INTERNAL", e.to_string()))?;
-        guest.vmm.call(&VmmRequest::AttachMover, &[vmm_end.as_fd()])?;
+        let (vmm_end, mover_end) =
+            Channel::pair().map_err(|e| Failure::new("INTERNAL", e.to_string()))?;
+        guest
+            .vmm
+            .call(&VmmRequest::AttachMover, &[vmm_end.as_fd()])?;
         arrival.guest = Some(guest);
         Ok(mover_end)
     }
 
     fn build_arrival(&self, plan: &MachinePlan, epoch: u64) -> Result<Arc<Guest>, Failure> {
-        let disks: Vec<&Path> =
-            plan.disks.iter().filter_map(|d| self.policy.incoming_disk(&d.id)).map(|d| d.path.as_path()).collect();
-        let bridges = plan.nets.iter().filter_map(|n| self.policy.incoming_net(&n.id));
+        let disks: Vec<&Path> = plan
+            .disks
+            .iter()
+            .filter_map(|d| self.policy.incoming_disk(&d.id))
+            .map(|d| d.path.as_path())
+            .collect();
+        let bridges = plan
+            .nets
+            .iter()
+            .filter_map(|n| self.policy.incoming_net(&n.id));
         let taps: Vec<TapChoice> = bridges
-            .map(|net| TapChoice { tap: self.fresh_tap(), bridge: Some(net.bridge.clone()) })
+            .map(|net| TapChoice {
+                tap: self.fresh_tap(),
+                bridge: Some(net.bridge.clone()),
+            })
             .collect();
         let processor = self.processor_for(plan.technology)?;
         let folder = self.guest_folder(&plan.name);
-        Resources::open(plan, &folder, &disks, &taps, processor)?.prepare(self.spawn_vmm(plan)?, plan.clone(), epoch)
+        Resources::open(plan, &folder, &disks, &taps, processor)?.prepare(
+            self.spawn_vmm(plan)?,
+            plan.clone(),
+            epoch,
+        )
     }
 
     /// A host never takes a guest under an epoch that it has already seen.
     fn fence(&self, name: &str, offered: u64) -> Result<(), Failure> {
         if lock(&self.guests).contains_key(name) {
-            return Err(Failure::new("ALREADY_HERE", format!("a guest {name} runs on this host")));
+            return Err(Failure::new(
+                "ALREADY_HERE",
+                format!("a guest {name} runs on this host"),
+            ));
         }
-        let record = self.records.read(name).map_err(|e| Failure::new("RECORD", format!("record of {name}: {e}")))?;
+        let record = self
+            .records
+            .read(name)
+            .map_err(|e| Failure::new("RECORD", format!("record of {name}: {e}")))?;
         match record {
-            Some(r) if r.state == OwnershipState::HandingOver || r.epoch > offered => Err(Failure::new(
-                "EPOCH_FENCED",
-                format!("{name} was seen here under epoch {}; the offer holds {offered}", r.epoch),
-            )),
+            Some(r) if r.state == OwnershipState::HandingOver || r.epoch > offered => {
+                Err(Failure::new(
+                    "EPOCH_FENCED",
+                    format!(
+                        "{name} was seen here under epoch {}; the offer holds {offered}",
+                        r.epoch
+                    ),
+                ))
+            }
             _ => Ok(()),
         }
     }
 
     fn take_over(&self, arrival: &mut Arrival, epoch: u64) -> Result<(), Failure> {
-        let guest = arrival.guest.as_ref().ok_or_else(|| Failure::new("ROLE_PROTOCOL", "nothing was admitted"))?;
+        let guest = arrival
+            .guest
+            .as_ref()
+            .ok_or_else(|| Failure::new("ROLE_PROTOCOL", "nothing was admitted"))?;
         let mut held = lock(&guest.epoch);
         if epoch != *held + 1 {
-            return Err(Failure::new("EPOCH_FENCED", format!("epoch {epoch} does not follow the offer's {held}")));
+            return Err(Failure::new(
+                "EPOCH_FENCED",
+                format!("epoch {epoch} does not follow the offer's {held}"),
+            ));
         }
         let record = Ownership {
             vm_id: hex::encode(guest.plan.vm_id),
@@ -180,14 +262,22 @@ impl Agent {
     fn peer_identity(&self, peer: &PeerName) -> Result<Identity, Failure> {
         let spki = Fingerprint::from_bytes(peer.spki_sha256);
         let by_policy = self.policy.peers().iter().map(|p| &p.identity);
-        let known = by_policy.into_iter().find(|i| i.spki == spki && peer.san.iter().any(|s| s == i.san.as_str()));
-        known.cloned().ok_or_else(|| Failure::new("POLICY_PEER_UNKNOWN", "no peer of the policy has this name and key"))
+        let known = by_policy
+            .into_iter()
+            .find(|i| i.spki == spki && peer.san.iter().any(|s| s == i.san.as_str()));
+        known.cloned().ok_or_else(|| {
+            Failure::new(
+                "POLICY_PEER_UNKNOWN",
+                "no peer of the policy has this name and key",
+            )
+        })
     }
 }
 
 /// The peer's description: bounded by the wire, parsed once here, nothing behind it.
 fn parse_description(offer: &GuestOffer) -> Result<MachinePlan, Failure> {
-    let refuse = |text: String| Failure::new("DESCRIPTION", format!("the offer's description {text}"));
+    let refuse =
+        |text: String| Failure::new("DESCRIPTION", format!("the offer's description {text}"));
     let (plan, rest) = postcard::take_from_bytes::<MachinePlan>(&offer.description)
         .map_err(|e| refuse(format!("cannot be read: {e}")))?;
     if !rest.is_empty() {

@@ -20,10 +20,18 @@ use crate::vmm::protocol::{MachineState, OwnerSession, VmmReply, VmmRequest};
 
 impl Agent {
     /// `casemate run`.
-    pub(super) fn launch(&self, description: &Path, session: Option<SessionText>) -> Result<Answer, Failure> {
+    pub(super) fn launch(
+        &self,
+        description: &Path,
+        session: Option<SessionText>,
+    ) -> Result<Answer, Failure> {
         let begun = Instant::now();
-        let spec = MachineSpec::load(description).map_err(|e| Failure::new("DESCRIPTION", e.to_string()))?;
-        let wants_secret = matches!(spec.confidential, ConfidentialSpec::Sev { secret: true, .. });
+        let spec = MachineSpec::load(description)
+            .map_err(|e| Failure::new("DESCRIPTION", e.to_string()))?;
+        let wants_secret = matches!(
+            spec.confidential,
+            ConfidentialSpec::Sev { secret: true, .. }
+        );
         let session = owner_session(&spec.name, wants_secret, session)?;
         let plan = spec.plan(random_id()?, self.processor.is_some());
         let action = Action::Launch {
@@ -36,14 +44,22 @@ impl Agent {
         self.decide("operator", &plan.name, plan.technology.emulated(), &action)?;
         let _reserved = self.reserve(&plan.name)?;
         let guest = self.build(&spec, &plan)?;
-        let VmmReply::Launched(measurement) = guest.vmm.call(&VmmRequest::Launch { session }, &[])? else {
+        let VmmReply::Launched(measurement) =
+            guest.vmm.call(&VmmRequest::Launch { session }, &[])?
+        else {
             return Err(Failure::new("VMM_GONE", "the VMM answered something else"));
         };
         self.evidence.record(
             Entry::new("operator", "launch", &plan.name, Outcome::Done)
                 .emulated(plan.technology.emulated())
                 .with("vm_id", hex::encode(plan.vm_id))
-                .with("measurement", measurement.as_ref().map(|m| hex::encode(&m.blob)).unwrap_or_default()),
+                .with(
+                    "measurement",
+                    measurement
+                        .as_ref()
+                        .map(|m| hex::encode(&m.blob))
+                        .unwrap_or_default(),
+                ),
         )?;
         let state = if wants_secret {
             *lock(&guest.measurement) = measurement;
@@ -75,16 +91,25 @@ impl Agent {
     }
 
     /// The owner's secret: injected once, then the guest starts.
-    pub(super) fn inject_secret(&self, name: &str, header: &str, ciphertext: &str) -> Result<Answer, Failure> {
+    pub(super) fn inject_secret(
+        &self,
+        name: &str,
+        header: &str,
+        ciphertext: &str,
+    ) -> Result<Answer, Failure> {
         let guest = self.guest(name)?;
         let mut held = lock(&guest.measurement);
         if held.is_none() {
             return Err(not_waiting(name));
         }
-        let request = VmmRequest::InjectSecret { header: bytes(header)?, ciphertext: bytes(ciphertext)? };
+        let request = VmmRequest::InjectSecret {
+            header: bytes(header)?,
+            ciphertext: bytes(ciphertext)?,
+        };
         guest.vmm.call(&request, &[])?;
         let entry = Entry::new("owner", "inject-secret", name, Outcome::Done);
-        self.evidence.record(entry.emulated(guest.plan.technology.emulated()))?;
+        self.evidence
+            .record(entry.emulated(guest.plan.technology.emulated()))?;
         self.first_run(&guest)?;
         *held = None;
         Ok(Answer::Guest(guest.info_in(MachineState::Running)))
@@ -92,12 +117,18 @@ impl Agent {
 
     fn build(&self, spec: &MachineSpec, plan: &MachinePlan) -> Result<Arc<Guest>, Failure> {
         let disks: Vec<&Path> = spec.disks.iter().map(|d| d.path.as_path()).collect();
-        let taps: Vec<TapChoice> =
-            spec.nets.iter().map(|n| TapChoice { tap: n.tap.clone(), bridge: n.bridge.clone() }).collect();
+        let taps: Vec<TapChoice> = spec
+            .nets
+            .iter()
+            .map(|n| TapChoice {
+                tap: n.tap.clone(),
+                bridge: n.bridge.clone(),
+            })
+            .collect();
         let processor = self.processor_for(plan.technology)?;
         let folder = self.guest_folder(&plan.name);
-        let resources =
-            Resources::open(plan, &folder, &disks, &taps, processor)?.with_boot(&spec.kernel, &spec.initrd)?;
+        let resources = Resources::open(plan, &folder, &disks, &taps, processor)?
+            .with_boot(&spec.kernel, &spec.initrd)?;
         resources.prepare(self.spawn_vmm(plan)?, plan.clone(), FIRST_EPOCH)
     }
 
@@ -132,24 +163,42 @@ impl Technology {
     }
 }
 
-fn owner_session(name: &str, wanted: bool, given: Option<SessionText>) -> Result<Option<OwnerSession>, Failure> {
+fn owner_session(
+    name: &str,
+    wanted: bool,
+    given: Option<SessionText>,
+) -> Result<Option<OwnerSession>, Failure> {
     match (wanted, given) {
         (true, None) => Err(Failure::new(
             "OWNER_SESSION",
-            format!("{name} waits for its owner's secret (`confidential.secret`): give --owner-session, or set it to false"),
+            format!(
+                "{name} waits for its owner's secret (`confidential.secret`): give --owner-session, or set it to false"
+            ),
         )),
         (false, Some(_)) => Err(Failure::new(
             "OWNER_SESSION",
-            format!("{name} takes no secret, so no owner's session either; set `confidential.secret = true`"),
+            format!(
+                "{name} takes no secret, so no owner's session either; set `confidential.secret = true`"
+            ),
         )),
         (_, given) => given
-            .map(|text| Ok(OwnerSession { certificate: bytes(&text.certificate)?, blob: bytes(&text.blob)? }))
+            .map(|text| {
+                Ok(OwnerSession {
+                    certificate: bytes(&text.certificate)?,
+                    blob: bytes(&text.blob)?,
+                })
+            })
             .transpose(),
     }
 }
 
 fn bytes(text: &str) -> Result<Vec<u8>, Failure> {
-    STANDARD.decode(text).map_err(|e| Failure::new("BASE64", format!("a field of the request is not base64: {e}")))
+    STANDARD.decode(text).map_err(|e| {
+        Failure::new(
+            "BASE64",
+            format!("a field of the request is not base64: {e}"),
+        )
+    })
 }
 
 fn random_id() -> Result<[u8; 16], Failure> {

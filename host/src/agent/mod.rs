@@ -47,8 +47,10 @@ use crate::vmm::protocol::{RoleError, VmmReply, VmmRequest};
 
 /// Runs the agent until it is told to stop (SIGTERM, SIGINT). Its guests end with it.
 pub fn run(config: &Path) -> Result<(), Failure> {
-    let config = AgentConfig::load(config).map_err(|e| Failure::new("CONFIGURATION", e.to_string()))?;
-    let runtime = tokio::runtime::Runtime::new().map_err(|e| Failure::new("INTERNAL", e.to_string()))?;
+    let config =
+        AgentConfig::load(config).map_err(|e| Failure::new("CONFIGURATION", e.to_string()))?;
+    let runtime =
+        tokio::runtime::Runtime::new().map_err(|e| Failure::new("INTERNAL", e.to_string()))?;
     runtime.block_on(async {
         let agent = Arc::new(Agent::start(config)?);
         let failed = |e: std::io::Error| Failure::new("INTERNAL", e.to_string());
@@ -58,7 +60,9 @@ pub fn run(config: &Path) -> Result<(), Failure> {
             tokio::select! { _ = terminate.recv() => {} _ = interrupt.recv() => {} }
         };
         server::serve(Arc::clone(&agent), ended).await?;
-        tokio::task::spawn_blocking(move || agent.stop_all()).await.map_err(|e| Failure::new("INTERNAL", e.to_string()))
+        tokio::task::spawn_blocking(move || agent.stop_all())
+            .await
+            .map_err(|e| Failure::new("INTERNAL", e.to_string()))
     })?;
     // Threads that still wait for a peer end with the process; their roles die with it.
     runtime.shutdown_background();
@@ -80,12 +84,18 @@ pub struct Agent {
 
 impl Agent {
     fn start(config: AgentConfig) -> Result<Self, Failure> {
-        let policy = HostPolicy::load(&config.policy).map_err(|e| Failure::new("POLICY", e.to_string()))?;
+        let policy =
+            HostPolicy::load(&config.policy).map_err(|e| Failure::new("POLICY", e.to_string()))?;
         std::fs::create_dir_all(&config.state_dir)
             .map_err(|e| Failure::new("STATE", format!("{}: {e}", config.state_dir.display())))?;
         let evidence = Evidence::open(&config.state_dir, &config.name)?;
-        let records = Records::open(&config.state_dir.join("ownership")).map_err(|e| Failure::new("STATE", e.to_string()))?;
-        let identity = config.identity.as_ref().map(HostCredentials::load).transpose()?;
+        let records = Records::open(&config.state_dir.join("ownership"))
+            .map_err(|e| Failure::new("STATE", e.to_string()))?;
+        let identity = config
+            .identity
+            .as_ref()
+            .map(HostCredentials::load)
+            .transpose()?;
         let mut agent = Self {
             policy,
             evidence,
@@ -106,22 +116,42 @@ impl Agent {
         if agent.policy.technologies.allow_emulated {
             let (process, channel) = agent.spawn(Role::Psp, None, 0)?;
             let peer_roots = agent.emulated_roots();
-            agent.processor = Some(Processor::start(process, channel, &agent.config.state_dir, &peer_roots)?);
+            agent.processor = Some(Processor::start(
+                process,
+                channel,
+                &agent.config.state_dir,
+                &peer_roots,
+            )?);
         }
         Ok(agent)
     }
 
-    fn handle(&self, request: Request, progress: &mut dyn FnMut(serde_json::Value)) -> Result<Answer, Failure> {
+    fn handle(
+        &self,
+        request: Request,
+        progress: &mut dyn FnMut(serde_json::Value),
+    ) -> Result<Answer, Failure> {
         match request {
-            Request::Run { description, session } => self.launch(&description, session),
+            Request::Run {
+                description,
+                session,
+            } => self.launch(&description, session),
             Request::List => self.list(),
             Request::Status { name } => Ok(Answer::Guest(self.guest(&name)?.info()?)),
             Request::Stop { name } => self.stop(&name),
             Request::Pause { name } => self.order(&name, &VmmRequest::Pause, "pause"),
             Request::Resume { name } => self.order(&name, &VmmRequest::Resume, "resume"),
             Request::Measurement { name } => self.measurement(&name),
-            Request::InjectSecret { name, header, ciphertext } => self.inject_secret(&name, &header, &ciphertext),
-            Request::Migrate { name, to, downtime_limit_ms } => self.migrate(&name, &to, downtime_limit_ms, progress),
+            Request::InjectSecret {
+                name,
+                header,
+                ciphertext,
+            } => self.inject_secret(&name, &header, &ciphertext),
+            Request::Migrate {
+                name,
+                to,
+                downtime_limit_ms,
+            } => self.migrate(&name, &to, downtime_limit_ms, progress),
             Request::Cancel { name } => self.cancel(&name),
             Request::Platform => self.platform(),
             Request::SandboxProbe { name } => self.probe(&name),
@@ -131,14 +161,20 @@ impl Agent {
 
     fn list(&self) -> Result<Answer, Failure> {
         let guests: Vec<Arc<Guest>> = lock(&self.guests).values().cloned().collect();
-        let guests = guests.iter().map(|g| g.info()).collect::<Result<Vec<GuestInfo>, Failure>>()?;
+        let guests = guests
+            .iter()
+            .map(|g| g.info())
+            .collect::<Result<Vec<GuestInfo>, Failure>>()?;
         Ok(Answer::Guests { guests })
     }
 
     fn stop(&self, name: &str) -> Result<Answer, Failure> {
         let guest = self.guest(name)?;
         if lock(&guest.mover).is_some() {
-            return Err(Failure::new("ALREADY_MOVING", format!("{name} is being moved; cancel that first")));
+            return Err(Failure::new(
+                "ALREADY_MOVING",
+                format!("{name} is being moved; cancel that first"),
+            ));
         }
         self.end(name, &guest)?;
         lock(&self.guests).remove(name);
@@ -158,26 +194,50 @@ impl Agent {
         guest.vmm.kill();
         let epoch = *lock(&guest.epoch);
         let vm_id = hex::encode(guest.plan.vm_id);
-        let owned = self.records.read(name).ok().flatten().is_none_or(|r| r.state == OwnershipState::Owner);
+        let owned = self
+            .records
+            .read(name)
+            .ok()
+            .flatten()
+            .is_none_or(|r| r.state == OwnershipState::Owner);
         if owned {
-            self.record_ownership(name, &Ownership { vm_id, epoch, state: OwnershipState::Ended, peer: None })?;
+            self.record_ownership(
+                name,
+                &Ownership {
+                    vm_id,
+                    epoch,
+                    state: OwnershipState::Ended,
+                    peer: None,
+                },
+            )?;
         }
         let entry = Entry::new("operator", "stop", name, Outcome::Done);
-        self.evidence.record(entry.emulated(guest.plan.technology.emulated()))
+        self.evidence
+            .record(entry.emulated(guest.plan.technology.emulated()))
     }
 
     fn order(&self, name: &str, request: &VmmRequest, action: &str) -> Result<Answer, Failure> {
         let guest = self.guest(name)?;
         if lock(&guest.mover).is_some() {
-            return Err(Failure::new("ALREADY_MOVING", format!("{name} is being moved; cancel that first")));
+            return Err(Failure::new(
+                "ALREADY_MOVING",
+                format!("{name} is being moved; cancel that first"),
+            ));
         }
-        let record = self.records.read(name).map_err(|e| Failure::new("RECORD", e.to_string()))?;
+        let record = self
+            .records
+            .read(name)
+            .map_err(|e| Failure::new("RECORD", e.to_string()))?;
         if record.is_none_or(|r| r.state != OwnershipState::Owner) {
-            return Err(Failure::new("NOT_OWNER", format!("this host does not own {name}; see its ownership record")));
+            return Err(Failure::new(
+                "NOT_OWNER",
+                format!("this host does not own {name}; see its ownership record"),
+            ));
         }
         guest.vmm.call(request, &[])?;
         let entry = Entry::new("operator", action, name, Outcome::Done);
-        self.evidence.record(entry.emulated(guest.plan.technology.emulated()))?;
+        self.evidence
+            .record(entry.emulated(guest.plan.technology.emulated()))?;
         Ok(Answer::Guest(guest.info()?))
     }
 
@@ -198,7 +258,12 @@ impl Agent {
 
     fn probe(&self, name: &str) -> Result<Answer, Failure> {
         let guest = self.guest(name)?;
-        self.decide("operator", name, guest.plan.technology.emulated(), &Action::SandboxProbe)?;
+        self.decide(
+            "operator",
+            name,
+            guest.plan.technology.emulated(),
+            &Action::SandboxProbe,
+        )?;
         let VmmReply::Probe(vmm) = guest.vmm.call(&VmmRequest::SandboxProbe, &[])? else {
             return Err(Failure::new("VMM_GONE", "the VMM answered something else"));
         };
@@ -208,7 +273,8 @@ impl Agent {
         reports.extend(self.processor.as_ref().map(Processor::probe).transpose()?);
         let held = reports.iter().flat_map(|r| &r.attempts).all(|a| a.refused);
         let outcome = if held { Outcome::Done } else { Outcome::Failed };
-        self.evidence.record(Entry::new("operator", "sandbox-probe", name, outcome))?;
+        self.evidence
+            .record(Entry::new("operator", "sandbox-probe", name, outcome))?;
         Ok(Answer::Probe { reports })
     }
 
@@ -220,50 +286,98 @@ impl Agent {
         let mover = lock(&guest.mover).clone();
         let mut reports = vec![vmm];
         reports.extend(mover.map(|m| m.sandbox_report()).transpose()?);
-        reports.extend(self.processor.as_ref().map(Processor::sandbox_report).transpose()?);
+        reports.extend(
+            self.processor
+                .as_ref()
+                .map(Processor::sandbox_report)
+                .transpose()?,
+        );
         Ok(Answer::Sandbox { reports })
     }
 
     /// Asks the policy and writes the decision down before it is acted upon.
-    fn decide(&self, actor: &str, object: &str, emulated: bool, action: &Action) -> Result<(), Failure> {
+    fn decide(
+        &self,
+        actor: &str,
+        object: &str,
+        emulated: bool,
+        action: &Action,
+    ) -> Result<(), Failure> {
         let decision = evaluate(&self.policy, action);
-        self.evidence.record(Entry::decided(actor, action.name(), object, &decision).emulated(emulated))?;
+        self.evidence
+            .record(Entry::decided(actor, action.name(), object, &decision).emulated(emulated))?;
         if decision.allowed {
             return Ok(());
         }
         let reasons: Vec<String> = decision
             .refusals()
-            .map(|r| format!("{}: want {}, found {}. {}", r.rule, r.wanted, r.found, r.remedy).trim_end().to_owned())
+            .map(|r| {
+                format!(
+                    "{}: want {}, found {}. {}",
+                    r.rule, r.wanted, r.found, r.remedy
+                )
+                .trim_end()
+                .to_owned()
+            })
             .collect();
-        let code = serde_json::to_value(decision.code).ok().and_then(|c| c.as_str().map(str::to_uppercase));
+        let code = serde_json::to_value(decision.code)
+            .ok()
+            .and_then(|c| c.as_str().map(str::to_uppercase));
         let code = format!("POLICY_{}", code.unwrap_or_default().replace('-', "_"));
-        Err(Failure { code, error: format!("the policy of {} refuses: {}", self.config.name, reasons.join("; ")) })
+        Err(Failure {
+            code,
+            error: format!(
+                "the policy of {} refuses: {}",
+                self.config.name,
+                reasons.join("; ")
+            ),
+        })
     }
 
     fn guest(&self, name: &str) -> Result<Arc<Guest>, Failure> {
-        let unknown = || Failure::new("NO_SUCH_GUEST", format!("no guest {name} on this host; see `casemate list`"));
+        let unknown = || {
+            Failure::new(
+                "NO_SUCH_GUEST",
+                format!("no guest {name} on this host; see `casemate list`"),
+            )
+        };
         lock(&self.guests).get(name).cloned().ok_or_else(unknown)
     }
 
     /// Keeps a name for a launch under way, so that it is launched once.
     fn reserve(&self, name: &str) -> Result<Reserved<'_>, Failure> {
-        let taken = || Failure::new("NAME_TAKEN", format!("a guest {name} runs on this host already"));
+        let taken = || {
+            Failure::new(
+                "NAME_TAKEN",
+                format!("a guest {name} runs on this host already"),
+            )
+        };
         if lock(&self.guests).contains_key(name) || !lock(&self.starting).insert(name.to_owned()) {
             return Err(taken());
         }
-        let record = self.records.read(name).map_err(|e| Failure::new("RECORD", format!("record of {name}: {e}")))?;
-        let reserved = Reserved { agent: self, name: name.to_owned() };
+        let record = self
+            .records
+            .read(name)
+            .map_err(|e| Failure::new("RECORD", format!("record of {name}: {e}")))?;
+        let reserved = Reserved {
+            agent: self,
+            name: name.to_owned(),
+        };
         match record.map(|r| r.state) {
             Some(OwnershipState::HandingOver | OwnershipState::HandedOver) => Err(Failure::new(
                 "NOT_OWNER",
-                format!("{name} was given to another host; remove its ownership record only if that host has ended it"),
+                format!(
+                    "{name} was given to another host; remove its ownership record only if that host has ended it"
+                ),
             )),
             _ => Ok(reserved),
         }
     }
 
     fn record_ownership(&self, name: &str, record: &Ownership) -> Result<(), Failure> {
-        self.records.write(name, record).map_err(|e| Failure::new("RECORD", format!("record of {name}: {e}")))
+        self.records
+            .write(name, record)
+            .map_err(|e| Failure::new("RECORD", format!("record of {name}: {e}")))
     }
 
     fn credentials(&self) -> Result<&HostCredentials, Failure> {
@@ -273,24 +387,33 @@ impl Agent {
     }
 
     fn host_sign(&self, message: &[u8]) -> Result<AgentAnswer, RoleError> {
-        self.credentials().map_err(|e| role_error(&e.code, e.error))?.sign(message)
+        self.credentials()
+            .map_err(|e| role_error(&e.code, e.error))?
+            .sign(message)
     }
 
     fn processor_for(&self, technology: Technology) -> Result<Option<Channel>, Failure> {
         match technology {
             Technology::None => Ok(None),
-            Technology::Sev { .. } => self.processor.as_ref().ok_or_else(no_processor)?.connect().map(Some),
+            Technology::Sev { .. } => self
+                .processor
+                .as_ref()
+                .ok_or_else(no_processor)?
+                .connect()
+                .map(Some),
         }
     }
 
     fn spawn_vmm(&self, plan: &MachinePlan) -> Result<VmmProcess, Failure> {
-        let (process, channel) = self.spawn(Role::Vmm, Some(plan.memory_bytes), plan.vcpus.into())?;
+        let (process, channel) =
+            self.spawn(Role::Vmm, Some(plan.memory_bytes), plan.vcpus.into())?;
         let name = plan.name.clone();
         let on_event = move |event| match event {
             Some(event) => tracing::info!(guest = name, ?event, "guest"),
             None => tracing::info!(guest = name, "VMM ended"),
         };
-        VmmProcess::new(process, channel, on_event).map_err(|e| Failure::new("INTERNAL", e.to_string()))
+        VmmProcess::new(process, channel, on_event)
+            .map_err(|e| Failure::new("INTERNAL", e.to_string()))
     }
 
     fn spawn_mover(&self, memory_bytes: u64) -> Result<MoverProcess, Failure> {
@@ -299,21 +422,33 @@ impl Agent {
     }
 
     /// Starts a role in a cell of its own, under a user of its own.
-    fn spawn(&self, role: Role, memory: Option<u64>, vcpus: u32) -> Result<(RoleProcess, Channel), Failure> {
+    fn spawn(
+        &self,
+        role: Role,
+        memory: Option<u64>,
+        vcpus: u32,
+    ) -> Result<(RoleProcess, Channel), Failure> {
         let number = self.next_role.fetch_add(1, Ordering::Relaxed) % MAX_ROLES;
         let name = format!("casemate-{}-{}-{number}", self.config.name, role.name());
         let mut spec = JailSpec::new(name, self.config.uid_base + number);
         spec.memory_max = memory.map(|bytes| bytes + ROLE_OVERHEAD);
         spec.pids_max += vcpus;
         spec.landlock_min = self.policy.sandbox.landlock_min_abi.get();
-        let (ours, theirs) = Channel::pair().map_err(|e| Failure::new("INTERNAL", e.to_string()))?;
-        let process = spawn_role(role, theirs, spec).map_err(|e| Failure::new("SANDBOX", e.to_string()))?;
+        let (ours, theirs) =
+            Channel::pair().map_err(|e| Failure::new("INTERNAL", e.to_string()))?;
+        let process =
+            spawn_role(role, theirs, spec).map_err(|e| Failure::new("SANDBOX", e.to_string()))?;
         Ok((process, ours))
     }
 
     /// The emulated roots, besides this host's own, that policy trusts as targets.
     fn emulated_roots(&self) -> Vec<[u8; 32]> {
-        self.policy.migration.trusted_emulated_roots.iter().map(|f| *f.as_bytes()).collect()
+        self.policy
+            .migration
+            .trusted_emulated_roots
+            .iter()
+            .map(|f| *f.as_bytes())
+            .collect()
     }
 
     fn guest_folder(&self, name: &str) -> PathBuf {

@@ -24,21 +24,33 @@ pub struct MoverProcess {
 }
 
 /// Decides what a mover asks for; the descriptor goes beside the answer.
-pub type Decide<'a> = dyn FnMut(MoverRequestToAgent) -> Result<(AgentAnswer, Option<OwnedFd>), RoleError> + 'a;
+pub type Decide<'a> =
+    dyn FnMut(MoverRequestToAgent) -> Result<(AgentAnswer, Option<OwnedFd>), RoleError> + 'a;
 
 impl MoverProcess {
     /// Takes over a process just spawned.
     pub fn new(process: RoleProcess, channel: Channel) -> Self {
-        Self { channel, process: Mutex::new(process), reports: Exchange::new(), probes: Exchange::new() }
+        Self {
+            channel,
+            process: Mutex::new(process),
+            reports: Exchange::new(),
+            probes: Exchange::new(),
+        }
     }
 
     /// Starts the work.
     pub fn start(&self, command: &MoverCommand, handles: &[BorrowedFd<'_>]) -> Result<(), Failure> {
-        self.channel.send_with(command, handles).map_err(|e| gone(&e))
+        self.channel
+            .send_with(command, handles)
+            .map_err(|e| gone(&e))
     }
 
     /// Serves the mover until its work has ended. `None` means that it died without a word.
-    pub fn serve(&self, decide: &mut Decide<'_>, on_event: &mut dyn FnMut(&MoverEvent)) -> Option<MoveOutcome> {
+    pub fn serve(
+        &self,
+        decide: &mut Decide<'_>,
+        on_event: &mut dyn FnMut(&MoverEvent),
+    ) -> Option<MoveOutcome> {
         loop {
             match self.channel.recv::<MoverMessage>(None).ok()?.body {
                 MoverMessage::Request(request) => self.answer(decide(request)).ok()?,
@@ -52,17 +64,27 @@ impl MoverProcess {
 
     /// Asks it to give up, if it is not too late.
     pub fn cancel(&self) -> Result<(), Failure> {
-        self.channel.send(&MoverCommand::Cancel).map_err(|e| gone(&e))
+        self.channel
+            .send(&MoverCommand::Cancel)
+            .map_err(|e| gone(&e))
     }
 
     /// State of its sandbox.
     pub fn sandbox_report(&self) -> Result<SandboxReport, Failure> {
-        self.reports.ask(|| self.channel.send(&MoverCommand::SandboxReport).map_err(|e| gone(&e)))
+        self.reports.ask(|| {
+            self.channel
+                .send(&MoverCommand::SandboxReport)
+                .map_err(|e| gone(&e))
+        })
     }
 
     /// A probe from inside.
     pub fn probe(&self) -> Result<ProbeReport, Failure> {
-        self.probes.ask(|| self.channel.send(&MoverCommand::SandboxProbe).map_err(|e| gone(&e)))
+        self.probes.ask(|| {
+            self.channel
+                .send(&MoverCommand::SandboxProbe)
+                .map_err(|e| gone(&e))
+        })
     }
 
     /// Process id as this host sees it.
@@ -70,13 +92,18 @@ impl MoverProcess {
         lock(&self.process).pid()
     }
 
-    fn answer(&self, decision: Result<(AgentAnswer, Option<OwnedFd>), RoleError>) -> Result<(), Failure> {
+    fn answer(
+        &self,
+        decision: Result<(AgentAnswer, Option<OwnedFd>), RoleError>,
+    ) -> Result<(), Failure> {
         let (answer, handle) = match decision {
             Ok((answer, handle)) => (Ok(answer), handle),
             Err(error) => (Err(error), None),
         };
         let handles: Vec<BorrowedFd<'_>> = handle.iter().map(AsFd::as_fd).collect();
-        self.channel.send_with(&MoverCommand::Answer(answer), &handles).map_err(|e| gone(&e))
+        self.channel
+            .send_with(&MoverCommand::Answer(answer), &handles)
+            .map_err(|e| gone(&e))
     }
 }
 
@@ -89,7 +116,10 @@ struct Exchange<T> {
 impl<T> Exchange<T> {
     fn new() -> Self {
         let (sender, receiver) = channel();
-        Self { sender, receiver: Mutex::new(receiver) }
+        Self {
+            sender,
+            receiver: Mutex::new(receiver),
+        }
     }
 
     fn put(&self, value: Result<T, RoleError>) {
@@ -102,7 +132,10 @@ impl<T> Exchange<T> {
         // An answer that came after its deadline belongs to nobody.
         while receiver.try_recv().is_ok() {}
         request()?;
-        receiver.recv_timeout(DEADLINE).map_err(|e| gone(&e))?.map_err(Failure::from)
+        receiver
+            .recv_timeout(DEADLINE)
+            .map_err(|e| gone(&e))?
+            .map_err(Failure::from)
     }
 }
 

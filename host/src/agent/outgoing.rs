@@ -18,7 +18,8 @@ use crate::agent::transfer::{peer_entry, role_error};
 use crate::agent::vmm_process::lock;
 use crate::ipc::Channel;
 use crate::mover::protocol::{
-    AgentAnswer, GuestHere, MoveLimits, MoveOutcome, MoverCommand, MoverEvent, MoverRequestToAgent, OwnershipStep, SourceStart,
+    AgentAnswer, GuestHere, MoveLimits, MoveOutcome, MoverCommand, MoverEvent, MoverRequestToAgent,
+    OwnershipStep, SourceStart,
 };
 use crate::vmm::protocol::{RoleError, VmmRequest};
 
@@ -34,17 +35,27 @@ impl Agent {
         let guest = self.guest(name)?;
         let emulated = guest.plan.technology.emulated();
         let technology = policy_technology(guest.plan.technology);
-        let action = Action::MigrateOut { technology, emulated, peer_name: to.to_owned() };
+        let action = Action::MigrateOut {
+            technology,
+            emulated,
+            peer_name: to.to_owned(),
+        };
         self.decide("operator", name, emulated, &action)?;
         if lock(&guest.measurement).is_some() {
-            return Err(Failure::new("NOT_RUNNING", format!("{name} waits for its owner's secret; it cannot move yet")));
+            return Err(Failure::new(
+                "NOT_RUNNING",
+                format!("{name} waits for its owner's secret; it cannot move yet"),
+            ));
         }
         let start = self.source_start(&guest, to, downtime_limit_ms)?;
         let socket = connect(to, self.config.peers.get(to).copied())?;
         let mover = self.start_mover(&guest, start, socket)?;
-        let outcome = mover.serve(&mut |request| self.serve_source(&guest, to, request), &mut |event| {
-            progress(event_json(event));
-        });
+        let outcome = mover.serve(
+            &mut |request| self.serve_source(&guest, to, request),
+            &mut |event| {
+                progress(event_json(event));
+            },
+        );
         *lock(&guest.mover) = None;
         self.conclude(&guest, to, outcome)
     }
@@ -53,14 +64,27 @@ impl Agent {
     pub(super) fn cancel(&self, name: &str) -> Result<Answer, Failure> {
         let guest = self.guest(name)?;
         let mover = lock(&guest.mover).clone();
-        mover.ok_or_else(|| Failure::new("NOT_MOVING", format!("{name} is not being moved")))?.cancel()?;
+        mover
+            .ok_or_else(|| Failure::new("NOT_MOVING", format!("{name} is not being moved")))?
+            .cancel()?;
         Ok(Answer::Done)
     }
 
-    fn source_start(&self, guest: &Guest, to: &str, downtime: Option<u32>) -> Result<SourceStart, Failure> {
-        let unknown = || Failure::new("POLICY_PEER_UNKNOWN", format!("the policy names no peer {to:?}"));
+    fn source_start(
+        &self,
+        guest: &Guest,
+        to: &str,
+        downtime: Option<u32>,
+    ) -> Result<SourceStart, Failure> {
+        let unknown = || {
+            Failure::new(
+                "POLICY_PEER_UNKNOWN",
+                format!("the policy names no peer {to:?}"),
+            )
+        };
         let peer = self.policy.peer_named(to).ok_or_else(unknown)?;
-        let description = postcard::to_stdvec(&guest.plan).map_err(|e| Failure::new("INTERNAL", e.to_string()))?;
+        let description = postcard::to_stdvec(&guest.plan)
+            .map_err(|e| Failure::new("INTERNAL", e.to_string()))?;
         let limit = downtime.unwrap_or(self.policy.migration.downtime_limit_ms.get());
         Ok(SourceStart {
             credentials: self.credentials()?.credentials.clone(),
@@ -70,20 +94,37 @@ impl Agent {
             epoch: *lock(&guest.epoch),
             description,
             emulated_roots: self.emulated_roots(),
-            limits: MoveLimits { downtime_ms: limit.into(), ..MoveLimits::default() },
+            limits: MoveLimits {
+                downtime_ms: limit.into(),
+                ..MoveLimits::default()
+            },
         })
     }
 
-    fn start_mover(&self, guest: &Arc<Guest>, start: SourceStart, socket: TcpStream) -> Result<Arc<MoverProcess>, Failure> {
+    fn start_mover(
+        &self,
+        guest: &Arc<Guest>,
+        start: SourceStart,
+        socket: TcpStream,
+    ) -> Result<Arc<MoverProcess>, Failure> {
         let mut slot = lock(&guest.mover);
         if slot.is_some() {
-            return Err(Failure::new("ALREADY_MOVING", format!("{} is being moved already", guest.plan.name)));
+            return Err(Failure::new(
+                "ALREADY_MOVING",
+                format!("{} is being moved already", guest.plan.name),
+            ));
         }
-        let (vmm_end, mover_end) = Channel::pair().map_err(|e| Failure::new("INTERNAL", e.to_string()))?;
+        let (vmm_end, mover_end) =
+            Channel::pair().map_err(|e| Failure::new("INTERNAL", e.to_string()))?;
         let mover = Arc::new(self.spawn_mover(guest.plan.memory_bytes)?);
-        guest.vmm.call(&VmmRequest::AttachMover, &[vmm_end.as_fd()])?;
+        guest
+            .vmm
+            .call(&VmmRequest::AttachMover, &[vmm_end.as_fd()])?;
         let socket = OwnedFd::from(socket);
-        mover.start(&MoverCommand::Source(Box::new(start)), &[mover_end.as_fd(), socket.as_fd()])?;
+        mover.start(
+            &MoverCommand::Source(Box::new(start)),
+            &[mover_end.as_fd(), socket.as_fd()],
+        )?;
         *slot = Some(Arc::clone(&mover));
         Ok(mover)
     }
@@ -97,42 +138,78 @@ impl Agent {
         let answer = match request {
             MoverRequestToAgent::Sign { message } => self.host_sign(&message)?,
             MoverRequestToAgent::Record(step) => self.record_departure(guest, to, step)?,
-            MoverRequestToAgent::Admit { .. } => return Err(role_error("ROLE_PROTOCOL", "a source admits nobody")),
+            MoverRequestToAgent::Admit { .. } => {
+                return Err(role_error("ROLE_PROTOCOL", "a source admits nobody"));
+            }
         };
         Ok((answer, None))
     }
 
-    fn record_departure(&self, guest: &Guest, to: &str, step: OwnershipStep) -> Result<AgentAnswer, RoleError> {
+    fn record_departure(
+        &self,
+        guest: &Guest,
+        to: &str,
+        step: OwnershipStep,
+    ) -> Result<AgentAnswer, RoleError> {
         let epoch = *lock(&guest.epoch);
         let (state, epoch) = match step {
             OwnershipStep::Releasing => (OwnershipState::HandingOver, epoch + 1),
             OwnershipStep::Resumed => (OwnershipState::Owner, epoch),
             OwnershipStep::Departed => (OwnershipState::HandedOver, epoch + 1),
-            OwnershipStep::Activating { .. } => return Err(role_error("ROLE_PROTOCOL", "a source activates nothing")),
+            OwnershipStep::Activating { .. } => {
+                return Err(role_error("ROLE_PROTOCOL", "a source activates nothing"));
+            }
         };
-        let record = Ownership { vm_id: hex::encode(guest.plan.vm_id), epoch, state, peer: Some(to.to_owned()) };
-        self.record_ownership(&guest.plan.name, &record).map_err(|e| role_error(&e.code, e.error))?;
+        let record = Ownership {
+            vm_id: hex::encode(guest.plan.vm_id),
+            epoch,
+            state,
+            peer: Some(to.to_owned()),
+        };
+        self.record_ownership(&guest.plan.name, &record)
+            .map_err(|e| role_error(&e.code, e.error))?;
         Ok(AgentAnswer::Recorded)
     }
 
-    fn conclude(&self, guest: &Guest, to: &str, outcome: Option<MoveOutcome>) -> Result<Answer, Failure> {
+    fn conclude(
+        &self,
+        guest: &Guest,
+        to: &str,
+        outcome: Option<MoveOutcome>,
+    ) -> Result<Answer, Failure> {
         let name = &guest.plan.name;
         let entry = |outcome| {
-            Entry::new("operator", "migrate-out", name, outcome).emulated(guest.plan.technology.emulated()).with("peer", to)
+            Entry::new("operator", "migrate-out", name, outcome)
+                .emulated(guest.plan.technology.emulated())
+                .with("peer", to)
         };
         match outcome.unwrap_or_else(|| self.orphaned(guest)) {
             MoveOutcome::Moved(report) => {
-                self.evidence.record(entry(Outcome::Done).with("manifest_root", report.manifest_root.as_str()))?;
+                self.evidence.record(
+                    entry(Outcome::Done).with("manifest_root", report.manifest_root.as_str()),
+                )?;
                 lock(&self.guests).remove(name);
-                let outcome = serde_json::to_value(&report).map_err(|e| Failure::new("INTERNAL", e.to_string()))?;
+                let outcome = serde_json::to_value(&report)
+                    .map_err(|e| Failure::new("INTERNAL", e.to_string()))?;
                 Ok(Answer::Migrated { outcome })
             }
-            MoveOutcome::Failed { code, reason, guest: here } => {
-                self.evidence.record(entry(Outcome::Failed).code(&code).with("reason", reason.as_str()))?;
+            MoveOutcome::Failed {
+                code,
+                reason,
+                guest: here,
+            } => {
+                self.evidence.record(
+                    entry(Outcome::Failed)
+                        .code(&code)
+                        .with("reason", reason.as_str()),
+                )?;
                 if here == GuestHere::Elsewhere {
                     lock(&self.guests).remove(name);
                 }
-                Err(Failure { code, error: format!("{name} did not move to {to}: {reason}; {}", fate(here)) })
+                Err(Failure {
+                    code,
+                    error: format!("{name} did not move to {to}: {reason}; {}", fate(here)),
+                })
             }
         }
     }
@@ -149,14 +226,20 @@ impl Agent {
             Some(OwnershipState::HandedOver) => GuestHere::Elsewhere,
             _ => GuestHere::InDoubt,
         };
-        MoveOutcome::Failed { code: "MOVER_DIED".into(), reason: "the mover process died".into(), guest: here }
+        MoveOutcome::Failed {
+            code: "MOVER_DIED".into(),
+            reason: "the mover process died".into(),
+            guest: here,
+        }
     }
 }
 
 fn fate(here: GuestHere) -> &'static str {
     match here {
         GuestHere::Runs => "the guest runs on here",
-        GuestHere::Stopped => "the guest is stopped here; `casemate resume` it, or see the agent's log",
+        GuestHere::Stopped => {
+            "the guest is stopped here; `casemate resume` it, or see the agent's log"
+        }
         GuestHere::InDoubt => {
             "the commit was sent and not answered: the guest stays stopped here until the peer has been asked"
         }
@@ -167,11 +250,20 @@ fn fate(here: GuestHere) -> &'static str {
 
 fn connect(to: &str, address: Option<SocketAddr>) -> Result<TcpStream, Failure> {
     let address = address.ok_or_else(|| {
-        Failure::new("PEER_ADDRESS", format!("no address for {to}; add it to [peers] of the agent's configuration"))
+        Failure::new(
+            "PEER_ADDRESS",
+            format!("no address for {to}; add it to [peers] of the agent's configuration"),
+        )
     })?;
-    let stream = TcpStream::connect_timeout(&address, CONNECT_DEADLINE)
-        .map_err(|e| Failure::new("PEER_UNREACHABLE", format!("{to} at {address} does not answer: {e}")))?;
-    stream.set_nodelay(true).map_err(|e| Failure::new("PEER_UNREACHABLE", e.to_string()))?;
+    let stream = TcpStream::connect_timeout(&address, CONNECT_DEADLINE).map_err(|e| {
+        Failure::new(
+            "PEER_UNREACHABLE",
+            format!("{to} at {address} does not answer: {e}"),
+        )
+    })?;
+    stream
+        .set_nodelay(true)
+        .map_err(|e| Failure::new("PEER_UNREACHABLE", e.to_string()))?;
     Ok(stream)
 }
 

@@ -34,7 +34,9 @@ impl Processor {
     ) -> Result<Self, Failure> {
         let link = ProcessorLink::new(channel);
         let file = state_dir.join("processor.identity");
-        let unusable = |e: std::io::Error| Failure::new("PROCESSOR_IDENTITY", format!("{}: {e}", file.display()));
+        let unusable = |e: std::io::Error| {
+            Failure::new("PROCESSOR_IDENTITY", format!("{}: {e}", file.display()))
+        };
         match std::fs::read(&file) {
             Ok(identity) => link.initialise(&identity, peer_roots)?,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
@@ -46,7 +48,12 @@ impl Processor {
         }
         let evidence = link.evidence()?;
         let root = root_of(&evidence)?;
-        Ok(Self { link: Mutex::new(link), evidence, root, _process: Mutex::new(process) })
+        Ok(Self {
+            link: Mutex::new(link),
+            evidence,
+            root,
+            _process: Mutex::new(process),
+        })
     }
 
     /// A channel for one VMM.
@@ -82,7 +89,8 @@ impl Processor {
 
 /// The root is the second of the two CA certificates.
 fn root_of(evidence: &PlatformEvidence) -> Result<Fingerprint, Failure> {
-    let broken = |e: casemate_attest::legacy::CaError| Failure::new("PROCESSOR_IDENTITY", e.to_string());
+    let broken =
+        |e: casemate_attest::legacy::CaError| Failure::new("PROCESSOR_IDENTITY", e.to_string());
     let (_ask, rest) = CaCertificate::parse_first(&evidence.amd).map_err(broken)?;
     let root = CaCertificate::parse(rest).map_err(broken)?;
     Ok(Fingerprint::from_bytes(root.fingerprint()))

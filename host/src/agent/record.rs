@@ -47,13 +47,17 @@ impl Records {
     /// Opens (and if need be makes) the folder.
     pub fn open(folder: &Path) -> io::Result<Self> {
         fs::create_dir_all(folder)?;
-        Ok(Self { folder: folder.to_owned() })
+        Ok(Self {
+            folder: folder.to_owned(),
+        })
     }
 
     /// Reads the record of a guest; none if this host never had it.
     pub fn read(&self, name: &str) -> io::Result<Option<Ownership>> {
         match fs::read(self.path(name)) {
-            Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(io::Error::from),
+            Ok(bytes) => serde_json::from_slice(&bytes)
+                .map(Some)
+                .map_err(io::Error::from),
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(e) => Err(e),
         }
@@ -84,8 +88,12 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let records = Records::open(folder.path()).unwrap();
         assert_eq!(records.read("vault").unwrap(), None);
-        let record =
-            Ownership { vm_id: "00".into(), epoch: 3, state: OwnershipState::HandingOver, peer: Some("site-b".into()) };
+        let record = Ownership {
+            vm_id: "00".into(),
+            epoch: 3,
+            state: OwnershipState::HandingOver,
+            peer: Some("site-b".into()),
+        };
         records.write("vault", &record).unwrap();
         assert_eq!(records.read("vault").unwrap(), Some(record));
         fs::write(folder.path().join("vault.json"), b"{").unwrap();

@@ -45,7 +45,10 @@ fn bind_api(socket: &Path) -> Result<UnixListener, Failure> {
         std::fs::create_dir_all(folder).map_err(failed)?;
     }
     if UnixStream::connect(socket).is_ok() {
-        return Err(Failure::new("LISTEN", format!("another agent answers at {}", socket.display())));
+        return Err(Failure::new(
+            "LISTEN",
+            format!("another agent answers at {}", socket.display()),
+        ));
     }
     // Left behind by an agent that was killed; nobody answers there.
     let _ = std::fs::remove_file(socket);
@@ -55,7 +58,12 @@ fn bind_api(socket: &Path) -> Result<UnixListener, Failure> {
 }
 
 async fn bind_arrivals(address: SocketAddr) -> Result<TcpListener, Failure> {
-    let failed = |e: std::io::Error| Failure::new("LISTEN", format!("cannot accept migrations at {address}: {e}"));
+    let failed = |e: std::io::Error| {
+        Failure::new(
+            "LISTEN",
+            format!("cannot accept migrations at {address}: {e}"),
+        )
+    };
     TcpListener::bind(address).await.map_err(failed)
 }
 
@@ -63,7 +71,10 @@ async fn bind_arrivals(address: SocketAddr) -> Result<TcpListener, Failure> {
 async fn accept_clients(agent: &Arc<Agent>, listener: UnixListener) {
     let places = Arc::new(Semaphore::new(MAX_CLIENTS));
     while let Ok(place) = Arc::clone(&places).acquire_owned().await {
-        let Some(stream) = accepted(listener.accept().await.and_then(|(s, _)| s.into_std())).await else { continue };
+        let Some(stream) = accepted(listener.accept().await.and_then(|(s, _)| s.into_std())).await
+        else {
+            continue;
+        };
         let agent = Arc::clone(agent);
         tokio::task::spawn_blocking(move || {
             if let Err(error) = serve_client(&agent, stream) {
@@ -76,10 +87,15 @@ async fn accept_clients(agent: &Arc<Agent>, listener: UnixListener) {
 
 /// One connection a move, [`MAX_ARRIVALS`] at a time; not a byte of it is read here.
 async fn accept_arrivals(agent: &Arc<Agent>, listener: Option<TcpListener>) {
-    let Some(listener) = listener else { return std::future::pending().await };
+    let Some(listener) = listener else {
+        return std::future::pending().await;
+    };
     let places = Arc::new(Semaphore::new(MAX_ARRIVALS));
     while let Ok(place) = Arc::clone(&places).acquire_owned().await {
-        let Some(stream) = accepted(listener.accept().await.and_then(|(s, _)| s.into_std())).await else { continue };
+        let Some(stream) = accepted(listener.accept().await.and_then(|(s, _)| s.into_std())).await
+        else {
+            continue;
+        };
         let agent = Arc::clone(agent);
         tokio::task::spawn_blocking(move || {
             if let Err(failure) = agent.receive(stream) {
@@ -108,10 +124,15 @@ fn serve_client(agent: &Agent, mut stream: UnixStream) -> std::io::Result<()> {
     let last = if who == 0 || who == geteuid().as_raw() {
         answer(agent, &mut stream)
     } else {
-        Err(Failure::new("NOT_PERMITTED", format!("user {who} may not talk to this agent; use root")))
+        Err(Failure::new(
+            "NOT_PERMITTED",
+            format!("user {who} may not talk to this agent; use root"),
+        ))
     };
     let line = match last {
-        Ok(answer) => Line::Answer { answer: Box::new(answer) },
+        Ok(answer) => Line::Answer {
+            answer: Box::new(answer),
+        },
         Err(failure) => Line::Failed(failure),
     };
     write_line(&mut stream, &line)
@@ -130,7 +151,9 @@ fn read_request(stream: &UnixStream) -> std::io::Result<Request> {
     stream.set_read_timeout(Some(REQUEST_DEADLINE))?;
     stream.set_write_timeout(Some(REQUEST_DEADLINE))?;
     let mut text = String::new();
-    BufReader::new(stream).take(MAX_LINE as u64).read_line(&mut text)?;
+    BufReader::new(stream)
+        .take(MAX_LINE as u64)
+        .read_line(&mut text)?;
     Ok(serde_json::from_str(&text)?)
 }
 

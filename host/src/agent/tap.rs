@@ -13,24 +13,38 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 /// Opens (and if need be makes) a tap device, sets it up, and puts it on `bridge`. It goes away with the descriptor
 /// unless it was persistent.
 pub fn open(name: &str, bridge: Option<&str>) -> Result<OwnedFd, TapError> {
-    let failed = |step: &'static str| move |source: io::Error| TapError { name: name.to_owned(), step, source };
+    let failed = |step: &'static str| {
+        move |source: io::Error| TapError {
+            name: name.to_owned(),
+            step,
+            source,
+        }
+    };
     let device = OpenOptions::new()
         .read(true)
         .write(true)
         .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
         .open("/dev/net/tun")
-        .map_err(failed("open /dev/net/tun (load the module tun, run as root)"))?;
+        .map_err(failed(
+            "open /dev/net/tun (load the module tun, run as root)",
+        ))?;
     let mut request = interface(name);
     let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
     request.ifr_ifru.ifru_flags = i16::try_from(flags).unwrap_or_default();
     // SAFETY: the descriptor is /dev/net/tun and the argument a live ifreq.
     check(unsafe { libc::ioctl(device.as_raw_fd(), libc::TUNSETIFF, &raw mut request) })
         .map_err(failed("create it (is another guest using it?)"))?;
-    let control = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)
-        .map_err(io::Error::from)
-        .map_err(failed("open a control socket"))?;
+    let control = socket(
+        AddressFamily::Inet,
+        SockType::Datagram,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )
+    .map_err(io::Error::from)
+    .map_err(failed("open a control socket"))?;
     if let Some(bridge) = bridge {
-        enslave(&control, bridge, name).map_err(failed("put it on its bridge (does the bridge exist?)"))?;
+        enslave(&control, bridge, name)
+            .map_err(failed("put it on its bridge (does the bridge exist?)"))?;
     }
     set_up(&control, name).map_err(failed("set it up"))?;
     Ok(device.into())
@@ -57,7 +71,8 @@ fn enslave(control: &OwnedFd, bridge: &str, port: &str) -> io::Result<()> {
 
 fn set_up(control: &OwnedFd, name: &str) -> io::Result<()> {
     let mut request = interface(name);
-    request.ifr_ifru.ifru_flags = i16::try_from(libc::IFF_UP | libc::IFF_RUNNING).unwrap_or_default();
+    request.ifr_ifru.ifru_flags =
+        i16::try_from(libc::IFF_UP | libc::IFF_RUNNING).unwrap_or_default();
     // SAFETY: a socket and a live ifreq.
     check(unsafe { libc::ioctl(control.as_raw_fd(), libc::SIOCSIFFLAGS, &raw mut request) })
 }
@@ -66,14 +81,23 @@ fn set_up(control: &OwnedFd, name: &str) -> io::Result<()> {
 fn interface(name: &str) -> libc::ifreq {
     // SAFETY: ifreq is plain data for which all zeroes is a value.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().take(libc::IFNAMSIZ - 1).zip(name.bytes()) {
+    for (to, from) in request
+        .ifr_name
+        .iter_mut()
+        .take(libc::IFNAMSIZ - 1)
+        .zip(name.bytes())
+    {
         *to = from.cast_signed();
     }
     request
 }
 
 fn check(result: libc::c_int) -> io::Result<()> {
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }
 
 /// Adds a port to a bridge (linux/sockios.h); the libc crate lacks it.

@@ -23,21 +23,34 @@ impl HostCredentials {
     /// Reads the PEM files.
     pub fn load(files: &IdentityFiles) -> Result<Self, Failure> {
         let read = |path: &std::path::Path| {
-            fs::read_to_string(path).map_err(|e| Failure::new("IDENTITY", format!("{}: {e}", path.display())))
+            fs::read_to_string(path)
+                .map_err(|e| Failure::new("IDENTITY", format!("{}: {e}", path.display())))
         };
-        let credentials = Credentials { chain_pem: read(&files.certificate)?, authority_pem: read(&files.ca)? };
+        let credentials = Credentials {
+            chain_pem: read(&files.certificate)?,
+            authority_pem: read(&files.ca)?,
+        };
         let signer = LocalSigner::from_pem(&read(&files.key)?)
             .map_err(|e| Failure::new("IDENTITY", format!("{}: {e}", files.key.display())))?;
-        Ok(Self { credentials, signer: Arc::new(signer) })
+        Ok(Self {
+            credentials,
+            signer: Arc::new(signer),
+        })
     }
 
     /// Signs for a mover, but only what a handshake of ours needs signed: a mover that was broken into cannot make
     /// this host say anything else.
     pub fn sign(&self, message: &[u8]) -> Result<AgentAnswer, RoleError> {
         if !may_sign(message) {
-            return Err(role_error("SIGNATURE_REFUSED", "not a TLS 1.3 CertificateVerify nor a session transcript"));
+            return Err(role_error(
+                "SIGNATURE_REFUSED",
+                "not a TLS 1.3 CertificateVerify nor a session transcript",
+            ));
         }
-        let signature = self.signer.sign(message).map_err(|e| role_error("SIGNATURE_FAILED", e))?;
+        let signature = self
+            .signer
+            .sign(message)
+            .map_err(|e| role_error("SIGNATURE_FAILED", e))?;
         Ok(AgentAnswer::Signed { signature })
     }
 }
@@ -48,7 +61,11 @@ pub fn peer_entry(peer: &Peer) -> PeerEntry {
         PeerPath::Direct => None,
         PeerPath::Gateway(identity) => Some(pinned(identity)),
     };
-    PeerEntry { name: peer.name.clone(), identity: pinned(&peer.identity), gateway }
+    PeerEntry {
+        name: peer.name.clone(),
+        identity: pinned(&peer.identity),
+        gateway,
+    }
 }
 
 /// All peers of the policy.
@@ -58,9 +75,15 @@ pub fn peer_entries(policy: &HostPolicy) -> Vec<PeerEntry> {
 
 /// An error for a mover.
 pub fn role_error(code: &str, text: impl std::fmt::Display) -> RoleError {
-    RoleError { code: code.to_owned(), text: text.to_string() }
+    RoleError {
+        code: code.to_owned(),
+        text: text.to_string(),
+    }
 }
 
 fn pinned(identity: &Identity) -> PinnedName {
-    PinnedName { san: identity.san.to_string(), spki_sha256: *identity.spki.as_bytes() }
+    PinnedName {
+        san: identity.san.to_string(),
+        spki_sha256: *identity.spki.as_bytes(),
+    }
 }

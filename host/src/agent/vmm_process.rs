@@ -30,20 +30,38 @@ impl VmmProcess {
         let channel_end = Arc::new(channel_end);
         let alive = Arc::new(AtomicBool::new(true));
         let (sender, replies) = channel();
-        let reader = Reader { channel: Arc::clone(&channel_end), alive: Arc::clone(&alive), sender };
-        std::thread::Builder::new().name("vmm-events".into()).spawn(move || reader.run(on_event))?;
-        Ok(Self { channel: channel_end, replies: Mutex::new(replies), alive, process: Mutex::new(process) })
+        let reader = Reader {
+            channel: Arc::clone(&channel_end),
+            alive: Arc::clone(&alive),
+            sender,
+        };
+        std::thread::Builder::new()
+            .name("vmm-events".into())
+            .spawn(move || reader.run(on_event))?;
+        Ok(Self {
+            channel: channel_end,
+            replies: Mutex::new(replies),
+            alive,
+            process: Mutex::new(process),
+        })
     }
 
     /// One request and its reply.
-    pub fn call(&self, request: &VmmRequest, handles: &[BorrowedFd<'_>]) -> Result<VmmReply, Failure> {
+    pub fn call(
+        &self,
+        request: &VmmRequest,
+        handles: &[BorrowedFd<'_>],
+    ) -> Result<VmmReply, Failure> {
         let replies = lock(&self.replies);
-        self.channel.send_with(request, handles).map_err(|e| gone(&e))?;
+        self.channel
+            .send_with(request, handles)
+            .map_err(|e| gone(&e))?;
         match replies.recv_timeout(REPLY_DEADLINE) {
             Ok(reply) => reply.map_err(Failure::from),
-            Err(RecvTimeoutError::Timeout) => {
-                Err(Failure::new("VMM_SILENT", format!("the VMM did not answer within {REPLY_DEADLINE:?}; stop the guest")))
-            }
+            Err(RecvTimeoutError::Timeout) => Err(Failure::new(
+                "VMM_SILENT",
+                format!("the VMM did not answer within {REPLY_DEADLINE:?}; stop the guest"),
+            )),
             Err(RecvTimeoutError::Disconnected) => Err(gone(&"it ended")),
         }
     }
@@ -74,7 +92,11 @@ struct Reader {
 impl Reader {
     fn run(self, mut on_event: impl FnMut(Option<VmmEvent>)) {
         loop {
-            match self.channel.recv::<VmmMessage>(None).map(|message| message.body) {
+            match self
+                .channel
+                .recv::<VmmMessage>(None)
+                .map(|message| message.body)
+            {
                 Ok(VmmMessage::Event(event)) => on_event(Some(event)),
                 // Nobody waits for a reply that came after its deadline; it is dropped with the receiver.
                 Ok(VmmMessage::Reply(reply)) => drop(self.sender.send(reply)),
@@ -90,7 +112,10 @@ impl Reader {
 }
 
 fn gone(error: &dyn std::fmt::Display) -> Failure {
-    Failure::new("VMM_GONE", format!("the VMM process is gone ({error}); its last words are in the agent's log"))
+    Failure::new(
+        "VMM_GONE",
+        format!("the VMM process is gone ({error}); its last words are in the agent's log"),
+    )
 }
 
 /// Locks a mutex; a panic elsewhere ends the process, so poisoning cannot be met.

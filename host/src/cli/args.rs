@@ -17,7 +17,12 @@ use clap::{Parser, Subcommand, ValueEnum};
 )]
 pub struct Cli {
     /// The agent's API socket.
-    #[arg(long, global = true, env = "CASEMATE_AGENT", default_value = "/run/casemate/agent.sock")]
+    #[arg(
+        long,
+        global = true,
+        env = "CASEMATE_AGENT",
+        default_value = "/run/casemate/agent.sock"
+    )]
     pub agent: PathBuf,
     /// Print one JSON object instead of a table.
     #[arg(long, global = true)]

@@ -11,7 +11,11 @@ pub fn run(agent: &Path, request: &Request, json: bool) -> Result<u8, Failure> {
     let mut table = render::Rounds::default();
     let answer = ask(agent, request, &mut |event| {
         // Progress is for people; a closed terminal must not stop a migration.
-        let _ = if json { print_json(event) } else { print_bytes(table.line(event).as_bytes()) };
+        let _ = if json {
+            print_json(event)
+        } else {
+            print_bytes(table.line(event).as_bytes())
+        };
     })?;
     match &answer {
         Answer::Migrated { outcome } if json => print_json(outcome),

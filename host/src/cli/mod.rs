@@ -49,30 +49,55 @@ fn run(cli: Cli) -> Result<u8, Failure> {
         Command::Doctor => doctor(json),
         Command::Agent { config } => roles::agent(&config),
         Command::Internal { role } => roles::internal(role),
-        Command::Run { description, owner_session } => {
-            let description = std::path::absolute(&description)
-                .map_err(|e| Failure::new("DESCRIPTION", format!("{}: {e}", description.display())))?;
+        Command::Run {
+            description,
+            owner_session,
+        } => {
+            let description = std::path::absolute(&description).map_err(|e| {
+                Failure::new("DESCRIPTION", format!("{}: {e}", description.display()))
+            })?;
             let session = owner_session.as_deref().map(read_session).transpose()?;
-            show(agent, &Request::Run { description, session }, json)
+            show(
+                agent,
+                &Request::Run {
+                    description,
+                    session,
+                },
+                json,
+            )
         }
         Command::List => show(agent, &Request::List, json),
         Command::Status { name } => show(agent, &Request::Status { name }, json),
         Command::Stop { name } => show(agent, &Request::Stop { name }, json),
         Command::Pause { name } => show(agent, &Request::Pause { name }, json),
         Command::Resume { name } => show(agent, &Request::Resume { name }, json),
-        Command::Migrate { name, to, downtime_limit } => {
-            migrate::run(agent, &Request::Migrate { name, to, downtime_limit_ms: downtime_limit }, json)
-        }
+        Command::Migrate {
+            name,
+            to,
+            downtime_limit,
+        } => migrate::run(
+            agent,
+            &Request::Migrate {
+                name,
+                to,
+                downtime_limit_ms: downtime_limit,
+            },
+            json,
+        ),
         Command::Cancel { name } => show(agent, &Request::Cancel { name }, json),
         Command::Owner { command } => owner::run(agent, command, json),
-        Command::Platform { command: PlatformCommand::Show } => show(agent, &Request::Platform, json),
-        Command::Platform { command: PlatformCommand::Export { out } } => export_platform(agent, &out),
-        Command::Sandbox { command: SandboxCommand::Probe { name } } => {
-            show(agent, &Request::SandboxProbe { name }, json)
-        }
-        Command::Sandbox { command: SandboxCommand::Report { name } } => {
-            show(agent, &Request::SandboxReport { name }, json)
-        }
+        Command::Platform {
+            command: PlatformCommand::Show,
+        } => show(agent, &Request::Platform, json),
+        Command::Platform {
+            command: PlatformCommand::Export { out },
+        } => export_platform(agent, &out),
+        Command::Sandbox {
+            command: SandboxCommand::Probe { name },
+        } => show(agent, &Request::SandboxProbe { name }, json),
+        Command::Sandbox {
+            command: SandboxCommand::Report { name },
+        } => show(agent, &Request::SandboxReport { name }, json),
         Command::Evidence { ledger, key } => verify_evidence(&ledger, &key, json),
         Command::Completion { shell } => {
             let mut text = Vec::new();
@@ -81,7 +106,9 @@ fn run(cli: Cli) -> Result<u8, Failure> {
         }
         Command::Man => {
             let mut text = Vec::new();
-            clap_mangen::Man::new(Cli::command()).render(&mut text).map_err(|e| output_failed(&e))?;
+            clap_mangen::Man::new(Cli::command())
+                .render(&mut text)
+                .map_err(|e| output_failed(&e))?;
             print_bytes(&text)
         }
     }
@@ -114,14 +141,32 @@ fn show(agent: &Path, request: &Request, json: bool) -> Result<u8, Failure> {
 
 fn export_platform(agent: &Path, out: &Path) -> Result<u8, Failure> {
     let Answer::Platform(platform) = ask(agent, &Request::Platform, &mut |_| {})? else {
-        return Err(Failure::new("AGENT_LOST", "the agent answered something else"));
+        return Err(Failure::new(
+            "AGENT_LOST",
+            "the agent answered something else",
+        ));
     };
     std::fs::create_dir_all(out).map_err(|e| output_failed(&e))?;
-    for (file, text) in [("pdh.cert", &platform.pdh), ("platform.cert", &platform.platform), ("amd.cert", &platform.amd)] {
+    for (file, text) in [
+        ("pdh.cert", &platform.pdh),
+        ("platform.cert", &platform.platform),
+        ("amd.cert", &platform.amd),
+    ] {
         std::fs::write(out.join(file), from_base64(text)?).map_err(|e| output_failed(&e))?;
     }
-    let kind = if platform.emulated { "emulated, NOT AMD" } else { "AMD" };
-    print_bytes(format!("{kind}; root sha256:{}\nwritten to {}\n", platform.root_sha256, out.display()).as_bytes())
+    let kind = if platform.emulated {
+        "emulated, NOT AMD"
+    } else {
+        "AMD"
+    };
+    print_bytes(
+        format!(
+            "{kind}; root sha256:{}\nwritten to {}\n",
+            platform.root_sha256,
+            out.display()
+        )
+        .as_bytes(),
+    )
 }
 
 fn verify_evidence(ledger: &Path, key: &Path, json: bool) -> Result<u8, Failure> {
@@ -137,12 +182,20 @@ fn verify_evidence(ledger: &Path, key: &Path, json: bool) -> Result<u8, Failure>
 fn read_session(folder: &Path) -> Result<SessionText, Failure> {
     let read = |file: &str| {
         let path = folder.join(file);
-        std::fs::read(&path).map(|bytes| to_base64(&bytes)).map_err(|e| {
-            let remedy = "make it with `casemate owner session`";
-            Failure::new("OWNER_SESSION", format!("{} cannot be read: {e}; {remedy}", path.display()))
-        })
+        std::fs::read(&path)
+            .map(|bytes| to_base64(&bytes))
+            .map_err(|e| {
+                let remedy = "make it with `casemate owner session`";
+                Failure::new(
+                    "OWNER_SESSION",
+                    format!("{} cannot be read: {e}; {remedy}", path.display()),
+                )
+            })
     };
-    Ok(SessionText { certificate: read("owner.cert")?, blob: read("session.bin")? })
+    Ok(SessionText {
+        certificate: read("owner.cert")?,
+        blob: read("session.bin")?,
+    })
 }
 
 fn to_base64(bytes: &[u8]) -> String {
@@ -154,7 +207,12 @@ fn from_base64(text: &str) -> Result<Vec<u8>, Failure> {
     use base64::Engine as _;
     base64::engine::general_purpose::STANDARD
         .decode(text)
-        .map_err(|e| Failure::new("BASE64", format!("a field of the answer is not base64: {e}")))
+        .map_err(|e| {
+            Failure::new(
+                "BASE64",
+                format!("a field of the answer is not base64: {e}"),
+            )
+        })
 }
 
 fn print_json(value: &impl serde::Serialize) -> Result<u8, Failure> {

@@ -6,11 +6,13 @@ use std::path::Path;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use casemate_attest::legacy::{
-    ApiVersion, ChainError, GuestPolicy, LegacyChain, MeasureBlob, OwnerSession, TrustAnchors, VerifiedChain,
+    ApiVersion, ChainError, GuestPolicy, LegacyChain, MeasureBlob, OwnerSession, TrustAnchors,
+    VerifiedChain,
 };
 use casemate_attest::measure::{LaunchDigest, LaunchDigester};
 use casemate_attest::verify::{
-    CheckResult, Component, PlatformEvidence, SevLaunchEvidence, SevLaunchExpected, Verdict, verify_sev_launch,
+    CheckResult, Component, PlatformEvidence, SevLaunchEvidence, SevLaunchExpected, Verdict,
+    verify_sev_launch,
 };
 use serde::Serialize;
 
@@ -25,10 +27,20 @@ use crate::vmm::boot::BootImage;
 /// Runs an owner's command.
 pub fn run(agent: &Path, command: OwnerCommand, json: bool) -> Result<u8, Failure> {
     match command {
-        OwnerCommand::Session { platform, description, allow_emulated, out } => {
-            session(&platform, &description, allow_emulated.as_deref(), &out)
-        }
-        OwnerCommand::Release { name, description, session, platform, allow_emulated, secret } => {
+        OwnerCommand::Session {
+            platform,
+            description,
+            allow_emulated,
+            out,
+        } => session(&platform, &description, allow_emulated.as_deref(), &out),
+        OwnerCommand::Release {
+            name,
+            description,
+            session,
+            platform,
+            allow_emulated,
+            secret,
+        } => {
             let release = Release {
                 name: &name,
                 expected: Expected::of(&description)?,
@@ -52,9 +64,13 @@ struct Expected {
 
 impl Expected {
     fn of(description: &Path) -> Result<Self, Failure> {
-        let spec = MachineSpec::load(description).map_err(|e| Failure::new("DESCRIPTION", e.to_string()))?;
+        let spec = MachineSpec::load(description)
+            .map_err(|e| Failure::new("DESCRIPTION", e.to_string()))?;
         let ConfidentialSpec::Sev { policy, .. } = spec.confidential else {
-            let text = format!("{} describes no SEV guest; there is nothing to measure", description.display());
+            let text = format!(
+                "{} describes no SEV guest; there is nothing to measure",
+                description.display()
+            );
             return Err(Failure::new("DESCRIPTION", text));
         };
         // Neither the identity nor whose processor serves is measured.
@@ -65,10 +81,18 @@ impl Expected {
         let mut components = Vec::with_capacity(image.len());
         for part in &image {
             whole.update(&part.bytes);
-            components.push(Component { name: part.name.to_owned(), digest: LaunchDigest::of(&part.bytes) });
+            components.push(Component {
+                name: part.name.to_owned(),
+                digest: LaunchDigest::of(&part.bytes),
+            });
         }
-        let policy = GuestPolicy::from_raw(policy).map_err(|e| Failure::new("DESCRIPTION", e.to_string()))?;
-        Ok(Self { policy, digest: whole.finish(), components })
+        let policy = GuestPolicy::from_raw(policy)
+            .map_err(|e| Failure::new("DESCRIPTION", e.to_string()))?;
+        Ok(Self {
+            policy,
+            digest: whole.finish(),
+            components,
+        })
     }
 }
 
@@ -89,9 +113,14 @@ struct ReleaseResult<'a> {
 
 impl Release<'_> {
     fn run(self, agent: &Path, json: bool) -> Result<u8, Failure> {
-        let request = Request::Measurement { name: self.name.to_owned() };
+        let request = Request::Measurement {
+            name: self.name.to_owned(),
+        };
         let Answer::Measurement(claimed) = ask(agent, &request, &mut |_| {})? else {
-            return Err(Failure::new("AGENT_LOST", "the agent answered something else"));
+            return Err(Failure::new(
+                "AGENT_LOST",
+                "the agent answered something else",
+            ));
         };
         let measurement = blob(&claimed)?;
         let verdict = self.verdict(&claimed, measurement)?;
@@ -100,7 +129,10 @@ impl Release<'_> {
             self.inject(agent, &measurement)?;
         }
         if json {
-            print_json(&ReleaseResult { verdict: &verdict, released })?;
+            print_json(&ReleaseResult {
+                verdict: &verdict,
+                released,
+            })?;
         } else {
             print_bytes(table(&verdict, released).as_bytes())?;
         }
@@ -111,16 +143,24 @@ impl Release<'_> {
         })
     }
 
-    fn verdict(&self, claimed: &MeasurementInfo, measurement: MeasureBlob) -> Result<Verdict, Failure> {
+    fn verdict(
+        &self,
+        claimed: &MeasurementInfo,
+        measurement: MeasureBlob,
+    ) -> Result<Verdict, Failure> {
         let evidence = SevLaunchEvidence {
             platform: match &self.chain {
                 Ok(chain) => PlatformEvidence::Verified(chain),
                 Err(error) => PlatformEvidence::Failed(error),
             },
             measurement,
-            api: ApiVersion { major: claimed.api_major, minor: claimed.api_minor },
+            api: ApiVersion {
+                major: claimed.api_major,
+                minor: claimed.api_minor,
+            },
             build: claimed.build,
-            policy: GuestPolicy::from_raw(claimed.policy).map_err(|e| Failure::new("MEASUREMENT", e.to_string()))?,
+            policy: GuestPolicy::from_raw(claimed.policy)
+                .map_err(|e| Failure::new("MEASUREMENT", e.to_string()))?,
             claimed_components: Vec::new(),
         };
         let expected = SevLaunchExpected {
@@ -135,8 +175,10 @@ impl Release<'_> {
 
     fn inject(&self, agent: &Path, measurement: &MeasureBlob) -> Result<(), Failure> {
         let page = secret_page(&self.secret)?;
-        let packet =
-            self.session.seal_secret(measurement, &page).map_err(|e| Failure::new("SECRET", e.to_string()))?;
+        let packet = self
+            .session
+            .seal_secret(measurement, &page)
+            .map_err(|e| Failure::new("SECRET", e.to_string()))?;
         let request = Request::InjectSecret {
             name: self.name.to_owned(),
             header: STANDARD.encode(packet.header.to_bytes()),
@@ -146,18 +188,34 @@ impl Release<'_> {
     }
 }
 
-fn session(platform: &Path, description: &Path, allow: Option<&str>, out: &Path) -> Result<u8, Failure> {
+fn session(
+    platform: &Path,
+    description: &Path,
+    allow: Option<&str>,
+    out: &Path,
+) -> Result<u8, Failure> {
     let expected = Expected::of(description)?;
-    let chain = verified_chain(platform, allow)?.map_err(|e| Failure::new("PLATFORM_UNTRUSTED", e.to_string()))?;
-    let (public, keys) =
-        OwnerSession::create(&chain, expected.policy).map_err(|e| Failure::new("OWNER_SESSION", e.to_string()))?;
+    let chain = verified_chain(platform, allow)?
+        .map_err(|e| Failure::new("PLATFORM_UNTRUSTED", e.to_string()))?;
+    let (public, keys) = OwnerSession::create(&chain, expected.policy)
+        .map_err(|e| Failure::new("OWNER_SESSION", e.to_string()))?;
     let failed = |e: std::io::Error| Failure::new("OUTPUT", format!("{}: {e}", out.display()));
     fs::create_dir_all(out).map_err(failed)?;
     write_secret(&out.join("owner.keys"), &keys.to_bytes()).map_err(failed)?;
     fs::write(out.join("owner.cert"), public.dh_cert.as_bytes()).map_err(failed)?;
     fs::write(out.join("session.bin"), public.session.to_bytes()).map_err(failed)?;
-    let kind = if chain.emulated() { "emulated, NOT AMD" } else { "AMD" };
-    print_bytes(format!("session with a verified platform ({kind}) in {}\n", out.display()).as_bytes())
+    let kind = if chain.emulated() {
+        "emulated, NOT AMD"
+    } else {
+        "AMD"
+    };
+    print_bytes(
+        format!(
+            "session with a verified platform ({kind}) in {}\n",
+            out.display()
+        )
+        .as_bytes(),
+    )
 }
 
 fn measure(description: &Path, json: bool) -> Result<u8, Failure> {
@@ -169,7 +227,10 @@ fn measure(description: &Path, json: bool) -> Result<u8, Failure> {
     let expected = Expected::of(description)?;
     if json {
         let launch_digest = expected.digest.to_string();
-        return print_json(&Measured { launch_digest, components: expected.components });
+        return print_json(&Measured {
+            launch_digest,
+            components: expected.components,
+        });
     }
     let mut text = format!("launch digest {}\n", expected.digest);
     for part in &expected.components {
@@ -179,19 +240,37 @@ fn measure(description: &Path, json: bool) -> Result<u8, Failure> {
 }
 
 fn kept_session(folder: &Path) -> Result<OwnerSession, Failure> {
-    OwnerSession::from_bytes(&read(&folder.join("owner.keys"))?).map_err(|e| Failure::new("OWNER_SESSION", e.to_string()))
+    OwnerSession::from_bytes(&read(&folder.join("owner.keys"))?)
+        .map_err(|e| Failure::new("OWNER_SESSION", e.to_string()))
 }
 
 /// The outer error is a file or an argument that cannot be used; the inner is a chain that is not trusted.
-fn verified_chain(folder: &Path, allow: Option<&str>) -> Result<Result<VerifiedChain, ChainError>, Failure> {
+fn verified_chain(
+    folder: &Path,
+    allow: Option<&str>,
+) -> Result<Result<VerifiedChain, ChainError>, Failure> {
     let mut trust = TrustAnchors::amd();
     if let Some(text) = allow {
-        let refuse = || Failure::new("USAGE", format!("--allow-emulated wants sha256: and 64 hex digits, not {text:?}"));
+        let refuse = || {
+            Failure::new(
+                "USAGE",
+                format!("--allow-emulated wants sha256: and 64 hex digits, not {text:?}"),
+            )
+        };
         let digits = text.strip_prefix("sha256:").unwrap_or(text);
-        let root = hex::decode(digits).ok().and_then(|b| <[u8; 32]>::try_from(b).ok()).ok_or_else(refuse)?;
-        trust = trust.with_emulated_root(root).map_err(|e| Failure::new("USAGE", e.to_string()))?;
+        let root = hex::decode(digits)
+            .ok()
+            .and_then(|b| <[u8; 32]>::try_from(b).ok())
+            .ok_or_else(refuse)?;
+        trust = trust
+            .with_emulated_root(root)
+            .map_err(|e| Failure::new("USAGE", e.to_string()))?;
     }
-    let files = [read(&folder.join("pdh.cert"))?, read(&folder.join("platform.cert"))?, read(&folder.join("amd.cert"))?];
+    let files = [
+        read(&folder.join("pdh.cert"))?,
+        read(&folder.join("platform.cert"))?,
+        read(&folder.join("amd.cert"))?,
+    ];
     let [pdh, platform, amd] = &files;
     Ok(LegacyChain::parse(pdh, platform, amd).and_then(|chain| chain.verify(&trust)))
 }
@@ -199,7 +278,13 @@ fn verified_chain(folder: &Path, allow: Option<&str>) -> Result<Result<VerifiedC
 /// What the guest finds in its secret page: the length in four bytes, little-endian, then the secret. Whole 16-byte blocks.
 fn secret_page(secret: &[u8]) -> Result<Vec<u8>, Failure> {
     if secret.is_empty() || secret.len() > MAX_SECRET {
-        return Err(Failure::new("SECRET", format!("a secret has 1 to {MAX_SECRET} bytes, this one has {}", secret.len())));
+        return Err(Failure::new(
+            "SECRET",
+            format!(
+                "a secret has 1 to {MAX_SECRET} bytes, this one has {}",
+                secret.len()
+            ),
+        ));
     }
     let length = u32::try_from(secret.len()).map_err(|e| Failure::new("SECRET", e.to_string()))?;
     let mut page = length.to_le_bytes().to_vec();
@@ -209,7 +294,9 @@ fn secret_page(secret: &[u8]) -> Result<Vec<u8>, Failure> {
 }
 
 fn blob(claimed: &MeasurementInfo) -> Result<MeasureBlob, Failure> {
-    let refuse = |e: &dyn std::fmt::Display| Failure::new("MEASUREMENT", format!("the agent's measurement: {e}"));
+    let refuse = |e: &dyn std::fmt::Display| {
+        Failure::new("MEASUREMENT", format!("the agent's measurement: {e}"))
+    };
     let bytes = STANDARD.decode(&claimed.blob).map_err(|e| refuse(&e))?;
     MeasureBlob::from_bytes(&bytes).map_err(|e| refuse(&e))
 }
@@ -219,25 +306,50 @@ fn table(verdict: &Verdict, released: bool) -> String {
     for check in &verdict.checks {
         let (mark, more) = match check.result {
             CheckResult::Accepted => ("accepted", String::new()),
-            CheckResult::Rejected => ("REJECTED", format!("\n             wanted {}", check.expected)),
-            CheckResult::CannotVerify => ("UNVERIFIED", format!("\n             wanted {}", check.expected)),
+            CheckResult::Rejected => (
+                "REJECTED",
+                format!("\n             wanted {}", check.expected),
+            ),
+            CheckResult::CannotVerify => (
+                "UNVERIFIED",
+                format!("\n             wanted {}", check.expected),
+            ),
         };
-        let code = check.code.as_ref().map(|c| format!(" [{c}]")).unwrap_or_default();
-        text.push_str(&format!("  {mark:<10} {:<20} {}{code}{more}\n", check.name, check.found));
+        let code = check
+            .code
+            .as_ref()
+            .map(|c| format!(" [{c}]"))
+            .unwrap_or_default();
+        text.push_str(&format!(
+            "  {mark:<10} {:<20} {}{code}{more}\n",
+            check.name, check.found
+        ));
     }
-    text.push_str(if released { "secret released" } else { "secret NOT released" });
-    text.push_str(if verdict.emulated { " (emulated, NOT AMD)\n" } else { "\n" });
+    text.push_str(if released {
+        "secret released"
+    } else {
+        "secret NOT released"
+    });
+    text.push_str(if verdict.emulated {
+        " (emulated, NOT AMD)\n"
+    } else {
+        "\n"
+    });
     text
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, Failure> {
-    fs::read(path).map_err(|e| Failure::new("FILE", format!("{} cannot be read: {e}", path.display())))
+    fs::read(path)
+        .map_err(|e| Failure::new("FILE", format!("{} cannot be read: {e}", path.display())))
 }
 
 /// Largest secret in bytes.
 const MAX_SECRET: usize = 2048;
 /// The oldest firmware API an owner accepts here: the first whose measurement binds API and build.
-const MIN_API: ApiVersion = ApiVersion { major: 0, minor: 17 };
+const MIN_API: ApiVersion = ApiVersion {
+    major: 0,
+    minor: 17,
+};
 
 #[cfg(test)]
 mod tests {

@@ -11,7 +11,14 @@ pub fn answer(answer: &Answer) -> String {
         Answer::Guest(guest) => one_guest(guest),
         Answer::Guests { guests } => guest_table(guests),
         Answer::Measurement(m) => {
-            format!("policy {:#x}, API {}.{} build {}{}\n", m.policy, m.api_major, m.api_minor, m.build, mark(m.emulated))
+            format!(
+                "policy {:#x}, API {}.{} build {}{}\n",
+                m.policy,
+                m.api_major,
+                m.api_minor,
+                m.build,
+                mark(m.emulated)
+            )
         }
         Answer::Platform(p) => format!(
             "secure processor: API {}.{} build {}{}\nroot sha256:{}\n",
@@ -39,7 +46,10 @@ impl Rounds {
     /// The text for one progress event; empty when there is nothing new to show.
     pub fn line(&mut self, event: &serde_json::Value) -> String {
         let mut text = String::new();
-        let phase = event.get("phase").and_then(|p| p.as_str()).unwrap_or_default();
+        let phase = event
+            .get("phase")
+            .and_then(|p| p.as_str())
+            .unwrap_or_default();
         if phase != self.phase {
             phase.clone_into(&mut self.phase);
             let _ = writeln!(text, "  phase {phase}");
@@ -48,12 +58,20 @@ impl Rounds {
         if let (Some(round), Some(pages)) = (number("round"), number("pages")) {
             if !self.header_shown {
                 self.header_shown = true;
-                let _ = writeln!(text, "  round     pages       KiB  dirty pages/s   est. downtime ms");
+                let _ = writeln!(
+                    text,
+                    "  round     pages       KiB  dirty pages/s   est. downtime ms"
+                );
             }
             let bytes = number("bytes").unwrap_or(0);
             let rate = number("dirty_rate").unwrap_or(0);
-            let estimate = number("estimated_downtime_ms").map_or_else(|| "-".to_owned(), |ms| ms.to_string());
-            let _ = writeln!(text, "  {round:>5} {pages:>9} {:>9} {rate:>14} {estimate:>18}", bytes / 1024);
+            let estimate =
+                number("estimated_downtime_ms").map_or_else(|| "-".to_owned(), |ms| ms.to_string());
+            let _ = writeln!(
+                text,
+                "  {round:>5} {pages:>9} {:>9} {rate:>14} {estimate:>18}",
+                bytes / 1024
+            );
         }
         text
     }
@@ -72,8 +90,17 @@ fn outcome_text(outcome: &serde_json::Value) -> String {
 fn one_guest(guest: &GuestInfo) -> String {
     let mut text = String::new();
     let _ = writeln!(text, "{} ({})", guest.name, state(guest));
-    let _ = writeln!(text, "  technology  {}{}", guest.technology, mark(guest.emulated));
-    let _ = writeln!(text, "  size        {} vCPU, {} MiB", guest.vcpus, guest.memory_mib);
+    let _ = writeln!(
+        text,
+        "  technology  {}{}",
+        guest.technology,
+        mark(guest.emulated)
+    );
+    let _ = writeln!(
+        text,
+        "  size        {} vCPU, {} MiB",
+        guest.vcpus, guest.memory_mib
+    );
     let _ = writeln!(text, "  identity    {} epoch {}", guest.vm_id, guest.epoch);
     let _ = writeln!(text, "  console     {}", guest.console.display());
     if let Some(vsock) = &guest.vsock {
@@ -86,9 +113,16 @@ fn one_guest(guest: &GuestInfo) -> String {
 }
 
 fn guest_table(guests: &[GuestInfo]) -> String {
-    let mut text = format!("{:<20} {:<10} {:<14} {:>5} {:>8} {:>6}\n", "NAME", "STATE", "TECHNOLOGY", "VCPUS", "MIB", "EPOCH");
+    let mut text = format!(
+        "{:<20} {:<10} {:<14} {:>5} {:>8} {:>6}\n",
+        "NAME", "STATE", "TECHNOLOGY", "VCPUS", "MIB", "EPOCH"
+    );
     for guest in guests {
-        let technology = if guest.emulated { format!("{} emulated", guest.technology) } else { guest.technology.clone() };
+        let technology = if guest.emulated {
+            format!("{} emulated", guest.technology)
+        } else {
+            guest.technology.clone()
+        };
         let _ = writeln!(
             text,
             "{:<20} {:<10} {technology:<14} {:>5} {:>8} {:>6}",
@@ -105,7 +139,11 @@ fn guest_table(guests: &[GuestInfo]) -> String {
 fn probe(report: &ProbeReport) -> String {
     let mut text = format!("{}:\n", report.role);
     for attempt in &report.attempts {
-        let verdict = if attempt.refused { "refused" } else { "NOT REFUSED" };
+        let verdict = if attempt.refused {
+            "refused"
+        } else {
+            "NOT REFUSED"
+        };
         let _ = writeln!(text, "  {:<44} {verdict} ({})", attempt.what, attempt.by);
     }
     let held = report.attempts.iter().filter(|a| a.refused).count();
@@ -116,18 +154,42 @@ fn probe(report: &ProbeReport) -> String {
 fn sandbox(report: &SandboxReport) -> String {
     let mut text = format!("{}: uid {} gid {}\n", report.role, report.uid, report.gid);
     let _ = writeln!(text, "  namespaces    {}", report.namespaces.join(" "));
-    let capabilities = if report.capabilities.is_empty() { "none".to_owned() } else { report.capabilities.join(" ") };
-    let _ = writeln!(text, "  capabilities  {capabilities}; no_new_privs {}", report.no_new_privs);
-    let _ = writeln!(text, "  dumpable      {}; {} descriptors open", report.dumpable, report.descriptors);
-    let _ = writeln!(text, "  landlock      ABI {}; {}", report.landlock_abi, report.landlock.join("; "));
+    let capabilities = if report.capabilities.is_empty() {
+        "none".to_owned()
+    } else {
+        report.capabilities.join(" ")
+    };
+    let _ = writeln!(
+        text,
+        "  capabilities  {capabilities}; no_new_privs {}",
+        report.no_new_privs
+    );
+    let _ = writeln!(
+        text,
+        "  dumpable      {}; {} descriptors open",
+        report.dumpable, report.descriptors
+    );
+    let _ = writeln!(
+        text,
+        "  landlock      ABI {}; {}",
+        report.landlock_abi,
+        report.landlock.join("; ")
+    );
     for thread in &report.threads {
-        let _ = writeln!(text, "  thread        {:<14} {} sha256:{}", thread.name, thread.filter, thread.filter_sha256);
+        let _ = writeln!(
+            text,
+            "  thread        {:<14} {} sha256:{}",
+            thread.name, thread.filter, thread.filter_sha256
+        );
     }
     text
 }
 
 fn state(guest: &GuestInfo) -> String {
-    serde_json::to_value(guest.state).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default()
+    serde_json::to_value(guest.state)
+        .ok()
+        .and_then(|v| v.as_str().map(str::to_owned))
+        .unwrap_or_default()
 }
 
 fn mark(emulated: bool) -> &'static str {

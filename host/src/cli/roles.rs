@@ -6,8 +6,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::agent::api::Failure;
 use crate::cli::args::Role;
-use crate::role::RoleCell;
-use crate::sandbox::{self, enter_jail};
+use crate::sandbox;
 
 /// `casemate agent`.
 pub fn agent(config: &Path) -> Result<u8, Failure> {
@@ -18,29 +17,33 @@ pub fn agent(config: &Path) -> Result<u8, Failure> {
 /// `casemate internal ROLE`: into the jail first, then the role's own work.
 pub fn internal(role: Role) -> Result<u8, Failure> {
     log();
-    let failed = |error: &dyn std::fmt::Display| Failure::new("ROLE_FAILED", format!("{role:?}: {error}"));
-    let (jailed, channel) = enter_jail(role.into()).map_err(|e| failed(&e))?;
     match role {
-        Role::Vmm => crate::vmm::role::run(channel, jailed),
-        Role::Mover => crate::mover::run(channel, Box::new(RoleCell::new(jailed))),
-        Role::Psp => crate::confidential::processor_role::run(channel, Box::new(RoleCell::new(jailed))),
+        Role::Vmm => vmm().map_err(|e| Failure::new("ROLE_FAILED", format!("vmm: {e}")))?,
+        Role::Mover => {
+            let (channel, cell) = crate::role::enter(sandbox::Role::Mover)?;
+            crate::mover::run(channel, cell)?;
+        }
+        Role::Psp => {
+            let (channel, cell) = crate::role::enter(sandbox::Role::Psp)?;
+            crate::confidential::processor_role::run(channel, cell)?;
+        }
     }
-    .map_err(|e| failed(&e))?;
     Ok(0)
 }
 
-impl From<Role> for sandbox::Role {
-    fn from(role: Role) -> Self {
-        match role {
-            Role::Vmm => Self::Vmm,
-            Role::Mover => Self::Mover,
-            Role::Psp => Self::Psp,
-        }
-    }
+fn vmm() -> Result<(), Box<dyn std::error::Error>> {
+    let (jailed, channel) = sandbox::enter_jail(sandbox::Role::Vmm)?;
+    sandbox::this_process::adopt(jailed);
+    crate::vmm::role::run(channel, crate::vmm::wiring::hooks())?;
+    Ok(())
 }
 
 fn log() {
     let filter = EnvFilter::try_from_env("CASEMATE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     // A second initialisation cannot happen in a process of one role.
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).try_init();
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .try_init();
 }

@@ -31,27 +31,49 @@ impl MachinePlan {
     /// Whether a plan that came from a peer is one that this version builds; the error says what is wrong.
     pub fn check(&self) -> Result<(), String> {
         let rules = [
-            (is_name(&self.name), "a name that is not 1 to 64 of a-z, 0-9 and '-'"),
-            ((1..=MAX_VCPUS).contains(&self.vcpus), "a number of vCPUs that is not 1 to 64"),
             (
-                self.memory_bytes.is_multiple_of(2 << 20) && (MIN_MEMORY..=MAX_MEMORY).contains(&self.memory_bytes),
+                is_name(&self.name),
+                "a name that is not 1 to 64 of a-z, 0-9 and '-'",
+            ),
+            (
+                (1..=MAX_VCPUS).contains(&self.vcpus),
+                "a number of vCPUs that is not 1 to 64",
+            ),
+            (
+                self.memory_bytes.is_multiple_of(2 << 20)
+                    && (MIN_MEMORY..=MAX_MEMORY).contains(&self.memory_bytes),
                 "a memory size that is not a multiple of 2 MiB from 64 MiB to 3 GiB",
             ),
             (
-                self.cmdline.len() <= MAX_CMDLINE && self.cmdline.bytes().all(|b| (0x20..0x7f).contains(&b)),
+                self.cmdline.len() <= MAX_CMDLINE
+                    && self.cmdline.bytes().all(|b| (0x20..0x7f).contains(&b)),
                 "a command line that is not printable or is too long",
             ),
-            (self.disks.len() <= MAX_DEVICES && self.nets.len() <= MAX_DEVICES, "more than 8 disks or network cards"),
             (
-                self.disks.iter().all(|d| is_name(&d.id) && d.id.len() <= MAX_DISK_ID),
+                self.disks.len() <= MAX_DEVICES && self.nets.len() <= MAX_DEVICES,
+                "more than 8 disks or network cards",
+            ),
+            (
+                self.disks
+                    .iter()
+                    .all(|d| is_name(&d.id) && d.id.len() <= MAX_DISK_ID),
                 "a disk whose name is not 1 to 20 of a-z, 0-9 and '-'",
             ),
             (
-                self.nets.iter().all(|n| is_name(&n.id) && n.mac.first().is_some_and(|b| b & 1 == 0)),
+                self.nets
+                    .iter()
+                    .all(|n| is_name(&n.id) && n.mac.first().is_some_and(|b| b & 1 == 0)),
                 "a network card with an unusable name or a multicast address",
             ),
-            (self.nets.iter().all(|n| n.announce.len() <= MAX_ANNOUNCE), "more than 8 addresses of a card"),
-            (self.vsock_cid.is_none_or(|cid| (3..u32::MAX).contains(&cid)), "a vsock context id below 3"),
+            (
+                self.nets.iter().all(|n| n.announce.len() <= MAX_ANNOUNCE),
+                "more than 8 addresses of a card",
+            ),
+            (
+                self.vsock_cid
+                    .is_none_or(|cid| (3..u32::MAX).contains(&cid)),
+                "a vsock context id below 3",
+            ),
         ];
         match rules.iter().find(|(kept, _)| !kept) {
             Some((_, problem)) => Err(format!("has {problem}")),
@@ -64,7 +86,9 @@ impl MachinePlan {
 pub fn is_name(name: &str) -> bool {
     (1..=64).contains(&name.len())
         && !name.starts_with('-')
-        && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
 }
 
 /// Confidential technology of a guest.
@@ -128,8 +152,15 @@ mod tests {
             memory_bytes: 512 << 20,
             cmdline: "console=ttyS0".into(),
             technology: Technology::None,
-            disks: vec![DiskPlan { id: "data".into(), read_only: false }],
-            nets: vec![NetPlan { id: "net0".into(), mac: [0x52, 0, 0, 0, 0, 1], announce: vec![] }],
+            disks: vec![DiskPlan {
+                id: "data".into(),
+                read_only: false,
+            }],
+            nets: vec![NetPlan {
+                id: "net0".into(),
+                mac: [0x52, 0, 0, 0, 0, 1],
+                announce: vec![],
+            }],
             vsock_cid: Some(3),
         }
     }
@@ -144,7 +175,9 @@ mod tests {
             ("command line", |p| p.cmdline = "a\nb".into()),
             ("disk whose name", |p| p.disks[0].id = String::new()),
             ("multicast", |p| p.nets[0].mac = [1; 6]),
-            ("more than 8 disks", |p| p.disks = vec![p.disks[0].clone(); 9]),
+            ("more than 8 disks", |p| {
+                p.disks = vec![p.disks[0].clone(); 9]
+            }),
             ("vsock", |p| p.vsock_cid = Some(2)),
         ];
         for (words, spoil) in spoil {

@@ -12,8 +12,8 @@ use serde::Deserialize;
 use toml::Spanned;
 
 use crate::machine::plan::{
-    DiskPlan, MAX_ANNOUNCE, MAX_CMDLINE, MAX_DEVICES, MAX_DISK_ID, MAX_MEMORY, MAX_VCPUS, MIN_MEMORY, MachinePlan, NetPlan,
-    Technology, is_name,
+    DiskPlan, MAX_ANNOUNCE, MAX_CMDLINE, MAX_DEVICES, MAX_DISK_ID, MAX_MEMORY, MAX_VCPUS,
+    MIN_MEMORY, MachinePlan, NetPlan, Technology, is_name,
 };
 
 /// A description that has been read and checked. Files named in it exist and are readable.

@@ -18,3 +18,4 @@ pub mod protocol;
 pub mod role;
 pub mod state;
 pub mod vcpu;
+pub mod wiring;
