@@ -308,8 +308,8 @@ const AMD_ROOTS: [(Generation, &str); 5] = [
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::processor::Identity;
-    use crate::processor::testing;
+    use crate::legacy::ApiVersion;
+    use crate::processor::{Identity, Profile, testing};
 
     macro_rules! vector {
         ($name:literal) => {
@@ -417,6 +417,42 @@ mod tests {
     }
 
     #[test]
+    fn each_signature_counts_and_the_bad_one_is_named() {
+        fn flipped(raw: &[u8], at: usize) -> Vec<u8> {
+            let mut raw = raw.to_vec();
+            raw[at] ^= 1;
+            raw
+        }
+        fn sev(certificate: &mut SevCertificate, at: usize) {
+            *certificate = SevCertificate::parse(&flipped(certificate.as_bytes(), at)).unwrap();
+        }
+        fn ca(certificate: &mut CaCertificate) {
+            *certificate = CaCertificate::parse(&flipped(certificate.as_bytes(), 600)).unwrap();
+        }
+        type Damage = fn(&mut LegacyChain);
+        let damages: [(Usage, Usage, Damage); 7] = [
+            (Usage::Ark, Usage::Ark, |chain| ca(&mut chain.ark)),
+            (Usage::Ask, Usage::Ark, |chain| ca(&mut chain.ask)),
+            (Usage::Cek, Usage::Ask, |chain| sev(&mut chain.cek, 1060)),
+            (Usage::Oca, Usage::Oca, |chain| sev(&mut chain.oca, 1060)),
+            (Usage::Pek, Usage::Oca, |chain| sev(&mut chain.pek, 1060)),
+            (Usage::Pek, Usage::Cek, |chain| sev(&mut chain.pek, 1580)),
+            (Usage::Pdh, Usage::Pek, |chain| sev(&mut chain.pdh, 1060)),
+        ];
+        for (on, by, damage) in damages {
+            let mut chain = naples();
+            damage(&mut chain);
+            match chain.verify(&TrustAnchors::amd()).unwrap_err() {
+                ChainError::Ca(CaError::BadSignature { subject, signer })
+                | ChainError::Certificate(CertificateError::BadSignature { subject, signer }) => {
+                    assert_eq!((subject, signer), (on, by));
+                }
+                other => panic!("{by:?} on {on:?}: {other}"),
+            }
+        }
+    }
+
+    #[test]
     fn a_certificate_in_anothers_place_is_named() {
         let mut chain = naples();
         chain.pdh = chain.pek.clone();
@@ -454,7 +490,12 @@ mod tests {
     #[test]
     fn a_forged_root_with_amds_ids_is_refused() {
         let amd = naples();
-        let forged = Identity::generate_with_ids(amd.ark.key_id(), amd.ask.key_id()).unwrap();
+        let forged = Identity::generate_as(Profile {
+            ark_id: amd.ark.key_id(),
+            ask_id: amd.ask.key_id(),
+            api: ApiVersion::new(1, 55),
+        })
+        .unwrap();
         let chain = forged.chain();
         assert_eq!(chain.ark.key_id(), amd.ark.key_id());
         chain.ark.verify_signed_by(&chain.ark).unwrap();

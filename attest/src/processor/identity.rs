@@ -61,12 +61,12 @@ pub enum IdentityError {
 impl Identity {
     /// A new platform with a root and an owner of its own.
     pub fn generate() -> Result<Self, IdentityError> {
-        Self::build(ROOT_IDS, &OwnerAuthority::generate()?, false)
+        Self::build(PROFILE, &OwnerAuthority::generate()?, false)
     }
 
     /// A new platform with a root of its own, owned by `owner`.
     pub fn generate_owned(owner: &OwnerAuthority) -> Result<Self, IdentityError> {
-        Self::build(ROOT_IDS, owner, true)
+        Self::build(PROFILE, owner, true)
     }
 
     /// The platform's certificates, as its host exports them.
@@ -139,15 +139,15 @@ impl Identity {
         })
     }
 
-    fn build(ids: RootIds, owner: &OwnerAuthority, owned: bool) -> Result<Self, IdentityError> {
+    fn build(profile: Profile, owner: &OwnerAuthority, owned: bool) -> Result<Self, IdentityError> {
         let root = CaKey::generate()?;
         let intermediate = CaKey::generate()?;
-        let ark = root.certify(&root, Usage::Ark, ids.ark, ids.ark)?;
-        let ask = root.certify(&intermediate, Usage::Ask, ids.ask, ids.ark)?;
+        let ark = root.certify(&root, Usage::Ark, profile.ark_id, profile.ark_id)?;
+        let ask = root.certify(&intermediate, Usage::Ask, profile.ask_id, profile.ark_id)?;
 
         let [cek, pek, pdh] = [(); 3].map(|()| SecretKey::random(&mut OsRng));
         let builder =
-            |usage, key: &SecretKey| CertificateBuilder::new(usage, key.public_key(), API);
+            |usage, key: &SecretKey| CertificateBuilder::new(usage, key.public_key(), profile.api);
         let cek_cert = builder(Usage::Cek, &cek);
         let mut signature = intermediate.sign(cek_cert.body())?;
         signature.reverse();
@@ -172,10 +172,10 @@ impl Identity {
         })
     }
 
-    /// A platform whose root lies about whose it is.
+    /// A platform that calls itself what it should not.
     #[cfg(test)]
-    pub(crate) fn generate_with_ids(ark: [u8; 16], ask: [u8; 16]) -> Result<Self, IdentityError> {
-        Self::build(RootIds { ark, ask }, &OwnerAuthority::generate()?, false)
+    pub(crate) fn generate_as(profile: Profile) -> Result<Self, IdentityError> {
+        Self::build(profile, &OwnerAuthority::generate()?, false)
     }
 }
 
@@ -221,10 +221,11 @@ impl OwnerAuthority {
     }
 }
 
-/// What the emulated CA certificates call themselves.
-struct RootIds {
-    ark: [u8; 16],
-    ask: [u8; 16],
+/// What the emulated certificates say of themselves.
+pub(crate) struct Profile {
+    pub(crate) ark_id: [u8; 16],
+    pub(crate) ask_id: [u8; 16],
+    pub(crate) api: ApiVersion,
 }
 
 /// An RSA key of the emulated CA; 2048 bits (as Naples), so that making one takes moments.
@@ -282,9 +283,10 @@ pub(crate) const API: ApiVersion = ApiVersion::new(1, 55);
 
 /// Goes into the reserved field of both CA certificates, under their signatures.
 const NOTE: [u8; 16] = *b"NOT AMD\0\0\0\0\0\0\0\0\0";
-const ROOT_IDS: RootIds = RootIds {
-    ark: EMULATED_ARK_ID,
-    ask: *b"ASK NOT AMD\0\0\0\0\0",
+const PROFILE: Profile = Profile {
+    ark_id: EMULATED_ARK_ID,
+    ask_id: *b"ASK NOT AMD\0\0\0\0\0",
+    api: API,
 };
 const SCALAR_LEN: usize = 48;
 const KEPT_MAGIC: [u8; 8] = *b"CMSEVPI1";

@@ -118,3 +118,36 @@ impl Guest {
 
 /// The most that one SEND or RECEIVE takes.
 const PAGE_SIZE: usize = 4096;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::legacy::ApiVersion;
+    use crate::legacy::chain::EMULATED_ARK_ID;
+    use crate::processor::guest::GuestHandle;
+    use crate::processor::{Profile, testing};
+
+    #[test]
+    fn a_target_older_than_the_policy_asks_is_refused() {
+        let old = Identity::generate_as(Profile {
+            ark_id: EMULATED_ARK_ID,
+            ask_id: [0; 16],
+            api: ApiVersion::new(1, 51),
+        })
+        .unwrap();
+        let peers = TrustAnchors::amd()
+            .with_emulated_root(old.root_fingerprint())
+            .unwrap();
+        let send = |min_api| {
+            let keys = TransportKeys::random().unwrap();
+            let policy = GuestPolicy::new(&[], min_api);
+            let mut guest = Guest::new(GuestHandle(1), policy, GuestState::Running, &keys);
+            send_start(testing::identity(), &peers, &mut guest, old.chain()).map(|_| guest.state)
+        };
+        assert_eq!(
+            send(ApiVersion::new(1, 52)),
+            Err(FirmwareError::PolicyFailure)
+        );
+        assert_eq!(send(ApiVersion::new(1, 51)), Ok(GuestState::SUpdate));
+    }
+}

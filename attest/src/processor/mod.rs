@@ -16,6 +16,8 @@ mod platform;
 
 pub use error::FirmwareError;
 pub use guest::{Command, Guest, GuestHandle, GuestState, GuestStatus};
+#[cfg(test)]
+pub(crate) use identity::Profile;
 pub use identity::{Identity, IdentityError, OwnerAuthority};
 pub use migrate::SendSession;
 pub use platform::{PlatformState, PlatformStatus, ProcessorConfig, SecureProcessor};
