@@ -55,7 +55,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             .map_err(|error| format!("{}: {error}", error.code()))
     });
 
-    let mut guest = Original((0..mebibytes << 20).map(|i| (i * 31 >> 7) as u8).collect());
+    let mut guest = Original(
+        (0..mebibytes << 20)
+            .map(|i| ((i * 31) >> 7) as u8)
+            .collect(),
+    );
     let offer = GuestOffer {
         vm_id: [1; 16],
         name: "toy".into(),

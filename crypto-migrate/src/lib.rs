@@ -39,6 +39,8 @@ pub mod wire;
 
 mod channel;
 mod crypto;
+#[cfg(test)]
+mod rogue_tests;
 
 pub use channel::ChannelError;
 pub use crypto::CryptoError;

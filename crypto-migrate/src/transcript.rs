@@ -315,6 +315,33 @@ mod tests {
     }
 
     #[test]
+    fn manifest_covers_pages_state_offer_and_counts() {
+        let end = StreamEnd {
+            seals: 3,
+            rounds: 2,
+            epoch: 5,
+        };
+        let mut full = table();
+        full.record(1, 1, 1, PageKind::Data, &[1; 16]).unwrap();
+        let root = |table: &PageTable, end, state: &[u8], offer| {
+            table.manifest(end, state, offer).root().unwrap()
+        };
+        let base = root(&full, end, b"state", [0; 32]);
+        assert_eq!(base, root(&full, end, b"state", [0; 32]));
+        assert_ne!(base, root(&table(), end, b"state", [0; 32]));
+        assert_ne!(base, root(&full, end, b"stat", [0; 32]));
+        assert_ne!(base, root(&full, end, b"state", [1; 32]));
+        assert_ne!(
+            base,
+            root(&full, StreamEnd { seals: 4, ..end }, b"state", [0; 32])
+        );
+        assert_ne!(
+            base,
+            root(&full, StreamEnd { epoch: 6, ..end }, b"state", [0; 32])
+        );
+    }
+
+    #[test]
     fn out_of_range_and_duplicates_are_refused() {
         let mut table = table();
         assert_eq!(

@@ -274,6 +274,24 @@ fn dropped_last_page_of_a_batch_is_page_missing() {
 }
 
 #[test]
+fn dropped_last_page_of_a_round_is_page_missing() {
+    attack("PAGE_MISSING", |_, mut frame| {
+        if frame.kind == FrameKind::PageBatch {
+            let mut entries = split(&frame.payload).unwrap();
+            if EntryHeader::parse(entries[0].first_chunk().unwrap())
+                .unwrap()
+                .round
+                == 2
+            {
+                entries.pop();
+            }
+            frame.payload = join(&entries);
+        }
+        frame.into()
+    });
+}
+
+#[test]
 fn dropped_batch_is_a_sequence_gap() {
     let mut batches = 0;
     attack("SEQUENCE_GAP", move |_, frame| {

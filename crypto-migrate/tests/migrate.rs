@@ -139,6 +139,16 @@ fn paths_must_agree() {
     );
     run.assert_stayed();
     assert_eq!(run.codes().1, "PEER_NOT_ALLOWED");
+    // TLS passes at both ends, but they do not call the path the same.
+    let destination = site.destination(Path::Gateway(site.a.pinned().unwrap()));
+    let run = direct(
+        &site.source(Path::Direct),
+        &destination,
+        run.source,
+        ToyDestination::default(),
+    );
+    run.assert_stayed();
+    assert_eq!(run.codes(), ("PATH_MISMATCH", "PATH_MISMATCH"));
 }
 
 #[test]

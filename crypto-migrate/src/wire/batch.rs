@@ -149,7 +149,10 @@ impl<'a> Entries<'a> {
             return Err(WireError::Malformed("page batch with unknown flags"));
         };
         let announced = u16::from_le_bytes([c0, c1]);
-        if announced == 0 || usize::from(announced) > MAX_ENTRIES {
+        if announced == 0 {
+            return Err(WireError::Empty);
+        }
+        if usize::from(announced) > MAX_ENTRIES {
             return Err(WireError::Malformed("page batch with an impossible count"));
         }
         Ok(Self {

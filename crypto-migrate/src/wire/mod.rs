@@ -52,6 +52,9 @@ pub enum WireError {
     /// The content does not parse.
     #[error("frame content does not parse: {0}")]
     Malformed(&'static str),
+    /// A batch without pages: no end sends one.
+    #[error("page batch without pages; they are missing")]
+    Empty,
     /// A batch ends before what it announced.
     #[error("page batch ends before the {0} entries that it announced")]
     Truncated(u16),
@@ -65,6 +68,7 @@ impl WireError {
             WireError::Unknown(_) => Code::FrameUnknown,
             WireError::TooLarge { .. } => Code::FrameTooLarge,
             WireError::Malformed(_) => Code::FrameMalformed,
+            WireError::Empty => Code::PageMissing,
             WireError::Truncated(_) => Code::StreamTruncated,
         }
     }

@@ -2,7 +2,7 @@
 #![allow(dead_code, reason = "each test binary uses its part")]
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::unix::net::UnixStream;
+use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -350,6 +350,16 @@ impl DestinationGuest for ToyDestination {
     }
 }
 
+/// Real TCP: what a reset destroys is part of the test.
+pub fn tcp_pair() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let far = listener.accept().unwrap().0;
+    near.set_nodelay(true).unwrap();
+    far.set_nodelay(true).unwrap();
+    (near, far)
+}
+
 pub struct Run {
     pub source: ToySource,
     pub destination: ToyDestination,
@@ -409,7 +419,7 @@ pub fn direct(
     from: ToySource,
     to: ToyDestination,
 ) -> Run {
-    let (a, b) = UnixStream::pair().unwrap();
+    let (a, b) = tcp_pair();
     std::thread::scope(|scope| run(scope, source, destination, from, to, (a, b), || None))
 }
 
@@ -423,7 +433,7 @@ pub fn through(
     to: ToyDestination,
     hook: Hook<'_>,
 ) -> Run {
-    let ((a, ga), (gb, b)) = (UnixStream::pair().unwrap(), UnixStream::pair().unwrap());
+    let ((a, ga), (gb, b)) = (tcp_pair(), tcp_pair());
     std::thread::scope(|scope| {
         let relay = scope.spawn(move || gateway.run(ga, gb, hook));
         run(scope, source, destination, from, to, (a, b), || {
@@ -438,7 +448,7 @@ fn run<'scope>(
     destination: &'scope DestinationConfig,
     mut from: ToySource,
     mut to: ToyDestination,
-    (a, b): (UnixStream, UnixStream),
+    (a, b): (TcpStream, TcpStream),
     gateway: impl FnOnce() -> Option<Result<GatewayReport, GatewayError>>,
 ) -> Run {
     let receiver = scope.spawn(move || {

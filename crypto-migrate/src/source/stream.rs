@@ -1,330 +1,37 @@
-//! The source's engine: offer, copy in rounds, pause, prove, give up, destroy.
-//!
-//! Phases are those of [`Phase`]. Until the commit is sent, every failure ends with the guest running here
-//! as if nothing had been tried. From the first byte of the commit on, only the destination's word counts:
-//! `Running` (destroy here), an authenticated abort (the destination holds nothing: resume here), or silence:
-//! [`SourceError::InDoubt`], and the host must ask the destination who owns the guest.
+//! The running stream of the source: phases `Rounds` to `Done`.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
-
+use super::{SourceConfig, SourceError, SourceOutcome};
 use crate::channel::{Channel, ChannelError};
-use crate::code::Code;
-use crate::guest::{Gpn, GuestError, GuestOffer, PageContent, SourceGuest};
-use crate::page::{PageError, PageSealer};
-use crate::precopy::{Convergence, Estimator, Limits, Next, Round};
+use crate::guest::{Gpn, GuestError, PageContent, SourceGuest};
+use crate::page::PageSealer;
+use crate::precopy::{Convergence, Estimator, Next, Round};
 use crate::progress::{Phase, Progress, millis};
-use crate::session::{self, Local, OwnerKey, SessionError};
-use crate::tls::{self, TlsError, Transport};
-use crate::transcript::{Manifest, PageTable, StreamEnd, TranscriptError};
+use crate::tls::Transport;
+use crate::transcript::{Manifest, PageTable, StreamEnd};
 use crate::wire::batch::{BatchBuilder, MAX_ENTRIES, MAX_RUN};
-use crate::wire::messages::{
-    Begin, Commit, PathKind, RoundAck, RoundEnd, Running, State, Verified,
-};
-use crate::wire::{FrameKind, MAX_STATE, STATE_CHUNK, WireError};
-
-/// How long each wait may last, at either end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Deadlines {
-    /// TLS handshake.
-    pub connect: Duration,
-    /// Each answer of the agreement; the destination builds the machine meanwhile.
-    pub agree: Duration,
-    /// Sending one frame, or waiting for the next one of a running stream.
-    pub frame: Duration,
-    /// Each answer after the last page: verification, restore, activation.
-    pub finish: Duration,
-}
-
-impl Default for Deadlines {
-    fn default() -> Self {
-        let seconds = Duration::from_secs;
-        Self {
-            connect: seconds(10),
-            agree: seconds(30),
-            frame: seconds(20),
-            finish: seconds(30),
-        }
-    }
-}
-
-/// What the source needs besides the guest.
-#[derive(Debug)]
-pub struct SourceConfig {
-    /// This host and whom it allows.
-    pub local: Local,
-    /// The destination's name in the allow-list.
-    pub peer: String,
-    /// Convergence.
-    pub limits: Limits,
-    /// Deadlines.
-    pub deadlines: Deadlines,
-    /// The owner's secret, where there is one.
-    pub owner_key: Option<OwnerKey>,
-    /// Set it to cancel; honoured between batches and while waiting, until the commit.
-    pub cancel: Arc<AtomicBool>,
-}
-
-impl SourceConfig {
-    /// Defaults for a migration to `peer`.
-    pub fn new(local: Local, peer: &str) -> Self {
-        Self {
-            local,
-            peer: peer.to_owned(),
-            limits: Limits::default(),
-            deadlines: Deadlines::default(),
-            owner_key: None,
-            cancel: Arc::default(),
-        }
-    }
-}
-
-/// What was measured.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct SourceOutcome {
-    /// Rounds, the last included.
-    pub rounds: u32,
-    /// Pages sent, zero pages included.
-    pub pages: u64,
-    /// Zero pages among them.
-    pub zero_pages: u64,
-    /// Firmware packets among them.
-    pub firmware_pages: u64,
-    /// Bytes of frames in both directions, before TLS.
-    pub wire_bytes: u64,
-    /// From the pause to the destination's `Running`.
-    pub downtime_ms: f64,
-    /// The forecast when the guest was paused.
-    pub estimated_downtime_ms: f64,
-    /// Everything.
-    pub total_ms: u64,
-    /// Bytes per second over all rounds.
-    pub throughput: f64,
-    /// Why the guest was paused when it was.
-    pub convergence: Convergence,
-    /// TLS cipher suite.
-    pub tls_suite: String,
-    /// Direct or through a gateway.
-    pub path: PathKind,
-    /// Root of the manifest that both ends hold, hexadecimal.
-    pub manifest_root: String,
-    /// The epoch that the destination holds.
-    pub epoch: u64,
-}
-
-/// A migration that did not happen, or of which the end is not known.
-#[derive(Debug, thiserror::Error)]
-pub enum SourceError {
-    /// TLS.
-    #[error("connecting to the destination: {0}")]
-    Connect(#[source] TlsError),
-    /// The agreement.
-    #[error("agreeing with the destination: {0}")]
-    Agree(#[source] SessionError),
-    /// The stream, or the destination's abort.
-    #[error("in phase {phase}: {error}")]
-    Stream {
-        /// Where.
-        phase: Phase,
-        /// Why.
-        #[source]
-        error: ChannelError,
-    },
-    /// The guest's side of this host.
-    #[error("in phase {phase}, the guest's side of this host: {error}")]
-    Guest {
-        /// Where.
-        phase: Phase,
-        /// Why.
-        #[source]
-        error: GuestError,
-    },
-    /// A page could not be sealed.
-    #[error(transparent)]
-    Page(#[from] PageError),
-    /// A page outside the offered memory, or twice.
-    #[error(transparent)]
-    Transcript(#[from] TranscriptError),
-    /// The destination answered something else than it must.
-    #[error("the destination {0}")]
-    Peer(&'static str),
-    /// The operator cancelled.
-    #[error("cancelled; the guest runs on")]
-    Cancelled,
-    /// The guest could not be resumed after a failure.
-    #[error("the migration failed ({cause}) and the guest could not be resumed: {error}")]
-    Resume {
-        /// Why the migration failed.
-        cause: Box<SourceError>,
-        /// Why the guest does not run.
-        #[source]
-        error: GuestError,
-    },
-    /// The destination runs the guest, but the copy here could not be destroyed.
-    #[error(
-        "the destination runs the guest; its copy here could not be destroyed: {0}; remove it, never resume it"
-    )]
-    Destroy(#[source] GuestError),
-    /// The commit was sent and not answered.
-    #[error(
-        "the commit of epoch {epoch} was sent and not answered ({error}); the guest stays paused: ask the destination who owns it"
-    )]
-    InDoubt {
-        /// The epoch that the destination holds if it received the commit.
-        epoch: u64,
-        /// What ended the connection.
-        #[source]
-        error: ChannelError,
-    },
-}
-
-impl SourceError {
-    /// Whether the peer gave up (and needs not be told).
-    pub fn by_peer(&self) -> bool {
-        match self {
-            SourceError::Agree(error) => error.by_peer(),
-            SourceError::Stream { error, .. } => error.by_peer(),
-            _ => false,
-        }
-    }
-
-    /// The stable code; that of the destination where it refused.
-    pub fn code(&self) -> &str {
-        match self {
-            SourceError::Connect(error) => error.code().as_str(),
-            SourceError::Agree(error) => error.code(),
-            SourceError::Stream { error, .. } => error.code(),
-            SourceError::Guest { .. } | SourceError::Destroy(_) => Code::GuestFailed.as_str(),
-            SourceError::Page(error) => error.code().as_str(),
-            SourceError::Transcript(error) => error.code().as_str(),
-            SourceError::Peer(_) => Code::ManifestMismatch.as_str(),
-            SourceError::Cancelled => Code::Cancelled.as_str(),
-            SourceError::Resume { cause, .. } => cause.code(),
-            SourceError::InDoubt { .. } => Code::InDoubt.as_str(),
-        }
-    }
-
-    /// Whether the guest runs at the source, as before.
-    pub fn guest_runs_here(&self) -> bool {
-        !matches!(
-            self,
-            SourceError::Resume { .. } | SourceError::Destroy(_) | SourceError::InDoubt { .. }
-        )
-    }
-}
-
-/// Moves the guest over one connection. On any error for which [`SourceError::guest_runs_here`] holds, the
-/// guest runs on here.
-pub fn migrate<T: Transport>(
-    transport: T,
-    config: &SourceConfig,
-    offer: &GuestOffer,
-    guest: &mut dyn SourceGuest,
-    progress: &mut dyn FnMut(Progress),
-) -> Result<SourceOutcome, SourceError> {
-    let started = Instant::now();
-    progress(Progress::new(Phase::Connect, started));
-    let local = &config.local;
-    let tls = tls::connect(
-        transport,
-        &local.identity,
-        &local.anchors,
-        &local.allow,
-        config.deadlines.connect,
-    );
-    let tls = match tls {
-        Ok(tls) => tls,
-        Err(error) => return Err(resume(guest, SourceError::Connect(error))),
-    };
-    let cancel = config.cancel.clone();
-    let cancelled = Box::new(move || cancel.load(Ordering::Relaxed));
-    let mut channel = Channel::new(tls, config.deadlines.frame, cancelled);
-    match run(&mut channel, config, offer, guest, progress, started) {
-        Ok(outcome) => {
-            channel.close(CLOSE_TIME);
-            Ok(outcome)
-        }
-        Err(error @ (SourceError::InDoubt { .. } | SourceError::Destroy(_))) => Err(error),
-        Err(error) => {
-            let error = better_cause(&mut channel, error);
-            let error = resume(guest, error);
-            channel.give_up(
-                FrameKind::Abort,
-                error.by_peer(),
-                error.code(),
-                &error.to_string(),
-            );
-            Err(error)
-        }
-    }
-}
-
-fn run<T: Transport>(
-    channel: &mut Channel<T>,
-    config: &SourceConfig,
-    offer: &GuestOffer,
-    guest: &mut dyn SourceGuest,
-    progress: &mut dyn FnMut(Progress),
-    started: Instant,
-) -> Result<SourceOutcome, SourceError> {
-    progress(Progress::new(Phase::Agree, started));
-    let deadline = Instant::now() + config.deadlines.agree;
-    let owner_key = config.owner_key.as_ref();
-    let session = session::offer(
-        channel,
-        &config.local,
-        &config.peer,
-        owner_key,
-        offer,
-        deadline,
-    )
-    .map_err(SourceError::Agree)?;
-    progress(Progress::new(Phase::Begin, started));
-    let start = guest.begin(&session.evidence).map_err(at(Phase::Begin))?;
-    channel.send(&Begin { start }).map_err(on(Phase::Begin))?;
-    let table = PageTable::new(&offer.memory, session.manifest_key)?;
-    let sealer = PageSealer::new(session.page_key, session.binding);
-    let mut stream = Stream {
-        channel,
-        config,
-        guest,
-        progress,
-        started,
-        sealer,
-        table,
-        batch: BatchBuilder::new(),
-        round: 0,
-        totals: Totals::default(),
-        polled: started,
-    };
-    let copied = stream.copy_rounds()?;
-    let end = EndOfStream {
-        epoch: offer.epoch,
-        offer_hash: session.offer_hash,
-    };
-    stream.finish(copied, end, session.path)
-}
+use crate::wire::messages::{Commit, PathKind, RoundAck, RoundEnd, Running, State, Verified};
+use crate::wire::{MAX_STATE, STATE_CHUNK, WireError};
 
 /// The running stream: phases `Rounds` to `Done`.
-struct Stream<'a, T> {
-    channel: &'a mut Channel<T>,
-    config: &'a SourceConfig,
-    guest: &'a mut dyn SourceGuest,
-    progress: &'a mut dyn FnMut(Progress),
-    started: Instant,
-    sealer: PageSealer,
-    table: PageTable,
-    batch: BatchBuilder,
-    round: u32,
-    totals: Totals,
-    polled: Instant,
+pub(super) struct Stream<'a, T> {
+    pub(super) channel: &'a mut Channel<T>,
+    pub(super) config: &'a SourceConfig,
+    pub(super) guest: &'a mut dyn SourceGuest,
+    pub(super) progress: &'a mut dyn FnMut(Progress),
+    pub(super) started: Instant,
+    pub(super) sealer: PageSealer,
+    pub(super) table: PageTable,
+    pub(super) batch: BatchBuilder,
+    pub(super) round: u32,
+    pub(super) totals: Totals,
+    pub(super) polled: Instant,
 }
 
 #[derive(Default)]
-struct Totals {
+pub(super) struct Totals {
     pages: u64,
     zero_pages: u64,
     firmware_pages: u64,
@@ -332,20 +39,20 @@ struct Totals {
 }
 
 /// What is left when the guest is about to be paused.
-struct Copied {
+pub(super) struct Copied {
     left: Vec<Gpn>,
     convergence: Convergence,
     estimator: Estimator,
 }
 
-struct EndOfStream {
-    epoch: u64,
-    offer_hash: [u8; 32],
+pub(super) struct EndOfStream {
+    pub(super) epoch: u64,
+    pub(super) offer_hash: [u8; 32],
 }
 
 impl<T: Transport> Stream<'_, T> {
     /// Phase `Rounds`: the guest runs.
-    fn copy_rounds(&mut self) -> Result<Copied, SourceError> {
+    pub(super) fn copy_rounds(&mut self) -> Result<Copied, SourceError> {
         let mut pages = self.guest.start_tracking().map_err(at(Phase::Rounds))?;
         let mut estimator = Estimator::new(self.config.limits);
         loop {
@@ -386,7 +93,7 @@ impl<T: Transport> Stream<'_, T> {
     }
 
     /// Phases `Final` to `Done`.
-    fn finish(
+    pub(super) fn finish(
         &mut self,
         copied: Copied,
         end: EndOfStream,
@@ -705,7 +412,6 @@ impl ZeroRun {
 const BATCH_TARGET: usize = 256 * 1024;
 const REPORT_EVERY: Duration = Duration::from_millis(500);
 const POLL_EVERY: Duration = Duration::from_millis(20);
-const CLOSE_TIME: Duration = Duration::from_secs(1);
 
 fn seal(
     sealer: &mut PageSealer,
@@ -719,45 +425,11 @@ fn seal(
     Ok(table.record(page.0, count, round, kind, &tag)?)
 }
 
-/// A write that failed because the peer has closed: what it said before that is the better cause.
-fn better_cause<T: Transport>(channel: &mut Channel<T>, error: SourceError) -> SourceError {
-    match error {
-        SourceError::Stream {
-            phase,
-            error: ChannelError::Tls(TlsError::Truncated | TlsError::Io(_)),
-        } => match channel.last_words() {
-            Some(error) => SourceError::Stream { phase, error },
-            None => SourceError::Stream {
-                phase,
-                error: TlsError::Truncated.into(),
-            },
-        },
-        SourceError::Stream {
-            error: ChannelError::Tls(TlsError::Cancelled),
-            ..
-        } => SourceError::Cancelled,
-        SourceError::Agree(SessionError::Channel(ChannelError::Tls(TlsError::Cancelled))) => {
-            SourceError::Cancelled
-        }
-        error => error,
-    }
-}
-
-fn resume(guest: &mut dyn SourceGuest, cause: SourceError) -> SourceError {
-    match guest.resume() {
-        Ok(()) => cause,
-        Err(error) => SourceError::Resume {
-            cause: Box::new(cause),
-            error,
-        },
-    }
-}
-
-fn at(phase: Phase) -> impl Fn(GuestError) -> SourceError {
+pub(super) fn at(phase: Phase) -> impl Fn(GuestError) -> SourceError {
     move |error| SourceError::Guest { phase, error }
 }
 
-fn on(phase: Phase) -> impl Fn(ChannelError) -> SourceError {
+pub(super) fn on(phase: Phase) -> impl Fn(ChannelError) -> SourceError {
     move |error| SourceError::Stream { phase, error }
 }
 

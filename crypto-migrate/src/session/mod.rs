@@ -19,15 +19,18 @@
 //! A gateway that policy names sees the offer and the accept (name, size, description, platform evidence), the
 //! clear headers of pages, sizes and times; nothing else.
 
+mod keys;
+
 use std::time::Instant;
 
 use rustls_pki_types::CertificateDer;
 use serde_bytes::ByteBuf;
-use zeroize::Zeroizing;
 
-use crate::channel::{Channel, ChannelError, ControlKeys, STREAM};
+pub use self::keys::OwnerKey;
+use self::keys::{Facts, Keys, Role, Transcript, secret};
+use crate::channel::{Channel, ChannelError, ControlKeys};
 use crate::code::Code;
-use crate::crypto::{self, AeadKey, CryptoError, EphemeralKey, KeySchedule, MacKey};
+use crate::crypto::{self, AeadKey, CryptoError, EphemeralKey, MacKey};
 use crate::guest::{Admission, GuestOffer, Refusal};
 use crate::identity::{
     AllowList, AllowedPeer, HostIdentity, IdentityError, MAX_CHAIN, Path, PeerIdentity,
@@ -55,22 +58,6 @@ pub struct Local {
     pub anchors: TrustAnchors,
     /// The peers that policy allows, and the way to each.
     pub allow: AllowList,
-}
-
-/// A secret of the guest's owner, mixed into the keys at both ends; 32 bytes.
-pub struct OwnerKey(Zeroizing<[u8; 32]>);
-
-impl OwnerKey {
-    /// Takes the key.
-    pub fn new(key: [u8; 32]) -> Self {
-        Self(Zeroizing::new(key))
-    }
-}
-
-impl std::fmt::Debug for OwnerKey {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("OwnerKey")
-    }
 }
 
 /// An agreement that failed.
@@ -345,150 +332,6 @@ pub fn check_offer(guest: &GuestOffer) -> Result<(), SessionError> {
         .map_err(|_| SessionError::Offer("guest's memory"))
 }
 
-struct Facts<'a> {
-    session_id: [u8; 16],
-    guest: &'a GuestOffer,
-    path: PathKind,
-    offer_hash: [u8; 32],
-}
-
-impl Facts<'_> {
-    fn session(
-        &self,
-        peer: PeerIdentity,
-        page_key: AeadKey,
-        manifest_key: MacKey,
-        evidence: Vec<u8>,
-    ) -> Session {
-        let (vm_id, epoch) = (self.guest.vm_id, self.guest.epoch);
-        let binding = Binding {
-            session_id: self.session_id,
-            vm_id,
-            epoch,
-            stream: STREAM,
-        };
-        Session {
-            peer,
-            path: self.path,
-            binding,
-            page_key,
-            manifest_key,
-            offer_hash: self.offer_hash,
-            evidence,
-        }
-    }
-
-    fn info(&self, label: &str, role: Role) -> Vec<u8> {
-        let path: &[u8] = match self.path {
-            PathKind::Direct => b"direct",
-            PathKind::Gateway => b"gateway",
-        };
-        let direction: &[u8] = match role {
-            Role::Source => b"source to destination",
-            Role::Destination => b"destination to source",
-        };
-        let mut info = b"casemate-migrate/1 key".to_vec();
-        let (epoch, stream) = (self.guest.epoch.to_le_bytes(), STREAM.to_le_bytes());
-        let fields: [&[u8]; 7] = [
-            label.as_bytes(),
-            &self.session_id,
-            &self.guest.vm_id,
-            path,
-            direction,
-            &stream,
-            &epoch,
-        ];
-        for field in fields {
-            append(&mut info, field);
-        }
-        info
-    }
-}
-
-struct Keys {
-    confirm_source: MacKey,
-    confirm_destination: MacKey,
-    control_source: AeadKey,
-    control_destination: AeadKey,
-    page: AeadKey,
-    manifest: MacKey,
-}
-
-impl Keys {
-    fn derive(
-        transcript: &[u8; 48],
-        secret: &[u8],
-        facts: &Facts<'_>,
-    ) -> Result<Self, CryptoError> {
-        let schedule = KeySchedule::extract(transcript, secret);
-        Ok(Self {
-            confirm_source: schedule.mac(&facts.info("confirm", Role::Source))?,
-            confirm_destination: schedule.mac(&facts.info("confirm", Role::Destination))?,
-            control_source: schedule.aead(&facts.info("control", Role::Source))?,
-            control_destination: schedule.aead(&facts.info("control", Role::Destination))?,
-            page: schedule.aead(&facts.info("page", Role::Source))?,
-            manifest: schedule.mac(&facts.info("manifest", Role::Source))?,
-        })
-    }
-}
-
-#[derive(Clone, Copy)]
-enum Role {
-    Source,
-    Destination,
-}
-
-/// The running hash: `H(previous ‖ body)` is signed, `H(that ‖ signature)` goes on.
-struct Transcript([u8; 48]);
-
-impl Default for Transcript {
-    fn default() -> Self {
-        Self(crypto::sha384(&[b"casemate-migrate/1 session"]))
-    }
-}
-
-impl Transcript {
-    fn hash(&self) -> [u8; 48] {
-        self.0
-    }
-
-    fn sign(
-        &mut self,
-        body: Vec<u8>,
-        role: Role,
-        identity: &HostIdentity,
-    ) -> Result<Vec<u8>, SessionError> {
-        self.absorb(&body);
-        let signature = identity.sign(&self.message(role))?;
-        self.absorb(&signature);
-        encode(&Signed { body, signature })
-    }
-
-    fn verify(
-        &mut self,
-        signed: &Signed,
-        role: Role,
-        peer: &PeerIdentity,
-    ) -> Result<(), SessionError> {
-        self.absorb(&signed.body);
-        peer.verify_signature(&self.message(role), &signed.signature)?;
-        self.absorb(&signed.signature);
-        Ok(())
-    }
-
-    fn message(&self, role: Role) -> Vec<u8> {
-        let context: &[u8] = match role {
-            Role::Source => b"casemate-migrate/1 transcript, source\0",
-            Role::Destination => b"casemate-migrate/1 transcript, destination\0",
-        };
-        [context, &self.0].concat()
-    }
-
-    fn absorb(&mut self, bytes: &[u8]) {
-        self.0 = crypto::sha384(&[&self.0, &(bytes.len() as u64).to_le_bytes(), bytes]);
-    }
-}
-
 fn party<T: Transport>(
     tls: &TlsStream<T>,
     local: &Local,
@@ -590,41 +433,11 @@ fn channel_binding<T: Transport>(tls: &TlsStream<T>) -> Result<[u8; 32], Session
     ]))
 }
 
-/// The input of the key derivation; every part with its length, absent parts with length 0.
-fn secret<T: Transport>(
-    tls: &TlsStream<T>,
-    ephemeral: EphemeralKey,
-    peer: &[u8; 32],
-    owner_key: Option<&OwnerKey>,
-    path: PathKind,
-) -> Result<Zeroizing<Vec<u8>>, SessionError> {
-    let agreed = ephemeral.agree(peer)?;
-    let mut secret = Zeroizing::new(Vec::with_capacity(128)); // never reallocated: nothing is left behind
-    append(&mut secret, agreed.as_slice());
-    append(
-        &mut secret,
-        owner_key.map_or(&[][..], |key| key.0.as_slice()),
-    );
-    match path {
-        PathKind::Direct => append(
-            &mut secret,
-            tls.exporter(b"EXPORTER-casemate-migrate-1")?.as_slice(),
-        ),
-        PathKind::Gateway => append(&mut secret, &[]),
-    }
-    Ok(secret)
-}
-
 fn path_kind(path: &Path) -> PathKind {
     match path {
         Path::Direct => PathKind::Direct,
         Path::Gateway(_) => PathKind::Gateway,
     }
-}
-
-fn append(out: &mut Vec<u8>, field: &[u8]) {
-    out.extend_from_slice(&(field.len() as u64).to_le_bytes());
-    out.extend_from_slice(field);
 }
 
 fn encode<M: serde::Serialize>(message: &M) -> Result<Vec<u8>, SessionError> {

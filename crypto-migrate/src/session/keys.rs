@@ -1,0 +1,202 @@
+//! The transcript that both hosts sign, and the keys that come of it.
+
+use zeroize::Zeroizing;
+
+use super::{Session, SessionError, encode};
+use crate::channel::STREAM;
+use crate::crypto::{self, AeadKey, CryptoError, EphemeralKey, KeySchedule, MacKey};
+use crate::guest::GuestOffer;
+use crate::identity::{HostIdentity, PeerIdentity};
+use crate::page::Binding;
+use crate::tls::{TlsStream, Transport};
+use crate::wire::messages::{PathKind, Signed};
+
+/// A secret of the guest's owner, mixed into the keys at both ends; 32 bytes.
+pub struct OwnerKey(Zeroizing<[u8; 32]>);
+
+impl OwnerKey {
+    /// Takes the key.
+    pub fn new(key: [u8; 32]) -> Self {
+        Self(Zeroizing::new(key))
+    }
+}
+
+impl std::fmt::Debug for OwnerKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("OwnerKey")
+    }
+}
+
+pub(super) struct Facts<'a> {
+    pub(super) session_id: [u8; 16],
+    pub(super) guest: &'a GuestOffer,
+    pub(super) path: PathKind,
+    pub(super) offer_hash: [u8; 32],
+}
+
+impl Facts<'_> {
+    pub(super) fn session(
+        &self,
+        peer: PeerIdentity,
+        page_key: AeadKey,
+        manifest_key: MacKey,
+        evidence: Vec<u8>,
+    ) -> Session {
+        let (vm_id, epoch) = (self.guest.vm_id, self.guest.epoch);
+        let binding = Binding {
+            session_id: self.session_id,
+            vm_id,
+            epoch,
+            stream: STREAM,
+        };
+        Session {
+            peer,
+            path: self.path,
+            binding,
+            page_key,
+            manifest_key,
+            offer_hash: self.offer_hash,
+            evidence,
+        }
+    }
+
+    fn info(&self, label: &str, role: Role) -> Vec<u8> {
+        let path: &[u8] = match self.path {
+            PathKind::Direct => b"direct",
+            PathKind::Gateway => b"gateway",
+        };
+        let direction: &[u8] = match role {
+            Role::Source => b"source to destination",
+            Role::Destination => b"destination to source",
+        };
+        let mut info = b"casemate-migrate/1 key".to_vec();
+        let (epoch, stream) = (self.guest.epoch.to_le_bytes(), STREAM.to_le_bytes());
+        let fields: [&[u8]; 7] = [
+            label.as_bytes(),
+            &self.session_id,
+            &self.guest.vm_id,
+            path,
+            direction,
+            &stream,
+            &epoch,
+        ];
+        for field in fields {
+            append(&mut info, field);
+        }
+        info
+    }
+}
+
+pub(super) struct Keys {
+    pub(super) confirm_source: MacKey,
+    pub(super) confirm_destination: MacKey,
+    pub(super) control_source: AeadKey,
+    pub(super) control_destination: AeadKey,
+    pub(super) page: AeadKey,
+    pub(super) manifest: MacKey,
+}
+
+impl Keys {
+    pub(super) fn derive(
+        transcript: &[u8; 48],
+        secret: &[u8],
+        facts: &Facts<'_>,
+    ) -> Result<Self, CryptoError> {
+        let schedule = KeySchedule::extract(transcript, secret);
+        Ok(Self {
+            confirm_source: schedule.mac(&facts.info("confirm", Role::Source))?,
+            confirm_destination: schedule.mac(&facts.info("confirm", Role::Destination))?,
+            control_source: schedule.aead(&facts.info("control", Role::Source))?,
+            control_destination: schedule.aead(&facts.info("control", Role::Destination))?,
+            page: schedule.aead(&facts.info("page", Role::Source))?,
+            manifest: schedule.mac(&facts.info("manifest", Role::Source))?,
+        })
+    }
+}
+
+#[derive(Clone, Copy)]
+pub(super) enum Role {
+    Source,
+    Destination,
+}
+
+/// The running hash: `H(previous ‖ body)` is signed, `H(that ‖ signature)` goes on.
+pub(super) struct Transcript([u8; 48]);
+
+impl Default for Transcript {
+    fn default() -> Self {
+        Self(crypto::sha384(&[b"casemate-migrate/1 session"]))
+    }
+}
+
+impl Transcript {
+    pub(super) fn hash(&self) -> [u8; 48] {
+        self.0
+    }
+
+    pub(super) fn sign(
+        &mut self,
+        body: Vec<u8>,
+        role: Role,
+        identity: &HostIdentity,
+    ) -> Result<Vec<u8>, SessionError> {
+        self.absorb(&body);
+        let signature = identity.sign(&self.message(role))?;
+        self.absorb(&signature);
+        encode(&Signed { body, signature })
+    }
+
+    pub(super) fn verify(
+        &mut self,
+        signed: &Signed,
+        role: Role,
+        peer: &PeerIdentity,
+    ) -> Result<(), SessionError> {
+        self.absorb(&signed.body);
+        peer.verify_signature(&self.message(role), &signed.signature)?;
+        self.absorb(&signed.signature);
+        Ok(())
+    }
+
+    fn message(&self, role: Role) -> Vec<u8> {
+        let context: &[u8] = match role {
+            Role::Source => b"casemate-migrate/1 transcript, source\0",
+            Role::Destination => b"casemate-migrate/1 transcript, destination\0",
+        };
+        [context, &self.0].concat()
+    }
+
+    fn absorb(&mut self, bytes: &[u8]) {
+        self.0 = crypto::sha384(&[&self.0, &(bytes.len() as u64).to_le_bytes(), bytes]);
+    }
+}
+
+/// The input of the key derivation; every part with its length, absent parts with length 0.
+pub(super) fn secret<T: Transport>(
+    tls: &TlsStream<T>,
+    ephemeral: EphemeralKey,
+    peer: &[u8; 32],
+    owner_key: Option<&OwnerKey>,
+    path: PathKind,
+) -> Result<Zeroizing<Vec<u8>>, SessionError> {
+    let agreed = ephemeral.agree(peer)?;
+    let mut secret = Zeroizing::new(Vec::with_capacity(128)); // never reallocated: nothing is left behind
+    append(&mut secret, agreed.as_slice());
+    append(
+        &mut secret,
+        owner_key.map_or(&[][..], |key| key.0.as_slice()),
+    );
+    match path {
+        PathKind::Direct => append(
+            &mut secret,
+            tls.exporter(b"EXPORTER-casemate-migrate-1")?.as_slice(),
+        ),
+        PathKind::Gateway => append(&mut secret, &[]),
+    }
+    Ok(secret)
+}
+
+fn append(out: &mut Vec<u8>, field: &[u8]) {
+    out.extend_from_slice(&(field.len() as u64).to_le_bytes());
+    out.extend_from_slice(field);
+}
