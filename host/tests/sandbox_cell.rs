@@ -469,7 +469,11 @@ fn play(role: Role, scenario: &str) -> Result<(), Box<dyn std::error::Error>> {
                 }
             })?;
             let start = Instant::now();
-            while sealed.report()?.threads.iter().any(|t| t.mode == 0)
+            while sealed
+                .report()?
+                .threads
+                .iter()
+                .any(|t| t.name == "(unnamed)")
                 && start.elapsed() < Duration::from_secs(10)
             {
                 std::thread::sleep(Duration::from_millis(1));
