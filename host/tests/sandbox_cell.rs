@@ -3,6 +3,12 @@
 //! The test binary plays the role: started again by `Spawn` with a scenario in its environment, it never
 //! reaches `main` (see `CHILD`), so that it is as single-threaded as a role's process is.
 #![expect(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
+#![expect(
     unsafe_code,
     reason = "the children make calls on purpose that safe code cannot"
 )]
