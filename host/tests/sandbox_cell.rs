@@ -3,6 +3,12 @@
 //! The test binary plays the role: started again by `Spawn` with a scenario in its environment, it never
 //! reaches `main` (see `CHILD`), so that it is as single-threaded as a role's process is.
 #![expect(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
+#![expect(
     unsafe_code,
     reason = "the children make calls on purpose that safe code cannot"
 )]
@@ -469,7 +475,11 @@ fn play(role: Role, scenario: &str) -> Result<(), Box<dyn std::error::Error>> {
                 }
             })?;
             let start = Instant::now();
-            while sealed.report()?.threads.iter().any(|t| t.mode == 0)
+            while sealed
+                .report()?
+                .threads
+                .iter()
+                .any(|t| t.name == "(unnamed)")
                 && start.elapsed() < Duration::from_secs(10)
             {
                 std::thread::sleep(Duration::from_millis(1));

@@ -1,6 +1,7 @@
 //! A real guest on the real `/dev/kvm`, run, saved and logged from inside the VMM's cell with all filters on.
 //!
 //! Played like in `sandbox_cell.rs`: the test binary is started again as the role and never reaches `main`.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 #![expect(unsafe_code, reason = "KVM and a process before main")]
 
 use std::fs::{File, OpenOptions};
@@ -121,7 +122,8 @@ fn play(scenario: &str) -> Outcome {
     thread.join().map_err(|_| "the vCPU thread panicked")?;
     control_life(&vm, &memory, &event)?;
     let report = this_process::report()?;
-    assert!(report.threads.iter().all(|t| t.mode == 2));
+    let filters: Vec<_> = report.threads.iter().map(|t| t.filter.as_str()).collect();
+    assert_eq!(filters, ["vmm-probe", "vmm-control"], "{:?}", report.notes);
     channel.send(&said)?;
     let closed = channel.recv::<u8>(None);
     assert!(matches!(closed, Err(IpcError::Closed)));
@@ -247,10 +249,11 @@ fn control_life(vm: &VmFd, memory: &File, event: &EventFd) -> Outcome {
     })?;
     set_slot(vm, ADDRESS.load(std::sync::atomic::Ordering::SeqCst))?;
     vm.set_gsi_routing(&KvmIrqRouting::from_entries(&[])?)?;
-    vm.register_irqfd(event, 5)?;
-    vm.register_ioevent(event, &IoEventAddress::Pio(0x700), NoDatamatch)?;
+    // Before KVM takes what is written to it.
     event.write(1)?;
     assert_eq!(event.read()?, 1);
+    vm.register_irqfd(event, 5)?;
+    vm.register_ioevent(event, &IoEventAddress::Pio(0x700), NoDatamatch)?;
     let mut page = [0u8; 16];
     memory.read_exact_at(&mut page, 0x1000)?;
     memory.write_all_at(&page, 0x2000)?;

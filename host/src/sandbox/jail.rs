@@ -19,7 +19,7 @@ use nix::unistd::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::status::{Status, StatusFile};
+use super::status::{ProcSelf, Status, StatusFile};
 use super::{Role, sys};
 use crate::ipc::Channel;
 
@@ -97,8 +97,8 @@ pub(super) struct Cell {
     /// Until the role has taken it.
     pub(super) channel: Option<Channel>,
     pub(super) status: StatusFile,
-    /// `/proc/self/fd`, only until Landlock closes.
-    pub(super) descriptors: Option<File>,
+    /// Only until Landlock closes.
+    pub(super) proc: Option<ProcSelf>,
     pub(super) namespaces: Vec<String>,
     pub(super) notes: Vec<String>,
     /// What the empty root answered to an open of `/etc/passwd`.
@@ -140,7 +140,7 @@ pub(super) fn enter(role: Role) -> Result<Cell, JailError> {
     let mut namespaces = unshare_namespaces()?;
     namespaces.push("pid".to_owned());
     sethostname(format!("casemate-{role}")).map_err(step("sethostname"))?;
-    let descriptors = File::open("/proc/self/fd").map_err(|e| io_step("open /proc/self/fd", &e))?;
+    let proc = File::open("/proc/self").map_err(|e| io_step("open /proc/self", &e))?;
     empty_root(&mut notes)?;
     limit_resources(&spec)?;
     if let Err(errno) = sys::new_session_keyring()
@@ -159,7 +159,7 @@ pub(super) fn enter(role: Role) -> Result<Cell, JailError> {
         spec,
         channel: Some(channel),
         status,
-        descriptors: Some(descriptors),
+        proc: Some(ProcSelf(proc)),
         namespaces,
         notes,
     })

@@ -46,11 +46,11 @@ mod sys;
 
 use std::ffi::CStr;
 use std::fmt;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, open, openat};
+use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
 use serde::{Deserialize, Serialize};
 
@@ -59,7 +59,7 @@ use jail::{Cell, JailError};
 use landlock::{LandlockError, Restricted};
 use probe::{ProbeError, ProbeThread};
 use report::{ProbeAttempt, ProbeReport, SandboxReport, ThreadReport};
-use seccomp::{SeccompError, ThreadKind};
+use seccomp::{Installed, SeccompError, ThreadKind};
 
 pub use cgroup::{CgroupError, hierarchy as cgroup_hierarchy};
 pub use process::{RoleCell, this_process};
@@ -129,30 +129,26 @@ pub struct Jailed {
 impl Jailed {
     /// A second, read-only handle of memory or a file: to be given to a role that may not write it.
     pub fn reopen_read_only(&self, file: impl AsFd) -> Result<OwnedFd, SandboxError> {
-        let number = file.as_fd().as_raw_fd().to_string();
-        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
-        let descriptors = self.cell.descriptors.as_ref();
-        let descriptors = descriptors.ok_or(SandboxError::Reopen(Errno::EBADF))?;
-        openat(descriptors, number.as_str(), flags, Mode::empty()).map_err(SandboxError::Reopen)
+        let proc = self.cell.proc.as_ref();
+        let proc = proc.ok_or(SandboxError::Reopen(Errno::EBADF))?;
+        proc.reopen_read_only(file.as_fd())
+            .map_err(SandboxError::Reopen)
     }
 
     /// Puts Landlock in force. There must be no second thread yet.
     pub fn enforce(self) -> Result<Enforced, SandboxError> {
-        let threads = self
-            .cell
-            .status
-            .read()
-            .map_err(SandboxError::Status)?
-            .threads;
-        if threads != 1 {
-            return Err(LandlockError::Threads(threads).into());
-        }
         let mut cell = self.cell;
+        let proc = cell.proc.take().ok_or(SandboxError::Status(Errno::EBADF))?;
+        let threads = proc.threads().map_err(SandboxError::Status)?;
+        if threads.own != 1 {
+            return Err(LandlockError::Threads(threads.own).into());
+        }
+        drop(proc);
         let restricted = landlock::restrict(cell.spec.landlock_min)?;
-        cell.descriptors = None;
         Ok(Enforced {
             cell,
             restricted,
+            kernel_threads: threads.kernel,
             probe: None,
         })
     }
@@ -163,6 +159,8 @@ impl Jailed {
 pub struct Enforced {
     cell: Cell,
     restricted: Restricted,
+    /// Threads in this process that are the kernel's.
+    kernel_threads: u32,
     probe: Option<ProbeThread>,
 }
 
@@ -179,11 +177,13 @@ impl Enforced {
     /// started, and refuses if one does not come.
     pub fn seal(mut self) -> Result<Sealed, SandboxError> {
         self.start_probe_thread()?;
-        seccomp::install(self.cell.role.control())?;
+        let control = seccomp::install(self.cell.role.control())?;
         let probe = self.probe.take().ok_or(ProbeError::Gone)?;
         let sealed = Sealed {
             cell: self.cell,
             restricted: self.restricted,
+            kernel_threads: self.kernel_threads,
+            control,
             probe,
         };
         let start = Instant::now();
@@ -202,6 +202,8 @@ impl Enforced {
 pub struct Sealed {
     cell: Cell,
     restricted: Restricted,
+    kernel_threads: u32,
+    control: Installed,
     probe: ProbeThread,
 }
 
@@ -210,17 +212,26 @@ impl Sealed {
     pub fn report(&self) -> Result<SandboxReport, SandboxError> {
         let status = self.cell.status.read().map_err(SandboxError::Status)?;
         let mut threads = seccomp::threads();
-        let accounted = u32::try_from(threads.len()).unwrap_or(u32::MAX);
-        for _ in accounted..status.threads {
-            threads.push(ThreadReport {
-                name: "(unaccounted for)".to_owned(),
-                filter: "unknown".to_owned(),
-                filter_sha256: String::new(),
-                mode: 0,
-            });
+        let mut notes = self.cell.notes.clone();
+        let known = u32::try_from(threads.len()).unwrap_or(u32::MAX);
+        let others = status.threads.saturating_sub(known);
+        if self.cell.role == Role::Vmm {
+            // No filter of a VMM lets a thread be made, and at the seal each had its filter.
+            if others != 0 {
+                notes.push(format!(
+                    "threads: {others} of the kernel's (KVM), which run no code of this process"
+                ));
+            }
+        } else {
+            // Made since the seal, by a thread with this filter, which is inherited.
+            threads.extend((0..others).map(|_| ThreadReport {
+                name: "(unnamed)".to_owned(),
+                filter: format!("{} (inherited)", self.control.kind.name()),
+                filter_sha256: self.control.sha256.clone(),
+                mode: self.control.mode,
+            }));
         }
         let nofile = i32::try_from(self.cell.spec.nofile).unwrap_or(i32::MAX);
-        let mut notes = self.cell.notes.clone();
         if seccomp::log_only() {
             notes.push("seccomp: LOG MODE, nothing is refused".to_owned());
         }
@@ -266,7 +277,9 @@ impl Sealed {
     fn unaccounted(&self) -> Result<u32, SandboxError> {
         let status = self.cell.status.read().map_err(SandboxError::Status)?;
         let known = u32::try_from(seccomp::threads().len()).unwrap_or(u32::MAX);
-        Ok(status.threads.saturating_sub(known))
+        Ok(status
+            .threads
+            .saturating_sub(known.saturating_add(self.kernel_threads)))
     }
 }
 

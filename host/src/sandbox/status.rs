@@ -1,13 +1,31 @@
 //! What the kernel says of this process: `/proc/self/status` through a descriptor kept from before the jail.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
+use nix::dir::Dir;
 use nix::errno::Errno;
+use nix::fcntl::{OFlag, openat};
+use nix::sys::stat::Mode;
 use nix::sys::uio::pread;
 
 /// A descriptor of `/proc/self/status`; readable after the process has lost its `/proc`.
 #[derive(Debug)]
 pub(crate) struct StatusFile(pub(crate) OwnedFd);
+
+/// A descriptor of `/proc/self`, kept only until Landlock closes.
+#[derive(Debug)]
+pub(crate) struct ProcSelf(pub(crate) File);
+
+/// Threads of this process, by who runs in them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Threads {
+    /// Threads with code of this program.
+    pub(crate) own: u32,
+    /// Threads the kernel put into the process (KVM's huge page worker): they never leave the kernel.
+    pub(crate) kernel: u32,
+}
 
 /// The lines that matter here.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -34,6 +52,40 @@ impl StatusFile {
     }
 }
 
+impl ProcSelf {
+    pub(crate) fn reopen_read_only(&self, fd: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
+        self.open(&format!("fd/{}", fd.as_raw_fd()))
+    }
+
+    pub(crate) fn threads(&self) -> Result<Threads, Errno> {
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let mut tasks = Dir::openat(&self.0, "task", flags, Mode::empty())?;
+        let mut threads = Threads::default();
+        for entry in tasks.iter() {
+            let entry = entry?;
+            let name = entry.file_name().to_string_lossy();
+            if name.starts_with('.') {
+                continue;
+            }
+            let mut stat = String::new();
+            let file = self.open(&format!("task/{name}/stat"))?;
+            let read = File::from(file).read_to_string(&mut stat);
+            read.map_err(|_| Errno::EIO)?;
+            if is_kernel_worker(&stat) {
+                threads.kernel += 1;
+            } else {
+                threads.own += 1;
+            }
+        }
+        Ok(threads)
+    }
+
+    fn open(&self, path: &str) -> Result<OwnedFd, Errno> {
+        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+        openat(&self.0, path, flags, Mode::empty())
+    }
+}
+
 impl Status {
     /// Names of all capabilities left, with the set they are in.
     pub(crate) fn capability_names(&self) -> Vec<String> {
@@ -45,6 +97,13 @@ impl Status {
         };
         self.capabilities.iter().flat_map(named).collect()
     }
+}
+
+/// Field 9 of `/proc/<pid>/stat`, counted from behind the name.
+fn is_kernel_worker(stat: &str) -> bool {
+    let fields = stat.rsplit_once(')').map(|(_, fields)| fields);
+    let flags = fields.and_then(|f| f.split_whitespace().nth(6)?.parse::<u64>().ok());
+    flags.is_some_and(|flags| flags & (PF_USER_WORKER | PF_IO_WORKER) != 0)
 }
 
 fn parse(text: &str) -> Status {
@@ -74,9 +133,20 @@ fn parse(text: &str) -> Status {
     status
 }
 
+/// linux/sched.h
+const PF_IO_WORKER: u64 = 0x10;
+const PF_USER_WORKER: u64 = 0x4000;
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn kernel_workers_are_told_by_their_flags() {
+        assert!(is_kernel_worker("7 (a) b) S 1 1 1 0 -1 16448 0 0"));
+        assert!(!is_kernel_worker("7 (a) b) S 1 1 1 0 -1 4194304 0 0"));
+        assert!(!is_kernel_worker("nonsense"));
+    }
 
     #[test]
     fn capabilities_and_ids_are_read() {
