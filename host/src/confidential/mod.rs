@@ -1,6 +1,7 @@
 //! Confidential technologies: the launch as a typestate, the software secure processor and its role.
 
 pub mod control;
+pub mod kvm_sev;
 pub mod launch;
 mod processor_guest;
 pub mod processor_role;
@@ -10,6 +11,7 @@ pub mod software;
 
 use std::os::fd::BorrowedFd;
 
+use crate::confidential::kvm_sev::{KvmSev, RealSev, SevVm};
 use crate::confidential::launch::Guarded;
 use crate::confidential::shared::MemoryLayout;
 use crate::confidential::software::SoftwareFirmware;
@@ -57,9 +59,21 @@ pub fn open(
             emulated: false, ..
         } => Err(RoleError::new(
             "SEV_NOT_AVAILABLE",
-            "this version drives no AMD secure processor yet; describe the guest with `emulated = true`",
+            "this VMM boots no guest under AMD's own secure processor yet; describe the guest with `emulated = true`",
         )),
     }
+}
+
+/// Opens AMD's own secure processor for a VMM that can boot such a guest; see [`kvm_sev`] for what is untested.
+pub fn open_real<V: SevVm + 'static>(
+    policy: u32,
+    memory: GuestMemoryView<'_>,
+    exchange: BorrowedFd<'_>,
+    real: RealSev<V>,
+) -> Result<Box<dyn GuestProtection>, RoleError> {
+    let layout = MemoryLayout::packed(memory.runs)?;
+    let firmware = KvmSev::attach(real, policy, memory.file, layout, exchange)?;
+    Ok(Box::new(Guarded::new(firmware)))
 }
 
 #[cfg(test)]
