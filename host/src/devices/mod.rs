@@ -1,3 +1,4 @@
 //! Device models. Everything a guest can write is untrusted.
 
+pub mod serial;
 pub mod virtio;

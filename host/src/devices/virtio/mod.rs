@@ -1,5 +1,14 @@
 //! Virtio devices: what the PCI transport needs of a device, and the devices.
 
+pub mod block;
+#[cfg(test)]
+mod driver;
+pub mod net;
+mod ring;
+mod saved;
+pub mod transport;
+pub mod vsock;
+
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
@@ -79,4 +88,14 @@ pub struct RestoreError {
     pub device: &'static str,
     /// What is wrong.
     pub reason: String,
+}
+
+/// Reads from a configuration space; bytes beyond its end are zero.
+fn read_config_from(config: &[u8], offset: u64, data: &mut [u8]) {
+    data.fill(0);
+    let rest = usize::try_from(offset)
+        .ok()
+        .and_then(|offset| config.get(offset..))
+        .unwrap_or_default();
+    data.iter_mut().zip(rest).for_each(|(to, from)| *to = *from);
 }

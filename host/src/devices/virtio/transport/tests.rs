@@ -1,0 +1,305 @@
+use std::os::fd::RawFd;
+use std::sync::Mutex;
+
+use vm_memory::GuestAddress;
+
+use super::*;
+use crate::devices::virtio::RestoreError;
+use crate::vmm::irq::{MsiMessage, MsiRouter};
+
+/// What the model was told.
+#[derive(Default)]
+struct Log {
+    active: Vec<(u64, Vec<bool>)>,
+    resets: u32,
+    events: Vec<u16>,
+    interrupt: Option<Arc<dyn Interrupt>>,
+    restored: Vec<u8>,
+}
+
+struct Model(Arc<Mutex<Log>>);
+
+impl VirtioDevice for Model {
+    fn device_type(&self) -> u32 {
+        2
+    }
+    fn features(&self) -> u64 {
+        0x20
+    }
+    fn queue_sizes(&self) -> &[u16] {
+        &[256, 64]
+    }
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        data.fill(offset as u8);
+    }
+    fn write_config(&mut self, _: u64, _: &[u8]) {}
+    fn activate(&mut self, activation: Activation) {
+        let mut log = self.0.lock().unwrap();
+        let ready = activation.queues.iter().map(QueueT::ready).collect();
+        log.active.push((activation.features, ready));
+        log.interrupt = Some(activation.interrupt);
+    }
+    fn reset(&mut self) {
+        self.0.lock().unwrap().resets += 1;
+    }
+    fn poll_fds(&self) -> Vec<(RawFd, u32)> {
+        vec![]
+    }
+    fn queue_event(&mut self, index: u16) {
+        self.0.lock().unwrap().events.push(index);
+    }
+    fn fd_event(&mut self, _: u32) {}
+    fn queues(&self) -> Vec<Queue> {
+        vec![]
+    }
+    fn save(&self) -> Vec<u8> {
+        b"model".to_vec()
+    }
+    fn restore(&mut self, state: &[u8]) -> Result<(), RestoreError> {
+        self.0.lock().unwrap().restored = state.to_vec();
+        Ok(())
+    }
+    fn release(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+    fn acquire(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+    fn announce(&mut self) {}
+    fn faults(&self) -> u64 {
+        0
+    }
+}
+
+struct NoRoutes;
+
+impl MsiRouter for NoRoutes {
+    fn route(&self, _: u32, _: MsiMessage) {}
+}
+
+struct Bench {
+    function: VirtioPci,
+    log: Arc<Mutex<Log>>,
+    wake: EventFd,
+    lines: Vec<EventFd>,
+}
+
+fn bench() -> Bench {
+    let log = Arc::new(Mutex::new(Log::default()));
+    let ram = GuestRam::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+    let wake = EventFd::new(EFD_NONBLOCK).unwrap();
+    let lines: Vec<EventFd> = (0..3)
+        .map(|_| EventFd::new(EFD_NONBLOCK).unwrap())
+        .collect();
+    let pairs = lines
+        .iter()
+        .enumerate()
+        .map(|(n, line)| (24 + n as u32, line.try_clone().unwrap()))
+        .collect();
+    let msix = Arc::new(Msix::new(pairs, Arc::new(NoRoutes)));
+    let place = Placement {
+        bar: 0xe000_0000,
+        ram,
+        wake: wake.try_clone().unwrap(),
+        access_platform: true,
+    };
+    let function = VirtioPci::new(Box::new(Model(Arc::clone(&log))), msix, place).unwrap();
+    Bench {
+        function,
+        log,
+        wake,
+        lines,
+    }
+}
+
+impl Bench {
+    fn read(&self, offset: u64, length: usize) -> u64 {
+        let mut bytes = [0; 8];
+        self.function.bar_read(offset, &mut bytes[..length]);
+        u64::from_le_bytes(bytes)
+    }
+
+    fn write(&self, offset: u64, value: u64, length: usize) {
+        self.function
+            .bar_write(offset, &value.to_le_bytes()[..length]);
+    }
+
+    fn negotiate(&self, features: u64) {
+        self.write(0x14, 1, 1);
+        self.write(0x14, 3, 1);
+        for (select, half) in [(0, features & 0xffff_ffff), (1, features >> 32)] {
+            self.write(0x08, select, 4);
+            self.write(0x0c, half, 4);
+        }
+        self.write(0x14, 0xb, 1);
+    }
+
+    fn set_queue(&self, index: u64, base: u64) {
+        self.write(0x16, index, 2);
+        self.write(0x1a, index + 1, 2);
+        self.write(0x20, base, 8);
+        self.write(0x28, (base + 0x1000) & 0xffff_ffff, 4);
+        self.write(0x2c, 0, 4);
+        self.write(0x30, base + 0x2000, 8);
+        self.write(0x1c, 1, 2);
+    }
+
+    fn start(&self) {
+        self.negotiate(GOOD);
+        self.set_queue(0, 0x1000);
+        self.write(0x14, 0xf, 1);
+        self.function.service();
+    }
+}
+
+const GOOD: u64 = F_VERSION_1 | F_ACCESS_PLATFORM | 0x20;
+
+#[test]
+fn a_driver_that_follows_the_rules_gets_its_device() {
+    let bench = bench();
+    assert_eq!(bench.read(0x12, 2), 2);
+    bench.start();
+    assert_eq!(bench.wake.read().unwrap(), 1);
+    assert_eq!(
+        bench.log.lock().unwrap().active,
+        [(GOOD, vec![true, false])]
+    );
+    assert_eq!(bench.read(0x14, 1), 0xf);
+    bench.function.queue_event(0);
+    assert_eq!(bench.log.lock().unwrap().events, [0]);
+}
+
+#[test]
+fn features_that_were_not_offered_or_left_out_are_refused() {
+    for bad in [GOOD | 0x40, GOOD & !F_VERSION_1, GOOD & !F_ACCESS_PLATFORM] {
+        let bench = bench();
+        bench.negotiate(bad);
+        assert_eq!(bench.read(0x14, 1), 3, "{bad:#x}");
+        bench.write(0x14, 0xf, 1);
+        bench.function.service();
+        assert!(bench.log.lock().unwrap().active.is_empty());
+    }
+}
+
+#[test]
+fn a_queue_outside_memory_needs_a_reset_and_counts_as_a_fault() {
+    let bench = bench();
+    bench.negotiate(GOOD);
+    bench.set_queue(0, 0xf_f000);
+    bench.write(0x14, 0xf, 1);
+    bench.function.service();
+    assert!(bench.log.lock().unwrap().active.is_empty());
+    assert_eq!(bench.read(0x14, 1), 0x4f);
+    assert_eq!(bench.function.faults(), 1);
+}
+
+#[test]
+fn a_reset_is_seen_only_when_the_device_thread_has_done_it() {
+    let bench = bench();
+    bench.start();
+    bench.write(0x14, 0, 1);
+    assert_ne!(bench.read(0x14, 1), 0);
+    bench.function.service();
+    assert_eq!(bench.read(0x14, 1), 0);
+    assert_eq!(bench.log.lock().unwrap().resets, 1);
+    bench.function.queue_event(0);
+    assert!(bench.log.lock().unwrap().events.is_empty());
+    bench.start();
+    assert_eq!(bench.log.lock().unwrap().active.len(), 2);
+}
+
+#[test]
+fn interrupts_reach_the_vector_the_driver_chose() {
+    let bench = bench();
+    bench.start();
+    let mut capability = [0; 4];
+    let at = bench.function.msix_control;
+    bench.function.config_read(at, &mut capability[..2]);
+    assert_eq!(u16::from_le_bytes([capability[0], capability[1]]), 2);
+    for vector in 0..3 {
+        bench.write(0x4000 + vector * 16 + 12, 0, 4);
+    }
+    bench.function.config_write(at, &0x8000u16.to_le_bytes());
+    bench
+        .log
+        .lock()
+        .unwrap()
+        .interrupt
+        .as_ref()
+        .unwrap()
+        .queue(0);
+    assert_eq!(bench.lines[1].read().unwrap(), 1);
+    assert_eq!(bench.read(0x1000, 1), 1);
+    assert_eq!(bench.read(0x1000, 1), 0);
+    bench.write(0x16, 1, 2);
+    bench.write(0x1a, 99, 2);
+    assert_eq!(bench.read(0x1a, 2), 0xffff);
+}
+
+#[test]
+fn queue_sizes_are_bounded_and_fixed_once_enabled() {
+    let bench = bench();
+    bench.write(0x16, 1, 2);
+    for bad in [0u64, 65, 128, 63] {
+        bench.write(0x18, bad, 2);
+        assert_eq!(bench.read(0x18, 2), 64);
+    }
+    bench.write(0x18, 32, 2);
+    bench.write(0x1c, 1, 2);
+    bench.write(0x18, 16, 2);
+    assert_eq!(bench.read(0x18, 2), 32);
+    bench.write(0x16, 2, 2);
+    assert_eq!(bench.read(0x18, 2), 0);
+}
+
+#[test]
+fn the_configuration_window_reaches_the_bar() {
+    let bench = bench();
+    let window = bench.function.window;
+    bench
+        .function
+        .config_write(window + 8, &0x12u32.to_le_bytes());
+    bench
+        .function
+        .config_write(window + 12, &2u32.to_le_bytes());
+    let mut count = [0; 2];
+    bench.function.config_read(window + 16, &mut count);
+    assert_eq!(u16::from_le_bytes(count), 2);
+}
+
+#[test]
+fn a_state_goes_round_and_starts_the_device() {
+    let bench = bench();
+    bench.start();
+    let bytes = postcard::to_stdvec(&bench.function.save()).unwrap();
+    let other = self::bench();
+    other
+        .function
+        .restore(postcard::from_bytes(&bytes).unwrap())
+        .unwrap();
+    assert_eq!(postcard::to_stdvec(&other.function.save()).unwrap(), bytes);
+    let log = other.log.lock().unwrap();
+    assert_eq!(log.active, [(GOOD, vec![true, false])]);
+    assert_eq!(log.restored, b"model");
+}
+
+#[test]
+fn a_state_of_another_machine_is_refused() {
+    let bench = bench();
+    bench.start();
+    let bytes = postcard::to_stdvec(&bench.function.save()).unwrap();
+    let state = || postcard::from_bytes::<VirtioStateV1>(&bytes).unwrap();
+    let other = self::bench();
+    other.lock().setups.pop();
+    assert!(other.function.restore(state()).is_err());
+    let other = self::bench();
+    other.lock().offered = F_VERSION_1;
+    assert!(other.function.restore(state()).is_err());
+    assert!(other.log.lock().unwrap().active.is_empty());
+}
+
+impl Bench {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.function.lock()
+    }
+}

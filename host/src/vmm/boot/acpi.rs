@@ -1,0 +1,190 @@
+//! ACPI tables of the machine: hardware-reduced, one PCI root with type-1 configuration access, COM1.
+
+use acpi_tables::Aml;
+use acpi_tables::aml::{
+    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Name, Package, Path,
+    ResourceTemplate, ZERO,
+};
+use acpi_tables::fadt::{FADTBuilder, Flags};
+use acpi_tables::gas::{AccessSize, AddressSpace as GasSpace, GAS};
+use acpi_tables::madt::{
+    EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic,
+};
+use acpi_tables::rsdp::Rsdp;
+use acpi_tables::sdt::Sdt;
+use acpi_tables::xsdt::XSDT;
+
+use super::super::layout::{
+    COM1, COM1_GSI, I8042_COMMAND, IOAPIC, LAPIC, PCI_CONFIG_ADDRESS, PCI_WINDOW, PCI_WINDOW_LAST,
+    RESET_VALUE, S5_SLEEP_TYPE, SLEEP_CONTROL, SLEEP_STATUS,
+};
+
+/// All tables, to be placed at `base`; the RSDP comes first.
+pub fn tables(vcpus: u8, base: u64) -> Vec<u8> {
+    let mut blob = vec![0u8; Rsdp::len().next_multiple_of(ALIGNMENT)];
+    let dsdt = place(&mut blob, base, &dsdt());
+    let fadt = place(&mut blob, base, &fadt(dsdt));
+    let madt = place(&mut blob, base, &madt(vcpus));
+    let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE, OEM_REVISION);
+    xsdt.add_entry(fadt);
+    xsdt.add_entry(madt);
+    let xsdt = place(&mut blob, base, &bytes_of(&xsdt));
+    let rsdp = bytes_of(&Rsdp::new(OEM_ID, xsdt));
+    for (to, from) in blob.iter_mut().zip(rsdp) {
+        *to = from;
+    }
+    blob
+}
+
+fn place(blob: &mut Vec<u8>, base: u64, table: &[u8]) -> u64 {
+    let address = base + blob.len() as u64;
+    blob.extend_from_slice(table);
+    blob.resize(blob.len().next_multiple_of(ALIGNMENT), 0);
+    address
+}
+
+fn dsdt() -> Vec<u8> {
+    let mut body = Vec::new();
+    com1(&mut body);
+    pci_root(&mut body);
+    Name::new(Path::new("_S5_"), &Package::new(vec![&S5_SLEEP_TYPE])).to_aml_bytes(&mut body);
+    let mut table = Sdt::new(*b"DSDT", 36, 2, OEM_ID, OEM_TABLE, OEM_REVISION);
+    table.append_slice(&body);
+    table.as_slice().to_vec()
+}
+
+fn com1(sink: &mut Vec<u8>) {
+    let interrupt = Interrupt::new(true, true, false, false, COM1_GSI);
+    let ports = IO::new(COM1, COM1, 0, 8);
+    let resources = ResourceTemplate::new(vec![&interrupt, &ports]);
+    Device::new(
+        Path::new("\\_SB_.COM1"),
+        vec![
+            &Name::new(Path::new("_HID"), &EISAName::new("PNP0501")),
+            &Name::new(Path::new("_UID"), &ZERO),
+            &Name::new(Path::new("_CRS"), &resources),
+        ],
+    )
+    .to_aml_bytes(sink);
+}
+
+fn pci_root(sink: &mut Vec<u8>) {
+    let window = AddressSpace::<u32>::new_memory(
+        AddressSpaceCacheable::NotCacheable,
+        true,
+        PCI_WINDOW as u32,
+        PCI_WINDOW_LAST as u32,
+        None,
+    );
+    let buses = AddressSpace::<u16>::new_bus_number(0, 0);
+    let ports = IO::new(PCI_CONFIG_ADDRESS, PCI_CONFIG_ADDRESS, 1, 8);
+    let resources = ResourceTemplate::new(vec![&buses, &ports, &window]);
+    Device::new(
+        Path::new("\\_SB_.PCI0"),
+        vec![
+            &Name::new(Path::new("_HID"), &EISAName::new("PNP0A03")),
+            &Name::new(Path::new("_ADR"), &ZERO),
+            &Name::new(Path::new("_UID"), &ZERO),
+            &Name::new(Path::new("_CRS"), &resources),
+        ],
+    )
+    .to_aml_bytes(sink);
+}
+
+fn fadt(dsdt: u64) -> Vec<u8> {
+    let mut fadt = FADTBuilder::new(OEM_ID, OEM_TABLE, OEM_REVISION)
+        .dsdt_64(dsdt)
+        .flag(Flags::HwReducedAcpi)
+        .flag(Flags::ResetRegSup)
+        .flag(Flags::PwrButton)
+        .flag(Flags::SlpButton);
+    fadt.iapc_boot_arch = (NO_VGA | NO_ASPM | NO_CMOS_RTC).into();
+    fadt.reset_reg = port(I8042_COMMAND);
+    fadt.reset_value = RESET_VALUE;
+    fadt.sleep_control_reg = port(SLEEP_CONTROL);
+    fadt.sleep_status_reg = port(SLEEP_STATUS);
+    bytes_of(&fadt.finalize())
+}
+
+fn madt(vcpus: u8) -> Vec<u8> {
+    let mut madt = MADT::new(
+        OEM_ID,
+        OEM_TABLE,
+        OEM_REVISION,
+        LocalInterruptController::Address(LAPIC),
+    );
+    for id in 0..vcpus {
+        madt.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
+    }
+    madt.add_structure(IoApic::new(0, IOAPIC, 0));
+    bytes_of(&madt)
+}
+
+fn port(address: u16) -> GAS {
+    GAS::new(
+        GasSpace::SystemIo,
+        8,
+        0,
+        AccessSize::ByteAccess,
+        u64::from(address),
+    )
+}
+
+fn bytes_of(table: &dyn Aml) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    table.to_aml_bytes(&mut bytes);
+    bytes
+}
+
+const ALIGNMENT: usize = 16;
+const OEM_ID: [u8; 6] = *b"CASEMT";
+const OEM_TABLE: [u8; 8] = *b"CASEMATE";
+const OEM_REVISION: u32 = 1;
+// ACPI specification, section 5.2.9.3: boot architecture flags
+const NO_VGA: u16 = 1 << 2;
+const NO_ASPM: u16 = 1 << 4;
+const NO_CMOS_RTC: u16 = 1 << 5;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sum(bytes: &[u8]) -> u8 {
+        bytes.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte))
+    }
+
+    fn table_at(blob: &[u8], base: u64, address: u64) -> &[u8] {
+        let start = (address - base) as usize;
+        let length = u32::from_le_bytes(blob[start + 4..start + 8].try_into().unwrap());
+        &blob[start..start + length as usize]
+    }
+
+    #[test]
+    fn every_table_is_reachable_and_sums_to_zero() {
+        let base = 0xe_0000;
+        let blob = tables(3, base);
+        assert_eq!(&blob[..8], b"RSD PTR ");
+        assert_eq!(sum(&blob[..20]), 0);
+        assert_eq!(sum(&blob[..36]), 0);
+        let xsdt = table_at(
+            &blob,
+            base,
+            u64::from_le_bytes(blob[24..32].try_into().unwrap()),
+        );
+        assert_eq!((&xsdt[..4], sum(xsdt)), (&b"XSDT"[..], 0));
+        let mut seen = Vec::new();
+        for entry in xsdt[36..].chunks(8) {
+            let table = table_at(&blob, base, u64::from_le_bytes(entry.try_into().unwrap()));
+            assert_eq!(sum(table), 0);
+            seen.push(table[..4].to_vec());
+            if &table[..4] == b"FACP" {
+                let dsdt = u64::from_le_bytes(table[140..148].try_into().unwrap());
+                assert_eq!(sum(table_at(&blob, base, dsdt)), 0);
+            }
+            if &table[..4] == b"APIC" {
+                assert_eq!(table.len(), 44 + 3 * 8 + 12);
+            }
+        }
+        assert_eq!(seen, [b"FACP".to_vec(), b"APIC".to_vec()]);
+    }
+}

@@ -1,0 +1,150 @@
+//! Where a vCPU's port and memory accesses go.
+//!
+//! Every address, length and value comes from the guest; what nothing answers reads as ones.
+
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::layout::{
+    COM1, I8042_COMMAND, PCI_CONFIG_ADDRESS, PCI_CONFIG_DATA, RESET_VALUE, S5_SLEEP_TYPE,
+    SLEEP_CONTROL, SLEEP_STATUS, VIRTIO_BAR_SIZE, VIRTIO_BARS,
+};
+use super::pci::PciBus;
+use crate::devices::serial::Console;
+use crate::devices::virtio::transport::VirtioPci;
+
+/// Accesses of a vCPU that KVM does not answer itself.
+pub trait GuestBus: Send + Sync {
+    /// `in`.
+    fn port_read(&self, port: u16, data: &mut [u8]);
+    /// `out`.
+    fn port_write(&self, port: u16, data: &[u8]);
+    /// A load from no memory.
+    fn memory_read(&self, address: u64, data: &mut [u8]);
+    /// A store to no memory.
+    fn memory_write(&self, address: u64, data: &[u8]);
+}
+
+/// The machine's own bus: COM1, PCI configuration, virtio BARs, power and reset.
+pub struct MachineBus {
+    console: Arc<Console>,
+    pci: Arc<PciBus>,
+    functions: Vec<Arc<VirtioPci>>,
+    stop: Arc<StopNotice>,
+}
+
+impl MachineBus {
+    /// Connects the parts.
+    pub fn new(
+        console: Arc<Console>,
+        pci: Arc<PciBus>,
+        functions: Vec<Arc<VirtioPci>>,
+        stop: Arc<StopNotice>,
+    ) -> Self {
+        Self {
+            console,
+            pci,
+            functions,
+            stop,
+        }
+    }
+
+    fn function_at(&self, address: u64) -> Option<(&VirtioPci, u64)> {
+        let offset = address.checked_sub(VIRTIO_BARS)?;
+        let index = usize::try_from(offset / VIRTIO_BAR_SIZE).ok()?;
+        Some((self.functions.get(index)?, offset % VIRTIO_BAR_SIZE))
+    }
+}
+
+impl GuestBus for MachineBus {
+    fn port_read(&self, port: u16, data: &mut [u8]) {
+        data.fill(0xff);
+        match port {
+            COM1..=COM1_LAST => self.console.read((port - COM1) as u8, data),
+            PCI_CONFIG_ADDRESS..PCI_CONFIG_DATA => {
+                self.pci.read_address(port - PCI_CONFIG_ADDRESS, data)
+            }
+            PCI_CONFIG_DATA..=PCI_CONFIG_LAST => self.pci.read_data(port - PCI_CONFIG_DATA, data),
+            // No command pending, nothing to read; ready for the reset command.
+            I8042_COMMAND | SLEEP_CONTROL | SLEEP_STATUS => data.fill(0),
+            _ => {}
+        }
+    }
+
+    fn port_write(&self, port: u16, data: &[u8]) {
+        match (port, data) {
+            (COM1..=COM1_LAST, _) => self.console.write((port - COM1) as u8, data),
+            (PCI_CONFIG_ADDRESS..PCI_CONFIG_DATA, _) => {
+                self.pci.write_address(port - PCI_CONFIG_ADDRESS, data)
+            }
+            (PCI_CONFIG_DATA..=PCI_CONFIG_LAST, _) => {
+                self.pci.write_data(port - PCI_CONFIG_DATA, data)
+            }
+            (I8042_COMMAND, [RESET_VALUE, ..]) => self.stop.stop("reset"),
+            (SLEEP_CONTROL, [SLEEP_NOW, ..]) => self.stop.stop("shutdown"),
+            _ => {}
+        }
+    }
+
+    fn memory_read(&self, address: u64, data: &mut [u8]) {
+        match self.function_at(address) {
+            Some((function, offset)) => function.bar_read(offset, data),
+            None => data.fill(0xff),
+        }
+    }
+
+    fn memory_write(&self, address: u64, data: &[u8]) {
+        if let Some((function, offset)) = self.function_at(address) {
+            function.bar_write(offset, data);
+        }
+    }
+}
+
+/// Says once, to everyone, that the guest has stopped itself.
+pub struct StopNotice {
+    reason: Mutex<Option<String>>,
+    event: EventFd,
+}
+
+impl StopNotice {
+    /// Nothing has stopped.
+    pub fn new() -> std::io::Result<Self> {
+        Ok(Self {
+            reason: Mutex::default(),
+            event: EventFd::new(EFD_NONBLOCK)?,
+        })
+    }
+
+    /// The guest has stopped; the first reason counts.
+    pub fn stop(&self, reason: &str) {
+        let mut slot = self.reason.lock().unwrap_or_else(PoisonError::into_inner);
+        if slot.is_none() {
+            *slot = Some(reason.chars().take(MAX_REASON).collect());
+            // The counter cannot overflow by one write.
+            let _ = self.event.write(1);
+        }
+    }
+
+    /// Why, if it has.
+    pub fn reason(&self) -> Option<String> {
+        self.reason
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Becomes readable when the guest stops.
+    #[expect(unsafe_code, reason = "EventFd lends its descriptor as a number only")]
+    pub fn event(&self) -> BorrowedFd<'_> {
+        // SAFETY: the descriptor is the event's own and open as long as it is borrowed.
+        unsafe { BorrowedFd::borrow_raw(self.event.as_raw_fd()) }
+    }
+}
+
+const COM1_LAST: u16 = COM1 + 7;
+const PCI_CONFIG_LAST: u16 = PCI_CONFIG_DATA + 3;
+const SLEEP_ENABLE: u8 = 1 << 5;
+const SLEEP_NOW: u8 = (S5_SLEEP_TYPE << 2) | SLEEP_ENABLE;
+const MAX_REASON: usize = 200;

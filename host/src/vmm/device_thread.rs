@@ -1,0 +1,383 @@
+//! The thread that runs the device models: waits for the driver's notifications, for the devices' own
+//! descriptors and for commands, and does one thing at a time.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::{Builder, JoinHandle};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::hooks::ThreadKind;
+use crate::devices::virtio::transport::VirtioPci;
+
+/// The device thread, seen from the control thread.
+pub struct DeviceThread {
+    commands: Sender<Command>,
+    wake: EventFd,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl DeviceThread {
+    /// Starts it, stopped. `wake` is the event that every function holds a copy of. Returns when the
+    /// thread has confined itself.
+    pub fn spawn(
+        wake: EventFd,
+        functions: Vec<Arc<VirtioPci>>,
+        confine: fn(ThreadKind) -> Result<(), String>,
+    ) -> Result<Self, DeviceThreadError> {
+        let runner = Runner::new(wake.try_clone()?, functions)?;
+        let (commands, receiver) = channel();
+        let (ready_sender, ready) = channel();
+        let thread = Builder::new().name("devices".into()).spawn(move || {
+            let confined = confine(ThreadKind::Device);
+            let go = confined.is_ok();
+            let _ = ready_sender.send(confined);
+            if go {
+                runner.serve(&receiver);
+            }
+        })?;
+        let confined = ready.recv().map_err(|_| DeviceThreadError::Gone)?;
+        let this = Self {
+            commands,
+            wake,
+            thread: Some(thread),
+        };
+        confined.map_err(DeviceThreadError::Confine)?;
+        Ok(this)
+    }
+
+    /// Lets the devices work.
+    pub fn run(&self) -> Result<(), DeviceThreadError> {
+        self.send(Command::Run)
+    }
+
+    /// Stops them; returns when what was under way is complete.
+    pub fn pause(&self) -> Result<(), DeviceThreadError> {
+        let (sender, done) = channel();
+        self.send(Command::Pause(sender))?;
+        done.recv_timeout(DEADLINE)
+            .map_err(|_| DeviceThreadError::Gone)
+    }
+
+    /// Announces the guest's addresses, several times with growing intervals.
+    pub fn announce(&self) -> Result<(), DeviceThreadError> {
+        self.send(Command::Announce)
+    }
+
+    fn send(&self, command: Command) -> Result<(), DeviceThreadError> {
+        self.commands
+            .send(command)
+            .map_err(|_| DeviceThreadError::Gone)?;
+        self.wake.write(1)?;
+        Ok(())
+    }
+}
+
+impl Drop for DeviceThread {
+    fn drop(&mut self) {
+        let _ = self.send(Command::Exit);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// What can go wrong with the device thread.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceThreadError {
+    /// The kernel refused.
+    #[error("device thread: {0}")]
+    System(#[from] std::io::Error),
+    /// The kernel refused.
+    #[error("device thread: {0}")]
+    Errno(#[from] Errno),
+    /// It could not confine itself, and ended.
+    #[error("device thread cannot be confined: {0}")]
+    Confine(String),
+    /// It is gone or does not answer.
+    #[error("device thread does not answer")]
+    Gone,
+}
+
+enum Command {
+    Run,
+    Pause(Sender<()>),
+    Announce,
+    Exit,
+}
+
+struct Runner {
+    epoll: Epoll,
+    wake: EventFd,
+    functions: Vec<Arc<VirtioPci>>,
+    polled: Vec<Vec<(RawFd, u32)>>,
+    announcements: VecDeque<Instant>,
+    running: bool,
+}
+
+impl Runner {
+    fn new(wake: EventFd, functions: Vec<Arc<VirtioPci>>) -> Result<Self, DeviceThreadError> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        let polled = vec![Vec::new(); functions.len()];
+        let runner = Self {
+            epoll,
+            wake,
+            functions,
+            polled,
+            announcements: VecDeque::new(),
+            running: false,
+        };
+        runner.add(runner.wake.as_raw_fd(), Source::Wake)?;
+        for (function, device) in runner.functions.iter().enumerate() {
+            for (queue, kick) in device.kicks().iter().enumerate() {
+                runner.add(kick.as_raw_fd(), Source::Queue { function, queue })?;
+            }
+        }
+        Ok(runner)
+    }
+
+    fn serve(mut self, commands: &Receiver<Command>) {
+        let mut events = [EpollEvent::empty(); 32];
+        loop {
+            if self.obey(commands).is_break() {
+                return;
+            }
+            let count = match self.epoll.wait(&mut events, self.timeout()) {
+                Ok(count) => count,
+                Err(Errno::EINTR) => 0,
+                Err(e) => {
+                    tracing::error!("device thread ends: epoll: {e}");
+                    return;
+                }
+            };
+            for event in events.iter().take(count) {
+                self.dispatch(Source::from_token(event.data()));
+            }
+            self.announce_if_due();
+        }
+    }
+
+    /// Takes commands: all there are while running, one after the other until `Run` while stopped.
+    fn obey(&mut self, commands: &Receiver<Command>) -> std::ops::ControlFlow<()> {
+        use std::ops::ControlFlow::{Break, Continue};
+        loop {
+            let command = if self.running {
+                match commands.try_recv() {
+                    Ok(command) => command,
+                    Err(_) => return Continue(()),
+                }
+            } else {
+                match commands.recv() {
+                    Ok(command) => command,
+                    Err(_) => return Break(()),
+                }
+            };
+            match command {
+                Command::Run => self.start(),
+                Command::Pause(done) => {
+                    self.service_all();
+                    self.running = false;
+                    self.announcements.clear();
+                    let _ = done.send(());
+                }
+                Command::Announce => {
+                    let now = Instant::now();
+                    self.announcements = ANNOUNCE_AFTER.iter().map(|after| now + *after).collect();
+                }
+                Command::Exit => return Break(()),
+            }
+        }
+    }
+
+    fn start(&mut self) {
+        self.running = true;
+        self.service_all();
+        for function in 0..self.functions.len() {
+            self.refresh(function);
+        }
+    }
+
+    fn dispatch(&mut self, source: Source) {
+        match source {
+            Source::Wake => {
+                let _ = self.wake.read();
+                self.service_all();
+            }
+            Source::Queue { function, queue } => {
+                let Some(device) = self.functions.get(function) else {
+                    return;
+                };
+                if let Some(kick) = device.kicks().get(queue) {
+                    let _ = kick.read();
+                }
+                // The driver may have said DRIVER_OK and notified since the last look.
+                device.service();
+                device.queue_event(queue as u16);
+                self.refresh(function);
+            }
+            Source::Device { function, token } => {
+                if let Some(device) = self.functions.get(function) {
+                    device.fd_event(token);
+                }
+                self.refresh(function);
+            }
+        }
+    }
+
+    fn service_all(&mut self) {
+        for function in 0..self.functions.len() {
+            if let Some(device) = self.functions.get(function) {
+                device.service();
+            }
+            self.refresh(function);
+        }
+    }
+
+    /// Polls what the device wants polled now. A descriptor may have been closed and its number used
+    /// again, so each is set anew.
+    fn refresh(&mut self, function: usize) {
+        let (Some(device), Some(polled)) =
+            (self.functions.get(function), self.polled.get(function))
+        else {
+            return;
+        };
+        let wanted = device.poll_fds();
+        for (fd, _) in polled
+            .iter()
+            .filter(|(fd, _)| !wanted.iter().any(|(want, _)| want == fd))
+        {
+            with_fd(*fd, |fd| {
+                let _ = self.epoll.delete(fd);
+            });
+        }
+        for (fd, token) in &wanted {
+            let source = Source::Device {
+                function,
+                token: *token,
+            };
+            let mut event = EpollEvent::new(EpollFlags::EPOLLIN, source.token());
+            let result = with_fd(*fd, |fd| match self.epoll.modify(fd, &mut event) {
+                Err(Errno::ENOENT) => self.epoll.add(fd, event),
+                other => other,
+            });
+            if let Some(Err(e)) = result {
+                tracing::warn!(
+                    function,
+                    token,
+                    "descriptor of a device cannot be polled: {e}"
+                );
+            }
+        }
+        if let Some(polled) = self.polled.get_mut(function) {
+            *polled = wanted;
+        }
+    }
+
+    fn timeout(&self) -> EpollTimeout {
+        let Some(next) = self.announcements.front() else {
+            return EpollTimeout::NONE;
+        };
+        let wait = next.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+        EpollTimeout::try_from(wait).unwrap_or(EpollTimeout::NONE)
+    }
+
+    fn announce_if_due(&mut self) {
+        while self
+            .announcements
+            .front()
+            .is_some_and(|due| *due <= Instant::now())
+        {
+            self.announcements.pop_front();
+            for device in &self.functions {
+                device.announce();
+            }
+        }
+    }
+
+    fn add(&self, fd: RawFd, source: Source) -> Result<(), Errno> {
+        let event = EpollEvent::new(EpollFlags::EPOLLIN, source.token());
+        with_fd(fd, |fd| self.epoll.add(fd, event)).unwrap_or(Err(Errno::EBADF))
+    }
+}
+
+/// What an epoll event is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Source {
+    Wake,
+    Queue { function: usize, queue: usize },
+    Device { function: usize, token: u32 },
+}
+
+impl Source {
+    fn token(self) -> u64 {
+        match self {
+            Self::Wake => 0,
+            Self::Queue { function, queue } => (1 << 56) | ((function as u64) << 32) | queue as u64,
+            Self::Device { function, token } => {
+                (2 << 56) | ((function as u64) << 32) | u64::from(token)
+            }
+        }
+    }
+
+    fn from_token(token: u64) -> Self {
+        let function = ((token >> 32) & 0xff_ffff) as usize;
+        let low = (token & 0xffff_ffff) as u32;
+        match token >> 56 {
+            1 => Self::Queue {
+                function,
+                queue: low as usize,
+            },
+            2 => Self::Device {
+                function,
+                token: low,
+            },
+            _ => Self::Wake,
+        }
+    }
+}
+
+#[expect(unsafe_code, reason = "devices name their descriptors by number")]
+fn with_fd<R>(fd: RawFd, work: impl FnOnce(BorrowedFd<'_>) -> R) -> Option<R> {
+    if fd < 0 {
+        return None;
+    }
+    // SAFETY: the descriptor is only handed to epoll_ctl, which checks it; should its owner have closed
+    // it, the call fails or watches another descriptor of this process, no memory is touched.
+    Some(work(unsafe { BorrowedFd::borrow_raw(fd) }))
+}
+
+const DEADLINE: Duration = Duration::from_secs(30);
+const ANNOUNCE_AFTER: [Duration; 5] = [
+    Duration::ZERO,
+    Duration::from_millis(50),
+    Duration::from_millis(150),
+    Duration::from_millis(350),
+    Duration::from_millis(750),
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_go_round() {
+        for source in [
+            Source::Wake,
+            Source::Queue {
+                function: 3,
+                queue: 2,
+            },
+            Source::Device {
+                function: 30,
+                token: u32::MAX,
+            },
+        ] {
+            assert_eq!(Source::from_token(source.token()), source);
+        }
+    }
+}

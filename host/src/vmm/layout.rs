@@ -1,0 +1,74 @@
+//! The map of guest physical addresses and ports: every fixed number of the machine, in one place.
+
+/// Page size of guest memory.
+pub const PAGE_SIZE: u64 = 4096;
+
+/// Global descriptor table for the first instructions.
+pub const GDT: u64 = 0x6000;
+/// `struct boot_params`, the "zero page" of the Linux boot protocol.
+pub const BOOT_PARAMS: u64 = 0x7000;
+/// Page map level 4; behind it one page of directory pointers and four of directories: 4 GiB, identity.
+pub const PAGE_TABLES: u64 = 0x9000;
+/// Kernel command line.
+pub const CMDLINE: u64 = 0x2_0000;
+/// Room for the command line, with its terminating zero.
+pub const CMDLINE_ROOM: usize = 0x1000;
+/// End of conventional memory.
+pub const LOW_RAM_END: u64 = 0x9_fc00;
+/// ACPI: RSDP first, the tables behind it.
+pub const ACPI: u64 = 0xe_0000;
+/// End of the first mebibyte, where RAM goes on.
+pub const HIGH_RAM: u64 = 0x10_0000;
+/// The page that receives the launch secret: reserved in the e820 map, above 1 MiB (so that the kernel
+/// does not mark it busy and `/dev/mem` may map it) and just below the kernel, which never decompresses over it.
+pub const SECRET_GPA: u64 = KERNEL - PAGE_SIZE;
+/// Size of the secret page.
+pub const SECRET_SIZE: u64 = PAGE_SIZE;
+/// Where the compressed kernel is loaded; what most kernels prefer.
+pub const KERNEL: u64 = 0x100_0000;
+
+/// Least guest memory: kernel, its decompression and a small initramfs.
+pub const MIN_MEMORY: u64 = 64 << 20;
+/// Most guest memory: all of it lies below the PCI hole.
+pub const MAX_MEMORY: u64 = 3 << 30;
+
+/// Start of the memory window of the PCI host bridge.
+pub const PCI_WINDOW: u64 = 0xc000_0000;
+/// Last byte of that window.
+pub const PCI_WINDOW_LAST: u64 = 0xfebf_ffff;
+/// BAR of the first virtio function; the others follow.
+pub const VIRTIO_BARS: u64 = 0xe000_0000;
+/// Size of each BAR.
+pub const VIRTIO_BAR_SIZE: u64 = 0x8000;
+/// I/O APIC.
+pub const IOAPIC: u32 = 0xfec0_0000;
+/// Local APIC.
+pub const LAPIC: u32 = 0xfee0_0000;
+/// KVM's identity map page for real mode on old processors.
+pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
+/// KVM's task state segment, three pages.
+pub const KVM_TSS: usize = 0xfffb_d000;
+
+/// COM1.
+pub const COM1: u16 = 0x3f8;
+/// COM1's interrupt.
+pub const COM1_GSI: u32 = 4;
+/// Status and command port of the i8042; only the reset pulse is there.
+pub const I8042_COMMAND: u16 = 0x64;
+/// The i8042 command that pulses the reset line; ACPI's reset register is the same.
+pub const RESET_VALUE: u8 = 0xfe;
+/// ACPI sleep control register.
+pub const SLEEP_CONTROL: u16 = 0x600;
+/// ACPI sleep status register.
+pub const SLEEP_STATUS: u16 = 0x604;
+/// Sleep type of S5 in the DSDT's `_S5_`.
+pub const S5_SLEEP_TYPE: u8 = 5;
+/// PCI configuration address port, 4 bytes; the data port follows.
+pub const PCI_CONFIG_ADDRESS: u16 = 0xcf8;
+/// PCI configuration data port, 4 bytes.
+pub const PCI_CONFIG_DATA: u16 = 0xcfc;
+
+/// First interrupt number behind the I/O APIC's pins, for MSI-X.
+pub const FIRST_MSI_GSI: u32 = 24;
+/// Most virtio functions: slots 1 to 31 of bus 0.
+pub const MAX_FUNCTIONS: usize = 31;

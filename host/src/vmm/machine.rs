@@ -1,0 +1,472 @@
+//! One machine: built from a plan, loaded, run, paused, saved, restored. Knows no channel and no protocol.
+
+use std::fs::File;
+
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use kvm_bindings::CpuId;
+use kvm_ioctls::{IoEventAddress, NoDatamatch, VcpuFd};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::boot::{BootError, BootImage};
+use super::bus::{GuestBus, MachineBus, StopNotice};
+use super::confidential_hook::GuestProtection;
+use super::device_thread::{DeviceThread, DeviceThreadError};
+use super::hooks::{Handles, Hooks, ThreadKind};
+use super::irq::{Interrupts, MsiRouter};
+use super::kvm::{KvmError, Vm, during};
+use super::layout::{COM1_GSI, MAX_FUNCTIONS, VIRTIO_BAR_SIZE, VIRTIO_BARS};
+use super::memory::{ExchangeMemory, GuestMemory, MemoryError};
+use super::pci::msix::Msix;
+use super::pci::{PciBus, PciFunction};
+use super::protocol::{HandleKind, RoleError};
+use super::state::{MachineStateV1, StateFormatError};
+use super::vcpu::entry::{Entry, enter_long_mode, power_on_msrs};
+use super::vcpu::state::{StateContext, StateError};
+use super::vcpu::{Vcpu, VcpuError, cpuid};
+use crate::devices::serial::{Console, ConsoleStateError};
+use crate::devices::virtio::VirtioDevice;
+use crate::devices::virtio::transport::{Placement, TransportStateError, VirtioPci};
+use crate::machine::plan::{MachinePlan, Technology};
+
+/// A machine with all its threads. Dropping it ends them.
+pub struct Machine {
+    // threads first, so that they end before what they use
+    vcpus: Vec<Vcpu>,
+    devices: DeviceThread,
+    functions: Vec<Arc<VirtioPci>>,
+    console: Arc<Console>,
+    pci: Arc<PciBus>,
+    context: Arc<StateContext>,
+    vm: Vm,
+    memory: Arc<GuestMemory>,
+    exchange: ExchangeMemory,
+    stop: Arc<StopNotice>,
+    kernel: Option<File>,
+    initrd: Option<File>,
+    protection: Option<Box<dyn GuestProtection>>,
+    plan: MachinePlan,
+}
+
+impl Machine {
+    /// Builds everything a plan names, closes the sandbox, starts the threads, stopped. No byte of the
+    /// guest has been parsed when this returns.
+    pub fn build(
+        plan: MachinePlan,
+        handles: &mut Handles,
+        hooks: &Hooks,
+    ) -> Result<Self, MachineError> {
+        check_plan(&plan)?;
+        let mut memory = GuestMemory::new(plan.memory_bytes)?;
+        let reader = (hooks.reopen_read_only)(memory.file()).map_err(MachineError::Confine)?;
+        memory.set_reader(reader);
+        let memory = Arc::new(memory);
+        let exchange = ExchangeMemory::new()?;
+        let vm = Vm::new(handles.require(HandleKind::Kvm)?, Arc::clone(&memory))?;
+        let context = Arc::new(StateContext::new(vm.kvm(), vm.fd())?);
+        let vcpu_fds = make_vcpus(&vm, &context, &plan)?;
+        let interrupts = Arc::new(Interrupts::new(Arc::clone(vm.fd())));
+        let wake = EventFd::new(EFD_NONBLOCK)?;
+        let models = (hooks.devices)(&plan, handles)?;
+        let functions = place_functions(models, &vm, &memory, &interrupts, &wake, &plan)?;
+        let console_line = interrupts.legacy_line(COM1_GSI)?;
+        let console = Arc::new(Console::new(
+            console_line,
+            handles.require(HandleKind::Console)?,
+        )?);
+        let pci = Arc::new(PciBus::new(
+            functions
+                .iter()
+                .map(|f| Arc::clone(f) as Arc<dyn PciFunction>),
+        ));
+        let stop = Arc::new(StopNotice::new()?);
+        let bus: Arc<dyn GuestBus> = Arc::new(MachineBus::new(
+            Arc::clone(&console),
+            Arc::clone(&pci),
+            functions.clone(),
+            Arc::clone(&stop),
+        ));
+        let kernel = handles.take(HandleKind::Kernel).map(File::from);
+        let initrd = handles.take(HandleKind::Initrd).map(File::from);
+        let protection = (hooks.protection)(&plan, handles, memory.file(), exchange.file())?;
+
+        (hooks.confine_process)().map_err(MachineError::Confine)?;
+        let devices = DeviceThread::spawn(wake, functions.clone(), hooks.confine_thread)?;
+        let mut vcpus = Vec::with_capacity(vcpu_fds.len());
+        for (id, fd) in vcpu_fds {
+            vcpus.push(Vcpu::spawn(
+                id,
+                fd,
+                Arc::clone(&bus),
+                Arc::clone(&stop),
+                hooks.confine_thread,
+            )?);
+        }
+        (hooks.confine_thread)(ThreadKind::Control).map_err(MachineError::Confine)?;
+        Ok(Self {
+            vcpus,
+            devices,
+            functions,
+            console,
+            pci,
+            context,
+            vm,
+            memory,
+            exchange,
+            stop,
+            kernel,
+            initrd,
+            protection,
+            plan,
+        })
+    }
+
+    /// Reads kernel and initramfs, places the first memory, and puts the first vCPU at the entry point.
+    /// `measure` is called for every piece, in order, when its bytes are in guest memory.
+    pub fn load(
+        &mut self,
+        mut measure: impl FnMut(
+            &mut Option<Box<dyn GuestProtection>>,
+            u64,
+            u64,
+        ) -> Result<(), RoleError>,
+    ) -> Result<(), MachineError> {
+        let kernel = self.kernel.take().ok_or(MachineError::NoKernel)?;
+        let kernel = read_image(&kernel)?;
+        let initrd = match self.initrd.take() {
+            Some(file) => read_image(&file)?,
+            None => Vec::new(),
+        };
+        let pieces = BootImage::assemble(&self.plan, &kernel, &initrd)?;
+        for piece in pieces {
+            self.memory.write(piece.gpa, &piece.bytes)?;
+            measure(&mut self.protection, piece.gpa, piece.bytes.len() as u64)?;
+        }
+        let first = self
+            .vcpus
+            .first()
+            .ok_or(MachineError::Vcpu(VcpuError::Gone))?;
+        first.call(|fd| enter_long_mode(fd, Entry::LINUX))??;
+        Ok(())
+    }
+
+    /// Starts or goes on.
+    pub fn run(&self) -> Result<(), MachineError> {
+        self.devices.run()?;
+        for vcpu in &self.vcpus {
+            // Tells the guest's watchdogs that it was stopped; refused before it uses the paravirtual clock.
+            vcpu.call(|fd| {
+                let _ = fd.kvmclock_ctrl();
+            })?;
+        }
+        for vcpu in &self.vcpus {
+            vcpu.run()?;
+        }
+        Ok(())
+    }
+
+    /// Stops the vCPUs, then the devices.
+    pub fn pause(&self) -> Result<(), MachineError> {
+        let pausing: Vec<_> = self
+            .vcpus
+            .iter()
+            .map(Vcpu::pause)
+            .collect::<Result<_, _>>()?;
+        for each in pausing {
+            each.wait()?;
+        }
+        self.devices.pause()?;
+        Ok(())
+    }
+
+    /// State of everything but memory; the machine is paused.
+    pub fn save(&self) -> Result<Vec<u8>, MachineError> {
+        let mut vcpus = Vec::with_capacity(self.vcpus.len());
+        for vcpu in &self.vcpus {
+            let context = Arc::clone(&self.context);
+            vcpus.push(vcpu.call(move |fd| context.save(fd))??);
+        }
+        let state = MachineStateV1 {
+            vcpus,
+            vm: self.vm.save()?,
+            serial: self.console.save(),
+            pci_address: self.pci.address(),
+            functions: self
+                .functions
+                .iter()
+                .map(|function| function.save())
+                .collect(),
+        };
+        Ok(state.encode()?)
+    }
+
+    /// Puts a state into a machine that has not run; its memory is already there.
+    pub fn restore(&self, bytes: &[u8]) -> Result<(), MachineError> {
+        let state = MachineStateV1::decode(bytes)?;
+        if state.vcpus.len() != self.vcpus.len() || state.functions.len() != self.functions.len() {
+            return Err(MachineError::Shape);
+        }
+        // Local APICs before the I/O APIC, which may deliver to them at once.
+        for (vcpu, saved) in self.vcpus.iter().zip(state.vcpus) {
+            let context = Arc::clone(&self.context);
+            vcpu.call(move |fd| context.restore(fd, &saved))??;
+        }
+        self.vm.restore(&state.vm)?;
+        self.console.restore(&state.serial)?;
+        self.pci.set_address(state.pci_address);
+        for (function, saved) in self.functions.iter().zip(state.functions) {
+            function.restore(saved)?;
+        }
+        for function in &self.functions {
+            function.rouse();
+        }
+        Ok(())
+    }
+
+    /// Takes the locks of all devices.
+    pub fn acquire(&self) -> Result<(), MachineError> {
+        for (index, function) in self.functions.iter().enumerate() {
+            if let Err(e) = function.acquire() {
+                for taken in self.functions.iter().take(index) {
+                    let _ = taken.release();
+                }
+                return Err(MachineError::Lock(index, e));
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives up the locks of all devices.
+    pub fn release(&self) -> Result<(), MachineError> {
+        for (index, function) in self.functions.iter().enumerate() {
+            function
+                .release()
+                .map_err(|e| MachineError::Lock(index, e))?;
+        }
+        Ok(())
+    }
+
+    /// Announces the guest's addresses.
+    pub fn announce(&self) -> Result<(), MachineError> {
+        Ok(self.devices.announce()?)
+    }
+
+    /// The plan.
+    pub fn plan(&self) -> &MachinePlan {
+        &self.plan
+    }
+
+    /// The virtual machine, for its dirty log.
+    pub fn vm(&self) -> &Vm {
+        &self.vm
+    }
+
+    /// Guest memory.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// Exchange memory.
+    pub fn exchange(&self) -> &ExchangeMemory {
+        &self.exchange
+    }
+
+    /// The confidential technology, if there is one.
+    pub fn protection(&mut self) -> Option<&mut Box<dyn GuestProtection>> {
+        self.protection.as_mut()
+    }
+
+    /// Hears when the guest stops itself.
+    pub fn stop_notice(&self) -> &StopNotice {
+        &self.stop
+    }
+
+    /// How often the guest broke the rules of a queue.
+    pub fn device_faults(&self) -> u64 {
+        self.functions
+            .iter()
+            .map(|function| function.faults())
+            .sum()
+    }
+}
+
+/// Why a machine cannot be built, loaded, run, saved or restored.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// A value of the plan is out of bounds.
+    #[error("plan: {0}")]
+    Plan(String),
+    /// Memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// A vCPU's thread.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// A vCPU's state.
+    #[error(transparent)]
+    VcpuState(#[from] StateError),
+    /// The device thread.
+    #[error(transparent)]
+    Devices(#[from] DeviceThreadError),
+    /// A device's state.
+    #[error(transparent)]
+    DeviceState(#[from] TransportStateError),
+    /// The console's state.
+    #[error(transparent)]
+    Console(#[from] ConsoleStateError),
+    /// Kernel, initramfs or command line.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// The machine state's format.
+    #[error(transparent)]
+    Format(#[from] StateFormatError),
+    /// The state has other numbers of vCPUs or devices than the machine.
+    #[error("machine state is of another machine: numbers of vCPUs or devices differ")]
+    Shape,
+    /// There is no kernel to load, or not any more.
+    #[error("no kernel image was handed in, or it was used already")]
+    NoKernel,
+    /// A lock cannot be taken or given up.
+    #[error("device {0}: {1}")]
+    Lock(usize, #[source] std::io::Error),
+    /// The sandbox does not close.
+    #[error("sandbox: {0}")]
+    Confine(String),
+    /// The kernel refused.
+    #[error("{0}")]
+    System(#[from] std::io::Error),
+    /// A part said why itself.
+    #[error(transparent)]
+    Role(#[from] RoleError),
+}
+
+impl MachineError {
+    /// The stable code.
+    pub fn code(&self) -> String {
+        match self {
+            Self::Plan(_) => "BAD_PLAN",
+            Self::Memory(_) => "MEMORY",
+            Self::Kvm(_) => "KVM",
+            Self::Vcpu(_) | Self::Devices(_) => "THREAD",
+            Self::VcpuState(_)
+            | Self::DeviceState(_)
+            | Self::Console(_)
+            | Self::Format(_)
+            | Self::Shape => "BAD_STATE",
+            Self::Boot(_) | Self::NoKernel => "BAD_IMAGE",
+            Self::Lock(..) => "DEVICE_LOCK",
+            Self::Confine(_) => "SANDBOX",
+            Self::System(_) => "SYSTEM",
+            Self::Role(error) => return error.code.clone(),
+        }
+        .into()
+    }
+}
+
+impl From<MachineError> for RoleError {
+    fn from(error: MachineError) -> Self {
+        let code = error.code();
+        if let MachineError::Role(inner) = error {
+            return inner;
+        }
+        let mut text = error.to_string();
+        let mut source = std::error::Error::source(&error);
+        while let Some(cause) = source {
+            text = format!("{text}: {cause}");
+            source = cause.source();
+        }
+        Self { code, text }
+    }
+}
+
+fn check_plan(plan: &MachinePlan) -> Result<(), MachineError> {
+    let refuse = |text: &str| Err(MachineError::Plan(text.into()));
+    if !(1..=64).contains(&plan.vcpus) {
+        return refuse("vcpus must be 1 to 64");
+    }
+    if plan.disks.len() + plan.nets.len() + usize::from(plan.vsock_cid.is_some()) > MAX_FUNCTIONS {
+        return refuse("at most 31 devices");
+    }
+    Ok(())
+}
+
+fn make_vcpus(
+    vm: &Vm,
+    context: &StateContext,
+    plan: &MachinePlan,
+) -> Result<Vec<(u8, VcpuFd)>, MachineError> {
+    let sev = matches!(
+        plan.technology,
+        Technology::Sev {
+            emulated: false,
+            ..
+        }
+    );
+    (0..plan.vcpus)
+        .map(|id| {
+            let fd = vm.create_vcpu(id)?;
+            let leaves = cpuid::for_vcpu(context.supported(), id, plan.vcpus, sev);
+            let cpuid = CpuId::from_entries(&leaves).map_err(|_| KvmError::State("CPUID table"))?;
+            fd.set_cpuid2(&cpuid).map_err(during("KVM_SET_CPUID2"))?;
+            power_on_msrs(&fd)?;
+            Ok((id, fd))
+        })
+        .collect()
+}
+
+fn place_functions(
+    models: Vec<Box<dyn VirtioDevice>>,
+    vm: &Vm,
+    memory: &GuestMemory,
+    interrupts: &Arc<Interrupts>,
+    wake: &EventFd,
+    plan: &MachinePlan,
+) -> Result<Vec<Arc<VirtioPci>>, MachineError> {
+    let access_platform = plan.technology != Technology::None;
+    let mut functions = Vec::with_capacity(models.len());
+    for (slot, model) in models.into_iter().take(MAX_FUNCTIONS).enumerate() {
+        let vectors = model.queue_sizes().len() + 1;
+        let lines = (0..vectors)
+            .map(|_| interrupts.message_line())
+            .collect::<Result<Vec<_>, _>>()?;
+        let msix = Arc::new(Msix::new(
+            lines,
+            Arc::clone(interrupts) as Arc<dyn MsiRouter>,
+        ));
+        let bar = VIRTIO_BARS + slot as u64 * VIRTIO_BAR_SIZE;
+        let place = Placement {
+            bar: bar as u32,
+            ram: memory.ram().clone(),
+            wake: wake.try_clone()?,
+            access_platform,
+        };
+        let function = VirtioPci::new(model, msix, place)?;
+        for (queue, kick) in function.kicks().iter().enumerate() {
+            let address = IoEventAddress::Mmio(bar + VirtioPci::notify_offset(queue));
+            vm.fd()
+                .register_ioevent(kick, &address, NoDatamatch)
+                .map_err(during("KVM_IOEVENTFD"))?;
+        }
+        functions.push(Arc::new(function));
+    }
+    Ok(functions)
+}
+
+/// Reads an image from its start, whatever the descriptor's position.
+fn read_image(file: &File) -> Result<Vec<u8>, MachineError> {
+    let size = file.metadata()?.len();
+    if size > MAX_IMAGE {
+        return Err(MachineError::Boot(BootError::Kernel(
+            "or initramfs is larger than 1 GiB",
+        )));
+    }
+    let mut bytes = vec![0u8; usize::try_from(size).unwrap_or(0)];
+    file.read_exact_at(&mut bytes, 0)?;
+    Ok(bytes)
+}
+
+const MAX_IMAGE: u64 = 1 << 30;

@@ -1,0 +1,295 @@
+//! Guest RAM and the exchange memory: sealed memfds, mapped once, shared by descriptor with the mover and
+//! the secure processor.
+//!
+//! Whoever holds a writable descriptor can change the bytes at any time; nothing read from here twice is the same.
+#![expect(unsafe_code, reason = "madvise on the mapping of guest memory")]
+
+use std::fs::File;
+use std::num::NonZeroUsize;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::mman::{MmapAdvise, madvise};
+use nix::unistd::{Whence, lseek};
+use vm_memory::bitmap::{AtomicBitmap, Bitmap};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestRegionMmap, MmapRegion, VolatileMemory};
+
+use super::layout::{MAX_MEMORY, MIN_MEMORY, PAGE_SIZE};
+use crate::devices::virtio::GuestRam;
+
+/// All RAM of a guest: one run from address 0, one memfd, one mapping.
+pub struct GuestMemory {
+    ram: GuestRam,
+    region: Arc<MmapRegion<AtomicBitmap>>,
+    file: File,
+    reader: Option<OwnedFd>,
+}
+
+impl GuestMemory {
+    /// Makes memory of `size` bytes, a multiple of 2 MiB within the bounds of the layout.
+    pub fn new(size: u64) -> Result<Self, MemoryError> {
+        if !(MIN_MEMORY..=MAX_MEMORY).contains(&size) || !size.is_multiple_of(2 << 20) {
+            return Err(MemoryError::Size(size));
+        }
+        Self::with_size(size)
+    }
+
+    /// Makes memory of any number of pages; for small freestanding guests.
+    pub fn with_size(size: u64) -> Result<Self, MemoryError> {
+        let length = usize::try_from(size).map_err(|_| MemoryError::Size(size))?;
+        let file = sealed_memfd(c"guest-memory", size)?;
+        let page = NonZeroUsize::new(PAGE_SIZE as usize).ok_or(MemoryError::Size(size))?;
+        let mapping = MmapRegionBuilder::new_with_bitmap(length, AtomicBitmap::new(length, page))
+            .with_file_offset(FileOffset::new(file.try_clone()?, 0))
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+            .build()?;
+        keep_out_of_core_dumps(&mapping)?;
+        let region = Arc::new(mapping);
+        let guest_region = GuestRegionMmap::with_arc(Arc::clone(&region), GuestAddress(0))
+            .ok_or(MemoryError::Size(size))?;
+        let ram = GuestRam::from_regions(vec![guest_region])?;
+        Ok(Self {
+            ram,
+            region,
+            file,
+            reader: None,
+        })
+    }
+
+    /// Guest memory as devices see it.
+    pub fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    /// Size in bytes.
+    pub fn size(&self) -> u64 {
+        self.region.size() as u64
+    }
+
+    /// Number of pages.
+    pub fn pages(&self) -> u64 {
+        self.size() / PAGE_SIZE
+    }
+
+    /// Guest physical start and length of each run; file offsets follow the same order, packed.
+    pub fn runs(&self) -> Vec<(u64, u64)> {
+        vec![(0, self.size())]
+    }
+
+    /// Where the mapping starts in this process, for the memslot.
+    pub fn host_address(&self) -> u64 {
+        self.region.as_ptr() as u64
+    }
+
+    /// The memory file, readable and writable.
+    pub fn file(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
+    /// Keeps a descriptor of the same file that cannot write, for [`GuestMemory::file_for_reader`].
+    pub fn set_reader(&mut self, reader: OwnedFd) {
+        self.reader = Some(reader);
+    }
+
+    /// The memory file for a reader. Without a descriptor of its own the file is sealed against new writable
+    /// mappings instead, which is as good from then on.
+    pub fn file_for_reader(&self) -> Result<BorrowedFd<'_>, MemoryError> {
+        if let Some(reader) = &self.reader {
+            return Ok(reader.as_fd());
+        }
+        fcntl(
+            &self.file,
+            FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_FUTURE_WRITE),
+        )?;
+        Ok(self.file.as_fd())
+    }
+
+    /// Copies bytes in.
+    pub fn write(&self, gpa: u64, bytes: &[u8]) -> Result<(), MemoryError> {
+        self.ram
+            .write_slice(bytes, GuestAddress(gpa))
+            .map_err(|_| MemoryError::Range(gpa, bytes.len()))
+    }
+
+    /// Copies bytes out.
+    pub fn read(&self, gpa: u64, bytes: &mut [u8]) -> Result<(), MemoryError> {
+        let length = bytes.len();
+        self.ram
+            .read_slice(bytes, GuestAddress(gpa))
+            .map_err(|_| MemoryError::Range(gpa, length))
+    }
+
+    /// Pages written by device models since the last call, one bit a page.
+    pub fn take_device_writes(&self) -> Vec<u64> {
+        self.region.bitmap().get_and_reset()
+    }
+
+    /// Whether a device model wrote the page at `gpa`.
+    pub fn device_wrote(&self, gpa: u64) -> bool {
+        usize::try_from(gpa).is_ok_and(|offset| self.region.bitmap().dirty_at(offset))
+    }
+
+    /// Pages that hold anything at all, one bit a page: what the memory file has storage for.
+    pub fn populated(&self) -> Result<Vec<u64>, MemoryError> {
+        let size = i64::try_from(self.size()).unwrap_or(i64::MAX);
+        let mut bitmap = vec![0u64; self.pages().div_ceil(64) as usize];
+        let mut offset = 0;
+        while offset < size {
+            let start = match lseek(&self.file, offset, Whence::SeekData) {
+                Ok(start) => start,
+                Err(Errno::ENXIO) => break,
+                Err(e) => return Err(e.into()),
+            };
+            let end = lseek(&self.file, start, Whence::SeekHole)?;
+            let first = start.unsigned_abs() / PAGE_SIZE;
+            for page in first..end.unsigned_abs().div_ceil(PAGE_SIZE).min(self.pages()) {
+                if let Some(word) = bitmap.get_mut((page / 64) as usize) {
+                    *word |= 1 << (page % 64);
+                }
+            }
+            offset = end;
+        }
+        Ok(bitmap)
+    }
+}
+
+/// Memory for bulk data between the VMM and one mover. The other side may change it at any time: copy, then parse.
+pub struct ExchangeMemory {
+    mapping: MmapRegion<()>,
+    file: File,
+}
+
+impl ExchangeMemory {
+    /// Makes the exchange memory.
+    pub fn new() -> Result<Self, MemoryError> {
+        let size = super::protocol::EXCHANGE_SIZE;
+        let file = sealed_memfd(c"exchange", size as u64)?;
+        let mapping = MmapRegion::from_file(FileOffset::new(file.try_clone()?, 0), size)?;
+        Ok(Self { mapping, file })
+    }
+
+    /// Its descriptor.
+    pub fn file(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
+    /// Puts bytes at the start.
+    pub fn put(&self, bytes: &[u8]) -> Result<(), MemoryError> {
+        self.mapping
+            .get_slice(0, bytes.len())
+            .map_err(|_| MemoryError::Exchange(bytes.len()))?
+            .copy_from(bytes);
+        Ok(())
+    }
+
+    /// Takes a private copy of the first `length` bytes.
+    pub fn take(&self, length: usize) -> Result<Vec<u8>, MemoryError> {
+        let slice = self
+            .mapping
+            .get_slice(0, length)
+            .map_err(|_| MemoryError::Exchange(length))?;
+        let mut bytes = vec![0u8; length];
+        slice.copy_to(&mut bytes);
+        Ok(bytes)
+    }
+}
+
+/// What can go wrong with memory.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// Not a size a guest can have.
+    #[error("guest memory of {0} bytes: must be a multiple of 2 MiB, from 64 MiB to 3 GiB")]
+    Size(u64),
+    /// The kernel refused.
+    #[error("guest memory: {0}")]
+    System(#[from] std::io::Error),
+    /// The kernel refused.
+    #[error("guest memory: {0}")]
+    Errno(#[from] Errno),
+    /// The mapping failed.
+    #[error("guest memory cannot be mapped")]
+    Map(#[from] vm_memory::mmap::MmapRegionError),
+    /// The region list is impossible.
+    #[error("guest memory cannot be laid out")]
+    Layout(#[from] vm_memory::GuestRegionCollectionError),
+    /// Outside guest memory.
+    #[error("{1} bytes at {0:#x} are outside guest memory")]
+    Range(u64, usize),
+    /// Longer than the exchange memory.
+    #[error("{0} bytes do not fit the exchange memory")]
+    Exchange(usize),
+}
+
+fn sealed_memfd(name: &std::ffi::CStr, size: u64) -> Result<File, MemoryError> {
+    let file = File::from(memfd_create(
+        name,
+        MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING,
+    )?);
+    file.set_len(size)?;
+    fcntl(
+        &file,
+        FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW),
+    )?;
+    Ok(file)
+}
+
+fn keep_out_of_core_dumps<B: Bitmap>(mapping: &MmapRegion<B>) -> Result<(), MemoryError> {
+    let Some(start) = NonNull::new(mapping.as_ptr().cast()) else {
+        return Ok(());
+    };
+    // SAFETY: the range is exactly one live mapping of ours, and DONTDUMP changes no content.
+    unsafe { madvise(start, mapping.size(), MmapAdvise::MADV_DONTDUMP) }?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn impossible_sizes_are_refused() {
+        for size in [0, 4096, (64 << 20) + 4096, (3 << 30) + (2 << 20)] {
+            assert!(
+                matches!(GuestMemory::new(size), Err(MemoryError::Size(_))),
+                "{size}"
+            );
+        }
+    }
+
+    #[test]
+    fn only_touched_pages_are_populated_and_logged() {
+        let memory = GuestMemory::with_size(1 << 20).unwrap();
+        memory.write(5 * 4096 + 7, b"x").unwrap();
+        memory.write(70 * 4096 - 1, b"yz").unwrap();
+        let expect = vec![1 << 5, (1 << 5) | (1 << 6), 0, 0];
+        assert_eq!(memory.populated().unwrap(), expect);
+        assert_eq!(memory.take_device_writes(), expect);
+        assert_eq!(memory.take_device_writes(), vec![0; 4]);
+    }
+
+    #[test]
+    fn the_readers_descriptor_cannot_write_and_the_file_cannot_grow() {
+        let memory = GuestMemory::with_size(1 << 20).unwrap();
+        let reader = File::from(
+            memory
+                .file_for_reader()
+                .unwrap()
+                .try_clone_to_owned()
+                .unwrap(),
+        );
+        assert!(nix::unistd::write(&reader, b"x").is_err());
+        assert!(memory.file.set_len(2 << 20).is_err());
+    }
+
+    #[test]
+    fn writes_outside_are_refused() {
+        let memory = GuestMemory::with_size(1 << 20).unwrap();
+        assert!(memory.write((1 << 20) - 1, b"xy").is_err());
+    }
+}

@@ -1,0 +1,143 @@
+//! What the agent asks: launch, secret, run, pause, attach a mover, status, sandbox.
+
+use std::os::fd::OwnedFd;
+use std::time::Instant;
+
+use super::super::layout::SECRET_GPA;
+use super::super::protocol::{
+    MachineState, MachineStatus, Measurement, OwnerSession, RoleError, VmmReply, VmmRequest,
+};
+use super::{Control, not_confidential, wrong_state};
+use crate::ipc::Channel;
+
+impl Control {
+    /// Answers one request.
+    pub(super) fn answer_agent(
+        &mut self,
+        request: VmmRequest,
+        handles: Vec<OwnedFd>,
+    ) -> Result<VmmReply, RoleError> {
+        match request {
+            VmmRequest::Prepare { .. } => Err(wrong_state("the machine is prepared already")),
+            VmmRequest::Launch { session } => self.launch(session.as_ref()).map(VmmReply::Launched),
+            VmmRequest::Incoming => {
+                self.expect(&[MachineState::Prepared], "receiving")?;
+                self.state = MachineState::Incoming;
+                Ok(VmmReply::Done)
+            }
+            VmmRequest::InjectSecret { header, ciphertext } => {
+                self.expect(&[MachineState::Measured], "a secret")?;
+                let protection = self.machine.protection().ok_or_else(not_confidential)?;
+                protection.launch_secret(&header, &ciphertext, SECRET_GPA)?;
+                Ok(VmmReply::Done)
+            }
+            VmmRequest::Run => self.first_run(),
+            VmmRequest::Pause => {
+                self.expect(&[MachineState::Running], "a pause")?;
+                self.machine.pause()?;
+                self.state = MachineState::Paused;
+                Ok(VmmReply::Done)
+            }
+            VmmRequest::Resume => self.resume_by_agent(),
+            VmmRequest::AttachMover => self.attach_mover(handles),
+            VmmRequest::Status => Ok(VmmReply::Status(MachineStatus {
+                state: self.state,
+                device_faults: self.machine.device_faults(),
+            })),
+            VmmRequest::SandboxProbe => (self.hooks.probe)()
+                .map(VmmReply::Probe)
+                .map_err(sandbox_error),
+            VmmRequest::SandboxReport => (self.hooks.report)()
+                .map(VmmReply::Report)
+                .map_err(sandbox_error),
+            VmmRequest::Shutdown => {
+                if self.state == MachineState::Running {
+                    self.machine.pause()?;
+                    self.state = MachineState::Paused;
+                }
+                Ok(VmmReply::Done)
+            }
+        }
+    }
+
+    fn launch(&mut self, session: Option<&OwnerSession>) -> Result<Option<Measurement>, RoleError> {
+        self.expect(&[MachineState::Prepared], "a launch")?;
+        let start = Instant::now();
+        if let Some(protection) = self.machine.protection() {
+            protection.launch_start(session)?;
+        }
+        self.machine
+            .load(|protection, gpa, length| match protection {
+                Some(protection) => protection.launch_update(gpa, length),
+                None => Ok(()),
+            })?;
+        let measurement = match self.machine.protection() {
+            Some(protection) => {
+                let mut measurement = protection.launch_measure()?;
+                measurement.elapsed_us =
+                    u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX);
+                Some(measurement)
+            }
+            None => None,
+        };
+        self.state = MachineState::Measured;
+        Ok(measurement)
+    }
+
+    fn first_run(&mut self) -> Result<VmmReply, RoleError> {
+        self.expect(&[MachineState::Measured], "the first run")?;
+        self.machine.acquire()?;
+        if let Some(protection) = self.machine.protection() {
+            protection.launch_finish()?;
+        }
+        self.machine.run()?;
+        self.state = MachineState::Running;
+        Ok(VmmReply::Done)
+    }
+
+    fn resume_by_agent(&mut self) -> Result<VmmReply, RoleError> {
+        self.expect(&[MachineState::Paused], "resuming")?;
+        if self.mover.is_some() && (self.moving.paused_running || self.moving.released) {
+            return Err(wrong_state(
+                "a mover has paused the machine; end the migration first",
+            ));
+        }
+        if self.mover.is_none() {
+            // What a mover left behind when it went after giving up the locks.
+            self.end_move()?;
+        }
+        self.machine.run()?;
+        self.state = MachineState::Running;
+        Ok(VmmReply::Done)
+    }
+
+    fn attach_mover(&mut self, handles: Vec<OwnedFd>) -> Result<VmmReply, RoleError> {
+        if self.mover.is_some() {
+            return Err(wrong_state("a mover is attached already"));
+        }
+        self.expect(
+            &[
+                MachineState::Running,
+                MachineState::Paused,
+                MachineState::Incoming,
+            ],
+            "a mover",
+        )?;
+        let mut handles = handles.into_iter();
+        let (Some(channel), None) = (handles.next(), handles.next()) else {
+            return Err(RoleError {
+                code: "BAD_HANDLES".into(),
+                text: "AttachMover takes exactly one descriptor, the channel".into(),
+            });
+        };
+        self.mover = Some(Channel::from_fd(channel));
+        Ok(VmmReply::Done)
+    }
+}
+
+fn sandbox_error(text: String) -> RoleError {
+    RoleError {
+        code: "SANDBOX".into(),
+        text,
+    }
+}

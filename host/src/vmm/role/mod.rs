@@ -1,0 +1,242 @@
+//! The `vmm` role: serves the agent's channel and an attached mover's, one request at a time.
+//!
+//! The agent is trusted to say what to build. The mover is not: it speaks with a peer, so its numbers are
+//! checked and its order of calls is enforced.
+
+mod agent;
+mod mover;
+
+use std::os::fd::AsFd;
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::hooks::{Handles, Hooks};
+use super::machine::Machine;
+use super::protocol::{
+    MachineState, MoverRequest, RoleError, VmmEvent, VmmMessage, VmmReply, VmmRequest,
+};
+use crate::ipc::{Channel, IpcError};
+
+/// Main of the `vmm` role: the first message is `Prepare`; returns when the agent says `Shutdown` or its
+/// end closes.
+pub fn run(agent: Channel, hooks: Hooks) -> Result<(), VmmError> {
+    let first = agent.recv::<VmmRequest>(None)?;
+    let VmmRequest::Prepare { plan, handles } = first.body else {
+        agent.send(&reply(Err(wrong_state(
+            "not prepared: the first request must be Prepare",
+        ))))?;
+        return Err(VmmError::NotPrepared);
+    };
+    let built = Handles::new(handles, first.handles).and_then(|mut handles| {
+        Machine::build(*plan, &mut handles, &hooks).map_err(RoleError::from)
+    });
+    match built {
+        Ok(machine) => {
+            agent.send(&reply(Ok(VmmReply::Done)))?;
+            Control::new(machine, agent, hooks).serve()
+        }
+        Err(error) => {
+            agent.send(&reply(Err(error.clone())))?;
+            Err(VmmError::Build(error))
+        }
+    }
+}
+
+/// Why the role ended.
+#[derive(Debug, thiserror::Error)]
+pub enum VmmError {
+    /// The channel to the agent.
+    #[error(transparent)]
+    Channel(#[from] IpcError),
+    /// The first message was not `Prepare`.
+    #[error("the first request was not Prepare")]
+    NotPrepared,
+    /// The machine could not be built.
+    #[error(transparent)]
+    Build(RoleError),
+    /// Waiting failed.
+    #[error("poll: {0}")]
+    Poll(#[from] Errno),
+}
+
+/// The control thread's view: the machine, where it is in its life, who is connected.
+struct Control {
+    machine: Machine,
+    agent: Channel,
+    hooks: Hooks,
+    state: MachineState,
+    mover: Option<Channel>,
+    moving: Move,
+    stop_seen: bool,
+}
+
+/// How far a migration has gone, at either end.
+#[derive(Clone, Copy, Debug, Default)]
+struct Move {
+    /// Dirty tracking is on.
+    tracking: bool,
+    /// SEND_START has succeeded.
+    sending: bool,
+    /// The mover paused a running machine.
+    paused_running: bool,
+    /// Locks are given up: only a decision about who owns the guest may start it again.
+    released: bool,
+    /// RECEIVE_START has succeeded.
+    receiving: bool,
+    /// The state is in place.
+    restored: bool,
+}
+
+/// Which channel has something.
+#[derive(Default)]
+struct Ready {
+    agent: bool,
+    mover: bool,
+    stop: bool,
+}
+
+impl Control {
+    fn new(machine: Machine, agent: Channel, hooks: Hooks) -> Self {
+        Self {
+            machine,
+            agent,
+            hooks,
+            state: MachineState::Prepared,
+            mover: None,
+            moving: Move::default(),
+            stop_seen: false,
+        }
+    }
+
+    fn serve(mut self) -> Result<(), VmmError> {
+        loop {
+            let ready = self.wait()?;
+            if ready.stop {
+                self.guest_stopped()?;
+            }
+            if ready.mover {
+                self.serve_mover();
+            }
+            if ready.agent && !self.serve_agent()? {
+                break;
+            }
+        }
+        let _ = self.machine.pause();
+        if let Some(protection) = self.machine.protection() {
+            protection.decommission();
+        }
+        Ok(())
+    }
+
+    fn wait(&self) -> Result<Ready, Errno> {
+        let mut fds = vec![PollFd::new(self.agent.as_fd(), PollFlags::POLLIN)];
+        if !self.stop_seen {
+            fds.push(PollFd::new(
+                self.machine.stop_notice().event(),
+                PollFlags::POLLIN,
+            ));
+        }
+        if let Some(mover) = &self.mover {
+            fds.push(PollFd::new(mover.as_fd(), PollFlags::POLLIN));
+        }
+        loop {
+            match poll(&mut fds, PollTimeout::NONE) {
+                Err(Errno::EINTR) => {}
+                Err(e) => return Err(e),
+                Ok(_) => break,
+            }
+        }
+        let mut hits = fds.iter().map(|fd| fd.any().unwrap_or(true));
+        let agent = hits.next().unwrap_or(false);
+        let stop = !self.stop_seen && hits.next().unwrap_or(false);
+        let mover = self.mover.is_some() && hits.next().unwrap_or(false);
+        Ok(Ready { agent, mover, stop })
+    }
+
+    /// Serves one request of the agent; false when the process is to end.
+    fn serve_agent(&mut self) -> Result<bool, VmmError> {
+        let request = match self.agent.recv::<VmmRequest>(None) {
+            Ok(request) => request,
+            Err(IpcError::Closed) => return Ok(false),
+            Err(IpcError::Decode(_) | IpcError::TrailingBytes(_)) => {
+                self.agent.send(&reply(Err(unreadable())))?;
+                return Ok(true);
+            }
+            Err(e) => return Err(e.into()),
+        };
+        let last = matches!(request.body, VmmRequest::Shutdown);
+        let answer = self.answer_agent(request.body, request.handles);
+        self.agent.send(&reply(answer))?;
+        Ok(!last)
+    }
+
+    /// Serves one request of the mover. Whatever goes wrong on its channel ends the mover's part only.
+    fn serve_mover(&mut self) {
+        let Some(channel) = self.mover.take() else {
+            return;
+        };
+        let sent = match channel.recv::<MoverRequest>(None) {
+            Ok(request) => self.answer_mover(request.body, &channel),
+            Err(e @ (IpcError::Decode(_) | IpcError::TrailingBytes(_))) => {
+                tracing::warn!("mover: {e}");
+                channel.send(&Err::<super::protocol::MoverReply, _>(unreadable()))
+            }
+            Err(e) => Err(e),
+        };
+        match sent {
+            Ok(()) => self.mover = Some(channel),
+            Err(e) => {
+                tracing::info!("mover is gone: {e}");
+                self.mover_gone();
+            }
+        }
+    }
+
+    fn guest_stopped(&mut self) -> Result<(), VmmError> {
+        self.stop_seen = true;
+        let reason = self.machine.stop_notice().reason().unwrap_or_default();
+        if let Err(e) = self.machine.pause() {
+            tracing::error!("guest stopped ({reason}), but: {e}");
+        }
+        self.state = MachineState::Stopped;
+        self.agent
+            .send(&VmmMessage::Event(VmmEvent::GuestStopped { reason }))?;
+        Ok(())
+    }
+
+    fn expect(&self, allowed: &[MachineState], what: &str) -> Result<(), RoleError> {
+        if allowed.contains(&self.state) {
+            return Ok(());
+        }
+        Err(wrong_state(&format!(
+            "{what} is not possible while the machine is {:?}",
+            self.state
+        )))
+    }
+}
+
+fn reply(answer: Result<VmmReply, RoleError>) -> VmmMessage {
+    VmmMessage::Reply(answer)
+}
+
+fn wrong_state(text: &str) -> RoleError {
+    RoleError {
+        code: "WRONG_STATE".into(),
+        text: text.into(),
+    }
+}
+
+fn not_confidential() -> RoleError {
+    RoleError {
+        code: "NOT_CONFIDENTIAL".into(),
+        text: "the guest has no confidential technology; its plan says none".into(),
+    }
+}
+
+fn unreadable() -> RoleError {
+    RoleError {
+        code: "BAD_MESSAGE".into(),
+        text: "the request cannot be read".into(),
+    }
+}

@@ -1,0 +1,199 @@
+//! What a vCPU says of itself: KVM's supported leaves, this machine's topology, no secret of the host.
+
+use kvm_bindings::{CpuId, kvm_cpuid_entry2};
+
+/// Leaves for vCPU `id` of `count`. `sev` is whether AMD's real secure processor encrypts the guest.
+pub fn for_vcpu(supported: &CpuId, id: u8, count: u8, sev: bool) -> Vec<kvm_cpuid_entry2> {
+    let mut leaves: Vec<kvm_cpuid_entry2> = supported
+        .as_slice()
+        .iter()
+        .filter(|leaf| !DROPPED.contains(&leaf.function))
+        .filter(|leaf| sev || leaf.function != SEV_LEAF)
+        .copied()
+        .collect();
+    for leaf in &mut leaves {
+        patch(leaf, id, count);
+    }
+    leaves.extend(topology(id, count));
+    leaves
+}
+
+/// Whether a machine whose supported leaves are `supported` can run a vCPU saved with `saved`.
+/// Returns the first feature word that it cannot.
+pub fn check_compatible(
+    supported: &CpuId,
+    saved: &[kvm_cpuid_entry2],
+) -> Result<(), CpuidMismatch> {
+    for leaf in saved {
+        let Some(masks) = feature_words(leaf.function, leaf.index) else {
+            continue;
+        };
+        let here = supported
+            .as_slice()
+            .iter()
+            .find(|have| have.function == leaf.function && have.index == leaf.index);
+        let have = here.map_or([0; 4], words);
+        let missing: Vec<u32> = words(leaf)
+            .iter()
+            .zip(have)
+            .zip(masks)
+            .map(|((want, have), mask)| want & !have & mask)
+            .collect();
+        if missing.iter().any(|word| *word != 0) {
+            return Err(CpuidMismatch {
+                function: leaf.function,
+                index: leaf.index,
+                missing,
+            });
+        }
+    }
+    Ok(())
+}
+
+/// A processor feature of the saved vCPU that this host does not have.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "this host's processor lacks features of CPUID leaf {function:#x}.{index}: {missing:x?} (eax, ebx, ecx, edx)"
+)]
+pub struct CpuidMismatch {
+    function: u32,
+    index: u32,
+    missing: Vec<u32>,
+}
+
+fn patch(leaf: &mut kvm_cpuid_entry2, id: u8, count: u8) {
+    let (id, count) = (u32::from(id), u32::from(count));
+    match leaf.function {
+        0x1 => {
+            leaf.ebx = (leaf.ebx & 0x0000_ffff) | (count << 16) | (id << 24);
+            leaf.ecx |= HYPERVISOR | TSC_DEADLINE;
+            set_bit(&mut leaf.edx, HTT, count > 1);
+        }
+        // cache leaves: each core has its own, threads are not shared
+        0x4 => leaf.eax = (leaf.eax & 0x0000_3fff) | (core_mask(count) << 26),
+        0x8000_001d => leaf.eax &= 0x0000_3fff,
+        0x8000_0001 => {
+            set_bit(&mut leaf.ecx, AMD_CMP_LEGACY, count > 1);
+            leaf.ecx &= !AMD_TOPOLOGY_EXTENSIONS;
+        }
+        0x8000_0008 => leaf.ecx = (apic_id_bits(count) << 12) | count.saturating_sub(1),
+        0x8000_001e => {
+            leaf.eax = id;
+            leaf.ebx = id;
+            leaf.ecx = 0;
+        }
+        _ => {}
+    }
+}
+
+/// Leaf 0xB: one thread a core, all cores in one package.
+fn topology(id: u8, count: u8) -> [kvm_cpuid_entry2; 3] {
+    let level = |index, shift, logical, kind: u32| kvm_cpuid_entry2 {
+        function: 0xb,
+        index,
+        flags: SIGNIFICANT_INDEX,
+        eax: shift,
+        ebx: logical,
+        ecx: (kind << 8) | index,
+        edx: u32::from(id),
+        ..Default::default()
+    };
+    [
+        level(0, 0, 1, 1),
+        level(1, apic_id_bits(u32::from(count)), u32::from(count), 2),
+        level(2, 0, 0, 0),
+    ]
+}
+
+fn apic_id_bits(count: u32) -> u32 {
+    count.next_power_of_two().trailing_zeros()
+}
+
+fn core_mask(count: u32) -> u32 {
+    count.next_power_of_two().saturating_sub(1).min(0x3f)
+}
+
+fn set_bit(word: &mut u32, bit: u32, on: bool) {
+    if on {
+        *word |= bit;
+    } else {
+        *word &= !bit;
+    }
+}
+
+/// Which bits of a leaf are features that software relies on.
+fn feature_words(function: u32, index: u32) -> Option<[u32; 4]> {
+    match (function, index) {
+        (0x1, _) => Some([0, 0, !(HYPERVISOR | TSC_DEADLINE | OSXSAVE), !HTT]),
+        (0x7, 0) => Some([0, !0, !OSPKE, !0]),
+        (0x7, 1) => Some([!0, 0, 0, !0]),
+        (0xd, 0) => Some([!0, 0, 0, !0]),
+        (0xd, 1) => Some([!0, 0, 0, 0]),
+        (0x8000_0001, _) => Some([0, 0, !(AMD_CMP_LEGACY | AMD_TOPOLOGY_EXTENSIONS), !0]),
+        (0x8000_0008, _) => Some([0, !0, 0, 0]),
+        (0x4000_0001, _) => Some([!0, 0, 0, 0]),
+        _ => None,
+    }
+}
+
+fn words(leaf: &kvm_cpuid_entry2) -> [u32; 4] {
+    [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx]
+}
+
+const SIGNIFICANT_INDEX: u32 = 1;
+const HYPERVISOR: u32 = 1 << 31;
+const TSC_DEADLINE: u32 = 1 << 24;
+const OSXSAVE: u32 = 1 << 27;
+const OSPKE: u32 = 1 << 4;
+const HTT: u32 = 1 << 28;
+const AMD_CMP_LEGACY: u32 = 1 << 1;
+// Without it no guest reads 0x8000001d/e as thread and node topology; leaf 0xB says it all.
+const AMD_TOPOLOGY_EXTENSIONS: u32 = 1 << 22;
+const SEV_LEAF: u32 = 0x8000_001f;
+// host topology (0xb, 0x1f, 0x80000026) is replaced; performance monitoring (0xa, 0x80000022) is not
+// offered, since its registers do not migrate between processor models
+const DROPPED: &[u32] = &[0xa, 0xb, 0x1f, 0x8000_0022, 0x8000_0026];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn supported() -> CpuId {
+        let leaf = |function, ebx, ecx, edx| kvm_cpuid_entry2 {
+            function,
+            ebx,
+            ecx,
+            edx,
+            ..Default::default()
+        };
+        CpuId::from_entries(&[
+            leaf(1, 0xff00_0800, 0x1, 0x2),
+            leaf(7, 0x20, 0, 0),
+            leaf(0xb, 1, 2, 3),
+            leaf(SEV_LEAF, 51, 0, 0),
+        ])
+        .unwrap()
+    }
+
+    #[test]
+    fn each_vcpu_has_its_own_number_and_no_leaf_of_the_host_topology() {
+        let leaves = for_vcpu(&supported(), 2, 3, false);
+        let one = leaves.iter().find(|l| l.function == 1).unwrap();
+        assert_eq!(one.ebx, 0x0203_0800);
+        assert_eq!(one.ecx & HYPERVISOR, HYPERVISOR);
+        let levels: Vec<_> = leaves.iter().filter(|l| l.function == 0xb).collect();
+        assert_eq!(levels.len(), 3);
+        assert!(levels.iter().all(|l| l.edx == 2));
+        assert_eq!((levels[1].eax, levels[1].ebx), (2, 3));
+        assert!(!leaves.iter().any(|l| l.function == SEV_LEAF));
+    }
+
+    #[test]
+    fn a_missing_feature_is_found_and_topology_is_no_feature() {
+        let mut saved = for_vcpu(&supported(), 0, 2, false);
+        assert!(check_compatible(&supported(), &saved).is_ok());
+        saved.iter_mut().find(|l| l.function == 7).unwrap().ebx |= 1 << 16;
+        let error = check_compatible(&supported(), &saved).unwrap_err();
+        assert_eq!((error.function, error.missing[1]), (7, 1 << 16));
+    }
+}

@@ -1,0 +1,113 @@
+//! State of the first vCPU at the 64-bit entry point of the Linux boot protocol.
+
+use kvm_bindings::{Msrs, kvm_dtable, kvm_msr_entry, kvm_regs, kvm_segment};
+use kvm_ioctls::VcpuFd;
+
+use crate::vmm::boot::{linux, paging};
+use crate::vmm::kvm::{KvmError, during};
+use crate::vmm::layout::{GDT, PAGE_TABLES};
+
+/// Registers with which a guest starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Instruction pointer.
+    pub rip: u64,
+    /// Second argument of the entry point: the zero page.
+    pub rsi: u64,
+}
+
+impl Entry {
+    /// The entry of a Linux kernel placed by [`BootImage`](crate::vmm::boot::BootImage).
+    pub const LINUX: Self = Self {
+        rip: linux::ENTRY,
+        rsi: linux::BOOT_PARAMS_ADDRESS,
+    };
+}
+
+/// Puts a vCPU into long mode at `entry`, with the descriptor and page tables of the layout.
+pub fn enter_long_mode(vcpu: &VcpuFd, entry: Entry) -> Result<(), KvmError> {
+    let mut sregs = vcpu.get_sregs().map_err(during("KVM_GET_SREGS"))?;
+    let code = segment(paging::CODE_SELECTOR, CODE_TYPE, true);
+    let data = segment(paging::DATA_SELECTOR, DATA_TYPE, false);
+    sregs.cs = code;
+    (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
+    sregs.tr = kvm_segment {
+        selector: paging::TSS_SELECTOR,
+        type_: TSS_TYPE,
+        s: 0,
+        db: 0,
+        ..data
+    };
+    sregs.gdt = kvm_dtable {
+        base: GDT,
+        limit: paging::gdt_limit(),
+        ..Default::default()
+    };
+    sregs.idt = kvm_dtable::default();
+    sregs.cr3 = PAGE_TABLES;
+    sregs.cr4 |= CR4_PAE;
+    sregs.cr0 |= CR0_PE | CR0_ET | CR0_PG;
+    sregs.efer |= EFER_LME | EFER_LMA;
+    vcpu.set_sregs(&sregs).map_err(during("KVM_SET_SREGS"))?;
+    let regs = kvm_regs {
+        rip: entry.rip,
+        rsi: entry.rsi,
+        rsp: BOOT_STACK,
+        rbp: BOOT_STACK,
+        rflags: 2,
+        ..Default::default()
+    };
+    vcpu.set_regs(&regs).map_err(during("KVM_SET_REGS"))
+}
+
+/// Model-specific registers of every vCPU at power-on, as firmware would leave them.
+pub fn power_on_msrs(vcpu: &VcpuFd) -> Result<(), KvmError> {
+    for (index, data) in POWER_ON {
+        let entry = kvm_msr_entry {
+            index: *index,
+            data: *data,
+            ..Default::default()
+        };
+        let msrs = Msrs::from_entries(&[entry]).map_err(|_| KvmError::State("MSR list"))?;
+        let set = vcpu.set_msrs(&msrs).map_err(during("KVM_SET_MSRS"))?;
+        if set != 1 {
+            tracing::debug!(index, "power-on MSR not settable here");
+        }
+    }
+    Ok(())
+}
+
+fn segment(selector: u16, type_: u8, long: bool) -> kvm_segment {
+    kvm_segment {
+        base: 0,
+        limit: u32::MAX,
+        selector,
+        type_,
+        present: 1,
+        dpl: 0,
+        db: u8::from(!long),
+        s: 1,
+        l: u8::from(long),
+        g: 1,
+        ..Default::default()
+    }
+}
+
+const CODE_TYPE: u8 = 0xb;
+const DATA_TYPE: u8 = 0x3;
+const TSS_TYPE: u8 = 0xb;
+const BOOT_STACK: u64 = 0x8ff0;
+const CR0_PE: u64 = 1;
+const CR0_ET: u64 = 1 << 4;
+const CR0_PG: u64 = 1 << 31;
+const CR4_PAE: u64 = 1 << 5;
+const EFER_LME: u64 = 1 << 8;
+const EFER_LMA: u64 = 1 << 10;
+const MISC_ENABLE: u32 = 0x1a0;
+const FAST_STRINGS: u64 = 1;
+const MTRR_DEFAULT_TYPE: u32 = 0x2ff;
+const MTRR_ON_WRITE_BACK: u64 = (1 << 11) | 6;
+const POWER_ON: &[(u32, u64)] = &[
+    (MISC_ENABLE, FAST_STRINGS),
+    (MTRR_DEFAULT_TYPE, MTRR_ON_WRITE_BACK),
+];
