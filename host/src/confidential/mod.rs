@@ -18,7 +18,8 @@ use crate::confidential::software::SoftwareFirmware;
 use crate::ipc::Channel;
 use crate::machine::plan::{MachinePlan, Technology};
 use crate::vmm::confidential_hook::GuestProtection;
-use crate::vmm::protocol::RoleError;
+use crate::vmm::hooks::Handles;
+use crate::vmm::protocol::{HandleKind, RoleError};
 
 /// Where a guest's memory lies.
 #[derive(Clone, Copy, Debug)]
@@ -27,6 +28,21 @@ pub struct GuestMemoryView<'a> {
     pub file: BorrowedFd<'a>,
     /// Guest physical start and length of each run, packed in the file in this order.
     pub runs: &'a [(u64, u64)],
+}
+
+/// The VMM's hook ([`Hooks::protection`](crate::vmm::hooks::Hooks)): takes the psp's channel from the handles.
+pub fn protection(
+    plan: &MachinePlan,
+    handles: &mut Handles,
+    memory: BorrowedFd<'_>,
+    exchange: BorrowedFd<'_>,
+) -> Result<Option<Box<dyn GuestProtection>>, RoleError> {
+    let processor = handles.take(HandleKind::Processor).map(Channel::from_fd);
+    let view = GuestMemoryView {
+        file: memory,
+        runs: &[(0, plan.memory_bytes)],
+    };
+    open(plan, view, exchange, processor)
 }
 
 /// Opens the confidential technology that a plan asks for; `None` for a plain guest.
