@@ -322,7 +322,7 @@ impl Rogue {
     }
 }
 
-fn run(length: u64) -> Vec<MemoryRun> {
+fn whole(length: u64) -> Vec<MemoryRun> {
     vec![MemoryRun {
         gpa: 0,
         length,
@@ -353,9 +353,9 @@ fn a_rogue_vmm_reaches_no_guest_but_its_own_and_no_byte_outside_its_memory() {
         session: None,
     };
     assert_eq!(rogue.call(&start(0)), "BAD_REQUEST", "no memory yet");
-    assert_eq!(rogue.attach(PAGE, run(2 * PAGE)), "BAD_MEMORY");
-    assert_eq!(rogue.attach(PAGE, run(PAGE)), "ok");
-    assert_eq!(rogue.attach(PAGE, run(PAGE)), "BAD_REQUEST", "twice");
+    assert_eq!(rogue.attach(PAGE, whole(2 * PAGE)), "BAD_MEMORY");
+    assert_eq!(rogue.attach(PAGE, whole(PAGE)), "ok");
+    assert_eq!(rogue.attach(PAGE, whole(PAGE)), "BAD_REQUEST", "twice");
     assert_eq!(rogue.call(&start(4)), "UNSUPPORTED", "SEV-ES");
     assert_eq!(rogue.call(&start(1 << 8)), "POLICY_FAILURE", "reserved");
     assert_eq!(rogue.call(&start(0)), "ok");
