@@ -1,6 +1,7 @@
 //! Confidential technologies: the launch as a typestate, the software secure processor and its role.
 
 pub mod control;
+pub mod kvm_sev;
 pub mod launch;
 mod processor_guest;
 pub mod processor_role;
@@ -10,13 +11,15 @@ pub mod software;
 
 use std::os::fd::BorrowedFd;
 
+use crate::confidential::kvm_sev::{KvmSev, RealSev, SevVm};
 use crate::confidential::launch::Guarded;
 use crate::confidential::shared::MemoryLayout;
 use crate::confidential::software::SoftwareFirmware;
 use crate::ipc::Channel;
 use crate::machine::plan::{MachinePlan, Technology};
 use crate::vmm::confidential_hook::GuestProtection;
-use crate::vmm::protocol::RoleError;
+use crate::vmm::hooks::Handles;
+use crate::vmm::protocol::{HandleKind, RoleError};
 
 /// Where a guest's memory lies.
 #[derive(Clone, Copy, Debug)]
@@ -25,6 +28,21 @@ pub struct GuestMemoryView<'a> {
     pub file: BorrowedFd<'a>,
     /// Guest physical start and length of each run, packed in the file in this order.
     pub runs: &'a [(u64, u64)],
+}
+
+/// The VMM's hook ([`Hooks::protection`](crate::vmm::hooks::Hooks)): takes the psp's channel from the handles.
+pub fn protection(
+    plan: &MachinePlan,
+    handles: &mut Handles,
+    memory: BorrowedFd<'_>,
+    exchange: BorrowedFd<'_>,
+) -> Result<Option<Box<dyn GuestProtection>>, RoleError> {
+    let processor = handles.take(HandleKind::Processor).map(Channel::from_fd);
+    let view = GuestMemoryView {
+        file: memory,
+        runs: &[(0, plan.memory_bytes)],
+    };
+    open(plan, view, exchange, processor)
 }
 
 /// Opens the confidential technology that a plan asks for; `None` for a plain guest.
@@ -57,9 +75,21 @@ pub fn open(
             emulated: false, ..
         } => Err(RoleError::new(
             "SEV_NOT_AVAILABLE",
-            "this version drives no AMD secure processor yet; describe the guest with `emulated = true`",
+            "this VMM boots no guest under AMD's own secure processor yet; describe the guest with `emulated = true`",
         )),
     }
+}
+
+/// Opens AMD's own secure processor for a VMM that can boot such a guest; see [`kvm_sev`] for what is untested.
+pub fn open_real<V: SevVm + 'static>(
+    policy: u32,
+    memory: GuestMemoryView<'_>,
+    exchange: BorrowedFd<'_>,
+    real: RealSev<V>,
+) -> Result<Box<dyn GuestProtection>, RoleError> {
+    let layout = MemoryLayout::packed(memory.runs)?;
+    let firmware = KvmSev::attach(real, policy, memory.file, layout, exchange)?;
+    Ok(Box::new(Guarded::new(firmware)))
 }
 
 #[cfg(test)]

@@ -20,10 +20,17 @@ use crate::confidential::protocol::{
 };
 use crate::ipc::{Channel, IpcError, Received};
 use crate::role::Cell;
+use crate::sandbox::Role;
 use crate::vmm::protocol::RoleError;
 
+/// Main of the `psp` role: enters the jail, then [`run`].
+pub fn main() -> Result<(), RoleError> {
+    let (channel, cell) = crate::role::enter(Role::Psp)?;
+    run(channel, cell)
+}
+
 /// Runs the role until the agent closes its channel. The cell closes before the first message is read.
-pub fn run(channel: Channel, mut cell: Box<dyn Cell>) -> Result<(), RoleError> {
+pub fn run(channel: Channel, mut cell: Box<dyn Cell + Send>) -> Result<(), RoleError> {
     cell.close()?;
     let mut processor = Processor {
         control: channel,
@@ -45,7 +52,7 @@ pub fn run(channel: Channel, mut cell: Box<dyn Cell>) -> Result<(), RoleError> {
 
 struct Processor {
     control: Channel,
-    cell: Box<dyn Cell>,
+    cell: Box<dyn Cell + Send>,
     platform: Option<SecureProcessor>,
     clients: Vec<GuestClient>,
 }

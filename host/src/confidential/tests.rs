@@ -13,7 +13,7 @@ use casemate_crypto_migrate::guest::PAGE_SIZE;
 
 use super::control::ProcessorLink;
 use super::processor_role;
-use super::protocol::{GuestOutcome, GuestRequest};
+use super::protocol::{GuestOutcome, GuestRequest, LAUNCH_CHUNK};
 use super::shared::{Access, MemoryRun, SharedMemory, sealed_memfd};
 use super::{GuestMemoryView, open};
 use crate::ipc::{Channel, IpcError};
@@ -74,31 +74,34 @@ struct Toy {
 
 impl Toy {
     fn new(psp: &ProcessorLink) -> Self {
-        let (memory, exchange) = (
-            sealed_memfd(PAGES * PAGE),
-            sealed_memfd(EXCHANGE_SIZE as u64),
-        );
+        Self::sized(psp, PAGES * PAGE)
+    }
+
+    fn sized(psp: &ProcessorLink, length: u64) -> Self {
+        let (memory, exchange) = (sealed_memfd(length), sealed_memfd(EXCHANGE_SIZE as u64));
         let view = GuestMemoryView {
             file: memory.as_fd(),
-            runs: &[(0, PAGES * PAGE)],
+            runs: &[(0, length)],
         };
         let channel = psp.connect().unwrap();
         let protection = open(&plan(EMULATED), view, exchange.as_fd(), Some(channel));
         Self {
-            memory: map(&memory, PAGES * PAGE),
+            memory: map(&memory, length),
             exchange: map(&exchange, EXCHANGE_SIZE as u64),
             protection: protection.unwrap().unwrap(),
         }
     }
 
     fn fill(&self) -> Vec<u8> {
-        let bytes: Vec<u8> = (0..PAGES * PAGE).map(|i| ((i * 31) >> 5) as u8).collect();
+        let bytes: Vec<u8> = (0..self.memory.len())
+            .map(|i| ((i * 31) >> 5) as u8)
+            .collect();
         self.memory.write(0, &bytes).unwrap();
         bytes
     }
 
     fn bytes(&self) -> Vec<u8> {
-        let mut bytes = vec![0; (PAGES * PAGE) as usize];
+        let mut bytes = vec![0; self.memory.len() as usize];
         self.memory.read(0, &mut bytes).unwrap();
         bytes
     }
@@ -119,9 +122,8 @@ fn code<T>(result: Result<T, RoleError>) -> String {
     result.err().expect("it should be refused").code
 }
 
-#[test]
-fn a_launch_measures_what_was_loaded_and_takes_only_its_owners_secret() {
-    let psp = psp(&SITE_A, &[]);
+/// An owner's session with a psp of site A.
+fn owner(psp: &ProcessorLink) -> (OwnerSession, Owner) {
     let evidence = psp.evidence().unwrap();
     let chain = LegacyChain::parse(&evidence.pdh, &evidence.platform, &evidence.amd).unwrap();
     let trust = TrustAnchors::amd()
@@ -134,7 +136,28 @@ fn a_launch_measures_what_was_loaded_and_takes_only_its_owners_secret() {
         certificate: public.dh_cert.as_bytes().to_vec(),
         blob: public.session.to_bytes(),
     };
+    (session, owner)
+}
 
+#[test]
+fn a_run_longer_than_one_message_is_measured_whole_and_in_order() {
+    let psp = psp(&SITE_A, &[]);
+    let (session, owner) = owner(&psp);
+    let mut toy = Toy::sized(&psp, 2 * LAUNCH_CHUNK + PAGE);
+    let loaded = toy.fill();
+    toy.protection.launch_start(Some(&session)).unwrap();
+    let length = toy.memory.len();
+    toy.protection.launch_update(0, length).unwrap();
+    let measured = toy.protection.launch_measure().unwrap();
+    let blob = MeasureBlob::from_bytes(&measured.blob).unwrap();
+    let api = ApiVersion::new(measured.api.0, measured.api.1);
+    assert!(owner.measure_fits(&LaunchDigest::of(&loaded), api, measured.api.2, &blob));
+}
+
+#[test]
+fn a_launch_measures_what_was_loaded_and_takes_only_its_owners_secret() {
+    let psp = psp(&SITE_A, &[]);
+    let (session, owner) = owner(&psp);
     let mut toy = Toy::new(&psp);
     let loaded = toy.fill();
     toy.protection.launch_start(Some(&session)).unwrap();
@@ -299,7 +322,7 @@ impl Rogue {
     }
 }
 
-fn run(length: u64) -> Vec<MemoryRun> {
+fn whole(length: u64) -> Vec<MemoryRun> {
     vec![MemoryRun {
         gpa: 0,
         length,
@@ -330,9 +353,9 @@ fn a_rogue_vmm_reaches_no_guest_but_its_own_and_no_byte_outside_its_memory() {
         session: None,
     };
     assert_eq!(rogue.call(&start(0)), "BAD_REQUEST", "no memory yet");
-    assert_eq!(rogue.attach(PAGE, run(2 * PAGE)), "BAD_MEMORY");
-    assert_eq!(rogue.attach(PAGE, run(PAGE)), "ok");
-    assert_eq!(rogue.attach(PAGE, run(PAGE)), "BAD_REQUEST", "twice");
+    assert_eq!(rogue.attach(PAGE, whole(2 * PAGE)), "BAD_MEMORY");
+    assert_eq!(rogue.attach(PAGE, whole(PAGE)), "ok");
+    assert_eq!(rogue.attach(PAGE, whole(PAGE)), "BAD_REQUEST", "twice");
     assert_eq!(rogue.call(&start(4)), "UNSUPPORTED", "SEV-ES");
     assert_eq!(rogue.call(&start(1 << 8)), "POLICY_FAILURE", "reserved");
     assert_eq!(rogue.call(&start(0)), "ok");

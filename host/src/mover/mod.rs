@@ -17,7 +17,14 @@ use crate::ipc::Channel;
 use crate::mover::agent_link::AgentLink;
 use crate::mover::protocol::{MoverCommand, MoverEvent};
 use crate::role::Cell;
+use crate::sandbox::Role;
 use crate::vmm::protocol::RoleError;
+
+/// Main of the `mover` role: enters the jail, then [`run`].
+pub fn main() -> Result<(), RoleError> {
+    let (channel, cell) = crate::role::enter(Role::Mover)?;
+    run(channel, cell)
+}
 
 /// Runs the role for one move: closes the cell, says [`MoverEvent::Ready`], waits for the start, moves, and
 /// says [`MoverEvent::Outcome`] last.
@@ -41,5 +48,7 @@ pub fn run(channel: Channel, mut cell: Box<dyn Cell + Send>) -> Result<(), RoleE
     Ok(())
 }
 
+#[cfg(test)]
+mod kvm_tests;
 #[cfg(test)]
 mod tests;

@@ -102,7 +102,10 @@ impl Control {
                 "a mover has paused the machine; end the migration first",
             ));
         }
-        self.end_move()?;
+        if self.mover.is_none() {
+            // What a mover left behind when it went after giving up the locks.
+            self.end_move()?;
+        }
         self.machine.run()?;
         self.state = MachineState::Running;
         Ok(VmmReply::Done)
