@@ -69,16 +69,27 @@ pub struct GatewayReport {
     pub cut: bool,
 }
 
-/// A gateway's identity and whom it forwards for.
+/// A gateway's identities and whom it forwards for.
 #[derive(Clone, Debug)]
 pub struct Gateway {
-    /// Its own identity and its (direct) peers: both hosts.
-    pub local: Local,
+    /// Who it is to the source's side, and whom it allows there (as direct peers).
+    pub towards_source: Local,
+    /// Who it is to the destination's side, and whom it allows there.
+    pub towards_destination: Local,
     /// TLS handshakes, and the longest silence of both sides together.
     pub timeout: Duration,
 }
 
 impl Gateway {
+    /// One identity and one allow-list (both hosts) for both sides.
+    pub fn new(local: Local, timeout: Duration) -> Self {
+        Self {
+            towards_source: local.clone(),
+            towards_destination: local,
+            timeout,
+        }
+    }
+
     /// Accepts TLS from the source, connects TLS to the destination, and forwards until one side closes.
     pub fn run<A: Transport, B: Transport>(
         &self,
@@ -90,9 +101,14 @@ impl Gateway {
             identity,
             anchors,
             allow,
-        } = &self.local;
+        } = &self.towards_source;
         let mut source = tls::accept(source, identity, anchors, allow, self.timeout)
             .map_err(|error| GatewayError::Tls(Direction::ToSource, error))?;
+        let Local {
+            identity,
+            anchors,
+            allow,
+        } = &self.towards_destination;
         let mut destination = tls::connect(destination, identity, anchors, allow, self.timeout)
             .map_err(|error| GatewayError::Tls(Direction::ToDestination, error))?;
         let result = self.forward(&mut source, &mut destination, hook);

@@ -102,31 +102,22 @@ fn allowed_host_that_terminates_a_direct_path_is_told_apart() {
     assert!(!run.destination.admitted);
 }
 
-/// Even with the stolen TLS keys of both hosts: the exporters differ.
+/// Even with the stolen keys of both hosts, posing as each to the other: the exporters differ.
 #[test]
 fn relay_with_stolen_keys_is_caught_by_the_exporter() {
     let site = Site::new();
     let (source, destination) = (site.source(Path::Direct), site.destination(Path::Direct));
-    // Towards the source it is site-b, towards the destination it must be site-a: one identity for both
-    // sides is enough here, as the destination allows site-b's key as well.
-    let mut open = site.destination(Path::Direct);
-    open.local = site.local(
-        &site.b,
-        vec![
-            peer("site-a", &site.b, Path::Direct),
-            peer("x", &site.a, Path::Direct),
-        ],
-    );
-    let thief = Gateway {
-        local: site.local(&site.b, site_peers(&site)),
-        timeout: Duration::from_secs(5),
-    };
+    let to_source = site.local(&site.b, vec![peer("site-a", &site.a, Path::Direct)]);
+    let to_destination = site.local(&site.a, vec![peer("site-b", &site.b, Path::Direct)]);
+    let mut thief = Gateway::new(to_source, Duration::from_secs(5));
+    thief.towards_destination = to_destination;
+    let to = ToyDestination::default();
     let run = through(
         &thief,
         &source,
-        &open,
+        &destination,
         ToySource::new(),
-        ToyDestination::default(),
+        to,
         &mut forward,
     );
     run.assert_stayed();
@@ -136,13 +127,6 @@ fn relay_with_stolen_keys_is_caught_by_the_exporter() {
     );
     assert!(!run.destination.admitted);
     direct(&source, &destination, run.source, ToyDestination::default()).assert_moved();
-}
-
-fn site_peers(site: &Site) -> Vec<casemate_crypto_migrate::identity::AllowedPeer> {
-    vec![
-        peer("site-a", &site.a, Path::Direct),
-        peer("site-b", &site.b, Path::Direct),
-    ]
 }
 
 /// Applies `change` to the entries of the `number`-th page batch.

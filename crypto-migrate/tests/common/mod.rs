@@ -82,10 +82,7 @@ impl Site {
             peer("site-a", &self.a, Path::Direct),
             peer("site-b", &self.b, Path::Direct),
         ];
-        Gateway {
-            local: self.local(&self.gateway, allow),
-            timeout: Duration::from_secs(5),
-        }
+        Gateway::new(self.local(&self.gateway, allow), Duration::from_secs(5))
     }
 }
 
