@@ -12,7 +12,10 @@ use std::{
 use nix::{
     mount::{MsFlags, mount},
     sched::{CloneFlags, unshare},
-    sys::signal::Signal,
+    sys::{
+        prctl,
+        signal::{SigSet, Signal},
+    },
 };
 
 use crate::{
@@ -61,8 +64,17 @@ pub fn replace(args: &[String]) -> Error {
     };
     let mut command = Command::new(program);
     command.args(args);
+    // The program shall not inherit what `signals::catch` blocks.
+    let _ = SigSet::empty().thread_set_mask();
     let error = command.exec();
     start_error(&command, error)
+}
+
+/// As [`replace`], and die with the cargo that started us: it does not pass on the signal that ends it.
+pub fn replace_tied(args: &[String]) -> Error {
+    // Failing, it only costs the tie.
+    let _ = prctl::set_pdeathsig(Signal::SIGTERM);
+    replace(args)
 }
 
 /// Run in fresh network and mount namespaces on this machine.

@@ -8,7 +8,10 @@ use std::{
     process::{Command, Stdio},
 };
 
-use nix::sys::{prctl, signal::Signal};
+use nix::sys::{
+    prctl,
+    signal::{SigSet, Signal},
+};
 
 use crate::{
     error::{Error, OnFile, Result},
@@ -25,6 +28,8 @@ pub fn tied(program: impl AsRef<std::ffi::OsStr>, signal: Signal) -> Command {
     let parent = nix::unistd::getpid();
     let ask = move || {
         prctl::set_pdeathsig(signal)?;
+        // A mask is inherited, and ours blocks what shall end the child.
+        SigSet::empty().thread_set_mask()?;
         // The parent may have died before the request.
         if nix::unistd::getppid() == parent {
             Ok(())
@@ -32,7 +37,7 @@ pub fn tied(program: impl AsRef<std::ffi::OsStr>, signal: Signal) -> Command {
             Err(io::ErrorKind::Interrupted.into())
         }
     };
-    // SAFETY: the closure runs in the forked child and only makes two system calls, both async-signal-safe; it
+    // SAFETY: the closure runs in the forked child and only makes three system calls, all async-signal-safe; it
     // allocates nothing and takes no lock (`io::Error::from(ErrorKind)` does not allocate).
     unsafe { command.pre_exec(ask) };
     command

@@ -227,6 +227,6 @@ const MACHINE: &[&str] = &[
     "-device",
     "vmgenid,guid=auto",
 ];
-const BOOT_PATIENCE: Duration = Duration::from_secs(60);
+const BOOT_PATIENCE: Duration = Duration::from_secs(120);
 const WAKE_UP: Duration = Duration::from_millis(200);
 const FRAMES_AHEAD: usize = 64;

@@ -123,7 +123,7 @@ fn perform(task: Task) -> Result<i32> {
     } = &task
         && !is_named(args, prefix)
     {
-        return Err(backend::replace(args));
+        return Err(backend::replace_tied(args));
     }
     signals::catch().map_err(|errno| Error::Usage(format!("cannot catch signals: {errno}")))?;
     let paths = Paths::find()?;

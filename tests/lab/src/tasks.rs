@@ -6,7 +6,7 @@ use nix::sys::signal::Signal;
 
 use crate::{
     backend::Backend,
-    command::{text, tied},
+    command::tied,
     error::Result,
     exit_code, guest_image,
     paths::Paths,
@@ -107,7 +107,7 @@ fn cargo(paths: &Paths, task: &[&str], packages: &[&str], env: &[(&str, String)]
     {
         command.env_remove(name);
     }
-    say(&text(&command));
+    say(&format!("cargo {}", [task, packages].concat().join(" ")));
     Guarded::start(&mut command)?.wait().map(exit_code)
 }
 

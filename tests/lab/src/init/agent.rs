@@ -88,9 +88,9 @@ fn start(order: &Run) -> anyhow::Result<(Child, PipeReader, PipeReader)> {
         .stdin(Stdio::null())
         .stdout(their_stdout)
         .stderr(their_stderr);
-    let child = command
-        .spawn()
-        .with_context(|| format!("start {program}"))?;
+    let child = command.spawn().with_context(|| {
+        format!("start {program} (it must be static: the lab has no shared libraries)")
+    })?;
     Ok((child, stdout, stderr))
 }
 
