@@ -1,5 +1,5 @@
 //! Boots a Linux kernel in the VMM without its sandbox, and moves it between VMMs of this process:
-//! `boot_linux KERNEL INITRD [--disk FILE] [--vcpus N] [--memory MIB] [--cmdline TEXT] [--moves N] [--until TEXT]`.
+//! `boot_linux KERNEL INITRD [--disk FILE-TO-COPY] [--vcpus N] [--memory MIB] [--cmdline TEXT] [--moves N] [--until TEXT]`.
 //!
 //! A tool for the VMM's developers; it needs hardware virtualisation (or the lab).
 
@@ -9,6 +9,7 @@ mod vmm_support;
 use std::collections::HashMap;
 use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use casemate::machine::plan::{DiskPlan, MachinePlan};
@@ -45,7 +46,12 @@ fn main() {
         });
     }
     let lines = Lines::new();
-    let disk = options.get("--disk").copied();
+    let copy = options.get("--disk").map(|template| {
+        let copy = std::env::temp_dir().join("boot_linux.disk");
+        std::fs::copy(template, &copy).expect("a copy of the disk");
+        copy
+    });
+    let disk = copy.as_deref();
     let until = options.get("--until").copied().unwrap_or("GUEST-READY");
 
     let start = Instant::now();
@@ -77,7 +83,7 @@ fn main() {
     println!("boot_linux: {:?}", vmm.ask(VmmRequest::Status));
 }
 
-fn move_once(mut source: Vmm, plan: &MachinePlan, lines: &Lines, disk: Option<&str>) -> Vmm {
+fn move_once(mut source: Vmm, plan: &MachinePlan, lines: &Lines, disk: Option<&Path>) -> Vmm {
     let mut target = Vmm::prepare(plan, handles(lines, disk)).expect("prepare the target");
     target.ask(VmmRequest::Incoming).expect("incoming");
     let start = Instant::now();
@@ -86,7 +92,7 @@ fn move_once(mut source: Vmm, plan: &MachinePlan, lines: &Lines, disk: Option<&s
     target
 }
 
-fn handles(lines: &Lines, disk: Option<&str>) -> Vec<(HandleKind, OwnedFd)> {
+fn handles(lines: &Lines, disk: Option<&Path>) -> Vec<(HandleKind, OwnedFd)> {
     let mut handles = vec![
         (HandleKind::Kvm, kvm()),
         (HandleKind::Console, lines.handle()),
