@@ -5,7 +5,6 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use kvm_bindings::CpuId;
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VcpuFd};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -183,9 +182,9 @@ impl Machine {
     /// State of everything but memory; the machine is paused.
     pub fn save(&self) -> Result<Vec<u8>, MachineError> {
         let mut vcpus = Vec::with_capacity(self.vcpus.len());
-        for vcpu in &self.vcpus {
+        for (vcpu, id) in self.vcpus.iter().zip(0u8..) {
             let context = Arc::clone(&self.context);
-            vcpus.push(vcpu.call(move |fd| context.save(fd))??);
+            vcpus.push(vcpu.call(move |fd| context.save(id, fd))??);
         }
         let state = MachineStateV1 {
             vcpus,
@@ -208,9 +207,9 @@ impl Machine {
             return Err(MachineError::Shape);
         }
         // Local APICs before the I/O APIC, which may deliver to them at once.
-        for (vcpu, saved) in self.vcpus.iter().zip(state.vcpus) {
+        for ((vcpu, saved), id) in self.vcpus.iter().zip(state.vcpus).zip(0u8..) {
             let context = Arc::clone(&self.context);
-            vcpu.call(move |fd| context.restore(fd, &saved))??;
+            vcpu.call(move |fd| context.restore(id, fd, &saved))??;
         }
         self.vm.restore(&state.vm)?;
         self.console.restore(&state.serial)?;
@@ -410,8 +409,7 @@ fn make_vcpus(
         .map(|id| {
             let fd = vm.create_vcpu(id)?;
             let leaves = cpuid::for_vcpu(context.supported(), id, plan.vcpus, sev);
-            let cpuid = CpuId::from_entries(&leaves).map_err(|_| KvmError::State("CPUID table"))?;
-            fd.set_cpuid2(&cpuid).map_err(during("KVM_SET_CPUID2"))?;
+            context.set_cpuid(id, &fd, &leaves)?;
             power_on_msrs(&fd)?;
             Ok((id, fd))
         })

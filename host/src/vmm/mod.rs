@@ -13,6 +13,7 @@ pub mod kvm;
 pub mod layout;
 pub mod machine;
 pub mod memory;
+pub mod models;
 pub mod pci;
 pub mod protocol;
 pub mod role;

@@ -31,7 +31,7 @@ pub fn check_compatible(
         let here = supported
             .as_slice()
             .iter()
-            .find(|have| have.function == leaf.function && have.index == leaf.index);
+            .find(|have| same_leaf(have, leaf));
         let have = here.map_or([0; 4], words);
         let missing: Vec<u32> = words(leaf)
             .iter()
@@ -134,6 +134,12 @@ fn feature_words(function: u32, index: u32) -> Option<[u32; 4]> {
         (0x4000_0001, _) => Some([!0, 0, 0, 0]),
         _ => None,
     }
+}
+
+/// The index counts only where the leaf has several.
+fn same_leaf(a: &kvm_cpuid_entry2, b: &kvm_cpuid_entry2) -> bool {
+    let indexed = (a.flags | b.flags) & SIGNIFICANT_INDEX != 0;
+    a.function == b.function && (!indexed || a.index == b.index)
 }
 
 fn words(leaf: &kvm_cpuid_entry2) -> [u32; 4] {

@@ -7,6 +7,9 @@
     reason = "KVM_GET/SET_XSAVE write and read a buffer sized by a capability"
 )]
 
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
 use kvm_bindings::{
     CpuId, Msrs, Xsave, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state,
     kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
@@ -45,6 +48,7 @@ pub struct StateContext {
     msr_indices: Vec<u32>,
     supported: CpuId,
     extra_xsave_words: usize,
+    leaves: Mutex<BTreeMap<u8, Vec<kvm_cpuid_entry2>>>,
 }
 
 impl StateContext {
@@ -61,6 +65,7 @@ impl StateContext {
             msr_indices: list.as_slice().to_vec(),
             supported,
             extra_xsave_words: size.saturating_sub(size_of::<kvm_xsave>()).div_ceil(4),
+            leaves: Mutex::default(),
         })
     }
 
@@ -69,15 +74,26 @@ impl StateContext {
         &self.supported
     }
 
-    /// Reads everything. The vCPU must have completed its last exit.
-    pub fn save(&self, vcpu: &VcpuFd) -> Result<VcpuStateV1, KvmError> {
+    /// Gives vCPU `id` its CPUID leaves, and remembers them: what KVM reads back has bits of the host's and of
+    /// the moment in it.
+    pub fn set_cpuid(
+        &self,
+        id: u8,
+        vcpu: &VcpuFd,
+        leaves: &[kvm_cpuid_entry2],
+    ) -> Result<(), KvmError> {
+        let cpuid = CpuId::from_entries(leaves).map_err(|_| KvmError::State("CPUID table"))?;
+        vcpu.set_cpuid2(&cpuid).map_err(during("KVM_SET_CPUID2"))?;
+        self.leaves().insert(id, leaves.to_vec());
+        Ok(())
+    }
+
+    /// Reads everything of vCPU `id`. It must have completed its last exit.
+    pub fn save(&self, id: u8, vcpu: &VcpuFd) -> Result<VcpuStateV1, KvmError> {
         // mp_state first: reading it makes KVM take pending INIT and SIPI into account.
         let mp_state = vcpu.get_mp_state().map_err(during("KVM_GET_MP_STATE"))?;
-        let cpuid = vcpu
-            .get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
-            .map_err(during("KVM_GET_CPUID2"))?;
         Ok(VcpuStateV1 {
-            cpuid: cpuid.as_slice().to_vec(),
+            cpuid: self.leaves().get(&id).cloned().unwrap_or_default(),
             mp_state,
             regs: vcpu.get_regs().map_err(during("KVM_GET_REGS"))?,
             sregs: vcpu.get_sregs().map_err(during("KVM_GET_SREGS"))?,
@@ -94,11 +110,9 @@ impl StateContext {
     }
 
     /// Writes everything into a fresh vCPU.
-    pub fn restore(&self, vcpu: &VcpuFd, state: &VcpuStateV1) -> Result<(), StateError> {
+    pub fn restore(&self, id: u8, vcpu: &VcpuFd, state: &VcpuStateV1) -> Result<(), StateError> {
         cpuid::check_compatible(&self.supported, &state.cpuid)?;
-        let cpuid =
-            CpuId::from_entries(&state.cpuid).map_err(|_| StateError::Impossible("CPUID"))?;
-        vcpu.set_cpuid2(&cpuid).map_err(during("KVM_SET_CPUID2"))?;
+        self.set_cpuid(id, vcpu, &state.cpuid)?;
         // The same frequency scales nothing; another one needs hardware scaling and fails without it.
         if vcpu.get_tsc_khz().ok() != Some(state.tsc_khz) {
             vcpu.set_tsc_khz(state.tsc_khz)
@@ -120,6 +134,10 @@ impl StateContext {
         vcpu.set_vcpu_events(&state.events)
             .map_err(during("KVM_SET_VCPU_EVENTS"))?;
         Ok(())
+    }
+
+    fn leaves(&self) -> MutexGuard<'_, BTreeMap<u8, Vec<kvm_cpuid_entry2>>> {
+        self.leaves.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn get_xsave(&self, vcpu: &VcpuFd) -> Result<Vec<u32>, KvmError> {
