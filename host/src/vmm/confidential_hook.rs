@@ -32,8 +32,8 @@ pub trait GuestProtection: Send {
     fn send_finish(&mut self) -> Result<(), RoleError>;
     /// SEND_CANCEL.
     fn send_cancel(&mut self) -> Result<(), RoleError>;
-    /// PDH, then PEK ‖ OCA ‖ CEK, then ASK ‖ ARK.
-    fn evidence(&mut self) -> Result<(Vec<u8>, Vec<u8>, Vec<u8>), RoleError>;
+    /// This platform's certificates.
+    fn evidence(&mut self) -> Result<PlatformCertificates, RoleError>;
     /// RECEIVE_START.
     fn receive_start(
         &mut self,
@@ -48,3 +48,6 @@ pub trait GuestProtection: Send {
     /// Ends the firmware's guest context (DEACTIVATE, DECOMMISSION); errors are logged only.
     fn decommission(&mut self);
 }
+
+/// PDH, then PEK ‖ OCA ‖ CEK, then ASK ‖ ARK.
+pub type PlatformCertificates = (Vec<u8>, Vec<u8>, Vec<u8>);

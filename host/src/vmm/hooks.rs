@@ -35,7 +35,7 @@ pub struct Hooks {
     /// State of the sandbox of this process.
     pub report: fn() -> Result<SandboxReport, String>,
     /// Makes the device models of a plan, in PCI order, from the descriptors handed in.
-    pub devices: fn(&MachinePlan, &mut Handles) -> Result<Vec<Box<dyn VirtioDevice>>, RoleError>,
+    pub devices: fn(&MachinePlan, &mut Handles) -> Result<Models, RoleError>,
     /// Opens the confidential technology of a plan; `memory` is the guest memory file, `exchange` the
     /// exchange memory's.
     pub protection: fn(
@@ -43,8 +43,13 @@ pub struct Hooks {
         &mut Handles,
         memory: BorrowedFd<'_>,
         exchange: BorrowedFd<'_>,
-    ) -> Result<Option<Box<dyn GuestProtection>>, RoleError>,
+    ) -> Result<Protection, RoleError>,
 }
+
+/// Device models, in PCI order.
+pub type Models = Vec<Box<dyn VirtioDevice>>;
+/// The confidential technology of a guest, if it has one.
+pub type Protection = Option<Box<dyn GuestProtection>>;
 
 /// Descriptors of [`VmmRequest::Prepare`](crate::vmm::protocol::VmmRequest::Prepare), each taken once.
 #[derive(Debug, Default)]
