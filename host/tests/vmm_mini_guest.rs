@@ -1,6 +1,14 @@
 //! A small freestanding guest on the real `/dev/kvm`, packed as a bzImage: it dirties 256 pages in turn and
 //! prints its counter each time it has been round. No SSE, no hypercalls: it runs where Linux does not.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "tests end where they fail"
+)]
+
 mod vmm_support;
 
 use std::fs::File;

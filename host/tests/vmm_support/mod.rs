@@ -1,5 +1,12 @@
 //! A VMM role in a thread, driven over its channels as the agent and the mover drive it; no sandbox.
 #![allow(dead_code, reason = "each test binary and the example use a part")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "tests end where they fail"
+)]
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
