@@ -288,6 +288,35 @@ fn dropping_the_handle_ends_the_role_and_its_cgroup() {
 }
 
 #[test]
+fn limits_are_set_where_the_host_has_them_and_owned_up_to_where_not() {
+    let mut spec = spec("limits");
+    spec.memory_max = Some(64 << 20);
+    let (channel, theirs) = Channel::pair().unwrap();
+    let child = spawn(Role::Psp, spec, "report", theirs);
+    let report: SandboxReport = channel.recv(SOON).unwrap().body;
+    for (file, value) in [("memory.max", "67108864"), ("pids.max", "64")] {
+        let said = |text: &str| report.notes.iter().any(|note| note.contains(text));
+        let groups = cgroups_of(child.pid());
+        let set = groups.first().map(|group| format!("{group}/{file}"));
+        match set.and_then(|path| std::fs::read_to_string(path).ok()) {
+            Some(found) => {
+                assert_eq!(found.trim(), value);
+                assert!(said(&format!("{file} = {value}")), "{:?}", report.notes);
+            }
+            None => assert!(
+                said(&format!("{file} not set")) || said("no v2 hierarchy"),
+                "{:?}",
+                report.notes
+            ),
+        }
+    }
+    let pids = std::fs::read_to_string(format!("/proc/{}/limits", child.pid())).unwrap();
+    let line = pids.lines().find(|l| l.starts_with("Max processes"));
+    assert!(line.unwrap().contains(" 64 "), "{line:?}");
+    finish(child, channel);
+}
+
+#[test]
 fn an_agent_that_is_killed_leaves_no_process() {
     // The scenario `agent` is an agent of its own: it starts a role and says its process id.
     let (mine, theirs) = Channel::pair().unwrap();

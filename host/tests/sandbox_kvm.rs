@@ -1,7 +1,11 @@
 //! A real guest on the real `/dev/kvm`, run, saved and logged from inside the VMM's cell with all filters on.
 //!
 //! Played like in `sandbox_cell.rs`: the test binary is started again as the role and never reaches `main`.
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
 #![expect(unsafe_code, reason = "KVM and a process before main")]
 
 use std::fs::{File, OpenOptions};
