@@ -176,6 +176,18 @@ fn a_mover_cannot_leave_the_order_or_guest_memory() {
 }
 
 #[test]
+fn a_mover_that_asks_and_does_not_read_is_dropped_and_holds_up_nobody() {
+    let lines = Lines::new();
+    let mut vmm = launch(COUNTER, &lines);
+    vmm.ask(VmmRequest::Run).unwrap();
+    let mover = vmm.mover();
+    mover.ask_without_reading(MoverRequest::TakeDirty, 100_000);
+    assert!(matches!(status(&mut vmm), MachineState::Running));
+    counts(&lines, 0, 20);
+    drop(vmm.mover());
+}
+
+#[test]
 fn a_guest_that_resets_or_breaks_is_reported() {
     for (code, expect) in [
         (RESET, "reset"),
