@@ -38,19 +38,24 @@ fn the_guest_runs_and_what_it_writes_is_in_the_dirty_log_exactly() {
         mover.bitmap(MoverRequest::TakeDirty).is_empty(),
         "nothing runs"
     );
-    for _ in 0..3 {
+    let mut fewest = 256;
+    for _ in 0..20 {
         let before = window(&mover);
         vmm.ask(VmmRequest::Resume).unwrap();
-        std::thread::sleep(Duration::from_millis(2));
+        std::thread::sleep(Duration::from_micros(100));
         vmm.ask(VmmRequest::Pause).unwrap();
         let after = window(&mover);
         let changed: Vec<u64> = (0..256)
             .filter(|n| before[*n as usize] != after[*n as usize])
             .map(|n| WINDOW + n)
             .collect();
-        assert!(!changed.is_empty(), "the guest runs");
         assert_eq!(mover.bitmap(MoverRequest::TakeDirty), changed);
+        fewest = fewest.min(changed.len());
     }
+    assert!(
+        fewest < 256,
+        "some rounds were short enough to tell pages apart"
+    );
 }
 
 #[test]
