@@ -361,14 +361,16 @@ fn older_version_is_page_rolled_back() {
 #[test]
 fn older_content_under_the_new_header_is_page_authentication() {
     let mut old: Option<Vec<u8>> = None;
+    let mut done = false;
     attack("PAGE_AUTHENTICATION", move |_, mut frame| {
-        if frame.kind == FrameKind::PageBatch {
+        if frame.kind == FrameKind::PageBatch && !done {
             let mut entries = split(&frame.payload).unwrap();
             let target = data_entry(&entries, 0);
             match &old {
                 None => old = Some(entries[target].clone()),
                 Some(old) if old.len() == entries[target].len() => {
-                    entries[target][32..].copy_from_slice(&old[32..])
+                    entries[target][32..].copy_from_slice(&old[32..]);
+                    done = true;
                 }
                 Some(_) => {}
             }

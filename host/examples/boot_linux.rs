@@ -1,7 +1,14 @@
 //! Boots a Linux kernel in the VMM without its sandbox, and moves it between VMMs of this process:
-//! `boot_linux KERNEL INITRD [--disk FILE-TO-COPY] [--vcpus N] [--memory MIB] [--cmdline TEXT] [--moves N] [--until TEXT]`.
+//! `boot_linux KERNEL INITRD [--disk FILE-TO-COPY] [--vcpus N] [--memory MIB] [--cmdline TEXT] [--moves N] [--until TEXT] [--stay SECONDS] [--sev-shape yes]`.
 //!
 //! A tool for the VMM's developers; it needs hardware virtualisation (or the lab).
+
+#![expect(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a tool for developers ends where it fails"
+)]
 
 #[path = "../tests/vmm_support/mod.rs"]
 mod vmm_support;
@@ -12,7 +19,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use casemate::machine::plan::{DiskPlan, MachinePlan};
+use casemate::machine::plan::{DiskPlan, MachinePlan, Technology};
 use casemate::vmm::protocol::{HandleKind, VmmRequest};
 use vmm_support::{Lines, Vmm, kvm, migrate, plan};
 
@@ -39,6 +46,13 @@ fn main() {
         number("--memory", 256) << 20,
         cmdline,
     );
+    if options.contains_key("--sev-shape") {
+        // The shape of a confidential guest (DMA rules, secret page), without a secure processor.
+        plan.technology = Technology::Sev {
+            emulated: true,
+            policy: 1,
+        };
+    }
     if options.contains_key("--disk") {
         plan.disks.push(DiskPlan {
             id: "disk0".into(),

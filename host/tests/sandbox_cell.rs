@@ -97,6 +97,8 @@ fn agrees_with_proc(child: &RoleProcess, report: &SandboxReport) {
         let of = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/{ns}")).unwrap();
         assert_ne!(of(&child.pid().to_string()), of("self"), "{ns}");
     }
+    let mounts = std::fs::read_to_string(proc("mountinfo")).unwrap();
+    assert_eq!(mounts.lines().count(), 1, "{mounts}");
     let root: Vec<_> = std::fs::read_dir(proc("root")).unwrap().collect();
     assert!(root.is_empty(), "{root:?}");
     let written = std::fs::write(proc("root/x"), "").unwrap_err();
@@ -165,7 +167,7 @@ fn what_the_probe_is_refused_kills_the_control_thread() {
     for role in ROLES {
         for (name, call) in calls {
             let (child, channel) = start(role, &format!("call {call}"));
-            let status = child.wait().unwrap();
+            let status = ended(&child);
             assert_eq!(
                 status.signal(),
                 Some(libc::SIGSYS),
@@ -180,7 +182,7 @@ fn what_the_probe_is_refused_kills_the_control_thread() {
 fn a_forbidden_call_on_any_thread_kills_the_whole_process() {
     for thread in ["vcpu", "device"] {
         let (child, _channel) = start(Role::Vmm, &format!("{thread} opens"));
-        let status = child.wait().unwrap();
+        let status = ended(&child);
         assert_eq!(status.signal(), Some(libc::SIGSYS), "{thread}: {status}");
     }
 }
@@ -239,7 +241,7 @@ fn memory_handed_on_read_only_cannot_be_written() {
 fn a_panic_in_any_thread_ends_the_process() {
     for scenario in ["panic", "panic in a thread"] {
         let (child, _channel) = start(Role::Mover, scenario);
-        assert_eq!(child.wait().unwrap().code(), Some(101), "{scenario}");
+        assert_eq!(ended(&child).code(), Some(101), "{scenario}");
     }
 }
 
@@ -248,7 +250,7 @@ fn a_thread_without_a_filter_keeps_the_process_from_sealing() {
     let (child, channel) = start(Role::Vmm, "unfiltered");
     let error: String = channel.recv(SOON).unwrap().body;
     assert!(error.contains("1 thread(s)"), "{error}");
-    assert_eq!(child.wait().unwrap().code(), Some(0));
+    assert_eq!(ended(&child).code(), Some(0));
 }
 
 #[test]
@@ -257,7 +259,7 @@ fn a_role_whose_landlock_is_too_old_refuses_to_start() {
     spec.landlock_min = 99;
     let (channel, theirs) = Channel::pair().unwrap();
     let child = spawn(Role::Vmm, spec, "report", theirs);
-    assert_eq!(child.wait().unwrap().code(), Some(REFUSED));
+    assert_eq!(ended(&child).code(), Some(REFUSED));
     assert!(matches!(channel.recv::<u8>(SOON), Err(IpcError::Closed)));
 }
 
@@ -286,6 +288,35 @@ fn dropping_the_handle_ends_the_role_and_its_cgroup() {
 }
 
 #[test]
+fn limits_are_set_where_the_host_has_them_and_owned_up_to_where_not() {
+    let mut spec = spec("limits");
+    spec.memory_max = Some(64 << 20);
+    let (channel, theirs) = Channel::pair().unwrap();
+    let child = spawn(Role::Psp, spec, "report", theirs);
+    let report: SandboxReport = channel.recv(SOON).unwrap().body;
+    for (file, value) in [("memory.max", "67108864"), ("pids.max", "64")] {
+        let said = |text: &str| report.notes.iter().any(|note| note.contains(text));
+        let groups = cgroups_of(child.pid());
+        let set = groups.first().map(|group| format!("{group}/{file}"));
+        match set.and_then(|path| std::fs::read_to_string(path).ok()) {
+            Some(found) => {
+                assert_eq!(found.trim(), value);
+                assert!(said(&format!("{file} = {value}")), "{:?}", report.notes);
+            }
+            None => assert!(
+                said(&format!("{file} not set")) || said("no v2 hierarchy"),
+                "{:?}",
+                report.notes
+            ),
+        }
+    }
+    let pids = std::fs::read_to_string(format!("/proc/{}/limits", child.pid())).unwrap();
+    let line = pids.lines().find(|l| l.starts_with("Max processes"));
+    assert!(line.unwrap().contains(" 64 "), "{line:?}");
+    finish(child, channel);
+}
+
+#[test]
 fn an_agent_that_is_killed_leaves_no_process() {
     // The scenario `agent` is an agent of its own: it starts a role and says its process id.
     let (mine, theirs) = Channel::pair().unwrap();
@@ -299,7 +330,12 @@ fn an_agent_that_is_killed_leaves_no_process() {
     assert!(!gone_now(role));
     agent.kill().unwrap();
     agent.wait().unwrap();
-    assert!(gone(role), "role {role} outlived its agent");
+    let outlived = !gone(role);
+    if outlived {
+        let pid = nix::unistd::Pid::from_raw(role.cast_signed());
+        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+    }
+    assert!(!outlived, "role {role} outlived its agent");
     casemate::sandbox::jail::sweep_cgroups();
 }
 
@@ -329,10 +365,25 @@ fn spawn(role: Role, spec: JailSpec, scenario: &str, channel: Channel) -> RolePr
         .unwrap()
 }
 
+/// Waits for the end, but not for ever: a role that should have died and has not is killed by its handle.
+fn ended(child: &RoleProcess) -> std::process::ExitStatus {
+    let start = Instant::now();
+    loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            return status;
+        }
+        assert!(
+            start.elapsed() < Duration::from_secs(10),
+            "the role lives on"
+        );
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
 /// Closes the channel: the child ends by itself then.
 fn finish(child: RoleProcess, channel: Channel) {
     drop(channel);
-    assert_eq!(child.wait().unwrap().code(), Some(0));
+    assert_eq!(ended(&child).code(), Some(0));
 }
 
 fn cgroups_of(pid: u32) -> Vec<String> {

@@ -1,6 +1,14 @@
 //! A small freestanding guest on the real `/dev/kvm`, packed as a bzImage: it dirties 256 pages in turn and
 //! prints its counter each time it has been round. No SSE, no hypercalls: it runs where Linux does not.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "tests end where they fail"
+)]
+
 mod vmm_support;
 
 use std::fs::File;
@@ -165,6 +173,18 @@ fn a_mover_cannot_leave_the_order_or_guest_memory() {
         "BAD_STATE"
     );
     assert_eq!(code(MoverRequest::Activate), "WRONG_STATE");
+}
+
+#[test]
+fn a_mover_that_asks_and_does_not_read_is_dropped_and_holds_up_nobody() {
+    let lines = Lines::new();
+    let mut vmm = launch(COUNTER, &lines);
+    vmm.ask(VmmRequest::Run).unwrap();
+    let mover = vmm.mover();
+    mover.ask_without_reading(MoverRequest::TakeDirty, 100_000);
+    assert!(matches!(status(&mut vmm), MachineState::Running));
+    counts(&lines, 0, 20);
+    drop(vmm.mover());
 }
 
 #[test]

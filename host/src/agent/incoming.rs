@@ -22,7 +22,7 @@ use crate::mover::protocol::{
     AgentAnswer, DestinationStart, MoveLimits, MoveOutcome, MoverCommand, MoverRequestToAgent,
     OwnershipStep, PeerName,
 };
-use crate::vmm::protocol::{RoleError, VmmRequest};
+use crate::vmm::protocol::{MachineState, RoleError, VmmRequest};
 
 /// A guest on its way in.
 #[derive(Default)]
@@ -82,35 +82,53 @@ impl Agent {
                         .code(&code)
                         .with("reason", reason.as_str()),
                 )?;
-                self.keep_if_owner(arrival)?;
+                // Should it have been recorded as this host's already: its activation failed, and the source was told.
+                self.give_back(&arrival)?;
                 Err(Failure {
                     code,
                     error: reason,
                 })
             }
             None => {
-                self.keep_if_owner(arrival)?;
+                self.evidence
+                    .record(entry(Outcome::Failed).code("MOVER_DIED"))?;
+                self.settle(arrival)?;
                 Err(Failure::new("MOVER_DIED", "the mover process died"))
             }
         }
     }
 
-    /// Once the record says that this host owns the guest, it does, whatever became of the connection.
-    fn keep_if_owner(&self, arrival: Arrival) -> Result<(), Failure> {
-        let Some(guest) = arrival.guest.filter(|_| arrival.epoch > 0) else {
+    /// The mover died without a word. A guest that runs is this host's; one that does not is given back, and a source
+    /// that asks will be told so.
+    fn settle(&self, arrival: Arrival) -> Result<(), Failure> {
+        let running = arrival.guest.as_ref().filter(|guest| {
+            arrival.epoch > 0
+                && guest
+                    .info()
+                    .is_ok_and(|info| info.state == MachineState::Running)
+        });
+        match running {
+            Some(guest) => {
+                lock(&self.guests).insert(guest.plan.name.clone(), Arc::clone(guest));
+                Ok(())
+            }
+            None => self.give_back(&arrival),
+        }
+    }
+
+    /// Ends a guest that never ran here, and the claim on it.
+    fn give_back(&self, arrival: &Arrival) -> Result<(), Failure> {
+        let Some(guest) = arrival.guest.as_ref().filter(|_| arrival.epoch > 0) else {
             return Ok(());
         };
-        guest
-            .vmm
-            .call(&VmmRequest::Run, &[])
-            .map(drop)
-            .or_else(|e| match e.code.as_str() {
-                // It runs already: only the word that it does was lost.
-                "WRONG_STATE" => Ok(()),
-                _ => Err(e),
-            })?;
-        lock(&self.guests).insert(guest.plan.name.clone(), guest);
-        Ok(())
+        guest.vmm.kill();
+        let record = Ownership {
+            vm_id: hex::encode(guest.plan.vm_id),
+            epoch: arrival.epoch - 1,
+            state: OwnershipState::GivenBack,
+            peer: Some(arrival.peer.clone()),
+        };
+        self.record_ownership(&guest.plan.name, &record)
     }
 
     fn serve_arrival(

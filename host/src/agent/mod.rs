@@ -364,7 +364,11 @@ impl Agent {
             name: name.to_owned(),
         };
         match record.map(|r| r.state) {
-            Some(OwnershipState::HandingOver | OwnershipState::HandedOver) => Err(Failure::new(
+            Some(
+                OwnershipState::HandingOver
+                | OwnershipState::HandedOver
+                | OwnershipState::GivenBack,
+            ) => Err(Failure::new(
                 "NOT_OWNER",
                 format!(
                     "{name} was given to another host; remove its ownership record only if that host has ended it"

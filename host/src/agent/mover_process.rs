@@ -18,7 +18,7 @@ use crate::vmm::protocol::RoleError;
 /// A running mover. Dropping it kills the process.
 pub struct MoverProcess {
     channel: Channel,
-    process: Mutex<RoleProcess>,
+    _process: Mutex<RoleProcess>,
     reports: Exchange<SandboxReport>,
     probes: Exchange<ProbeReport>,
 }
@@ -32,7 +32,7 @@ impl MoverProcess {
     pub fn new(process: RoleProcess, channel: Channel) -> Self {
         Self {
             channel,
-            process: Mutex::new(process),
+            _process: Mutex::new(process),
             reports: Exchange::new(),
             probes: Exchange::new(),
         }
@@ -85,11 +85,6 @@ impl MoverProcess {
                 .send(&MoverCommand::SandboxProbe)
                 .map_err(|e| gone(&e))
         })
-    }
-
-    /// Process id as this host sees it.
-    pub fn pid(&self) -> u32 {
-        lock(&self.process).pid()
     }
 
     fn answer(

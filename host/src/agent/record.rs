@@ -33,6 +33,8 @@ pub enum OwnershipState {
     HandingOver,
     /// The peer confirmed that it runs the guest under `epoch`.
     HandedOver,
+    /// It was to run here and never did; the peer keeps it under `epoch`.
+    GivenBack,
     /// The guest ended here.
     Ended,
 }

@@ -1,7 +1,6 @@
 //! One VMM process as the agent sees it: requests in order, one reply each, events on the side.
 
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -15,7 +14,6 @@ use crate::vmm::protocol::{RoleError, VmmEvent, VmmMessage, VmmReply, VmmRequest
 pub struct VmmProcess {
     channel: Arc<Channel>,
     replies: Mutex<Receiver<Result<VmmReply, RoleError>>>,
-    alive: Arc<AtomicBool>,
     process: Mutex<RoleProcess>,
 }
 
@@ -28,11 +26,9 @@ impl VmmProcess {
         on_event: impl FnMut(Option<VmmEvent>) + Send + 'static,
     ) -> std::io::Result<Self> {
         let channel_end = Arc::new(channel_end);
-        let alive = Arc::new(AtomicBool::new(true));
         let (sender, replies) = channel();
         let reader = Reader {
             channel: Arc::clone(&channel_end),
-            alive: Arc::clone(&alive),
             sender,
         };
         std::thread::Builder::new()
@@ -41,7 +37,6 @@ impl VmmProcess {
         Ok(Self {
             channel: channel_end,
             replies: Mutex::new(replies),
-            alive,
             process: Mutex::new(process),
         })
     }
@@ -66,11 +61,6 @@ impl VmmProcess {
         }
     }
 
-    /// Whether the process has not ended.
-    pub fn alive(&self) -> bool {
-        self.alive.load(Ordering::Acquire)
-    }
-
     /// Process id as this host sees it.
     pub fn pid(&self) -> u32 {
         lock(&self.process).pid()
@@ -85,7 +75,6 @@ impl VmmProcess {
 
 struct Reader {
     channel: Arc<Channel>,
-    alive: Arc<AtomicBool>,
     sender: Sender<Result<VmmReply, RoleError>>,
 }
 
@@ -106,7 +95,6 @@ impl Reader {
                 }
             }
         }
-        self.alive.store(false, Ordering::Release);
         on_event(None);
     }
 }

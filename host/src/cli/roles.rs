@@ -19,14 +19,8 @@ pub fn internal(role: Role) -> Result<u8, Failure> {
     log();
     match role {
         Role::Vmm => vmm().map_err(|e| Failure::new("ROLE_FAILED", format!("vmm: {e}")))?,
-        Role::Mover => {
-            let (channel, cell) = crate::role::enter(sandbox::Role::Mover)?;
-            crate::mover::run(channel, cell)?;
-        }
-        Role::Psp => {
-            let (channel, cell) = crate::role::enter(sandbox::Role::Psp)?;
-            crate::confidential::processor_role::run(channel, cell)?;
-        }
+        Role::Mover => crate::mover::main()?,
+        Role::Psp => crate::confidential::processor_role::main()?,
     }
     Ok(0)
 }

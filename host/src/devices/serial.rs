@@ -169,7 +169,7 @@ mod tests {
     use super::*;
     use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
-    fn console() -> (Console, File) {
+    fn pair() -> (Console, File) {
         let (reader, writer) = nix::unistd::pipe().unwrap();
         let line = EventFd::new(EFD_NONBLOCK).unwrap();
         (Console::new(line, writer).unwrap(), File::from(reader))
@@ -177,7 +177,7 @@ mod tests {
 
     #[test]
     fn what_the_guest_writes_comes_out() {
-        let (console, mut reader) = console();
+        let (console, mut reader) = pair();
         console.write(0, b"hi");
         drop(console);
         let mut text = String::new();
@@ -187,7 +187,7 @@ mod tests {
 
     #[test]
     fn a_slow_reader_costs_bytes_not_time() {
-        let (console, _reader) = console();
+        let (console, _reader) = pair();
         let bytes = vec![b'x'; 100_000];
         console.write(0, &bytes);
         assert!(
@@ -199,11 +199,11 @@ mod tests {
 
     #[test]
     fn registers_go_round() {
-        let (console, _a) = self::console();
+        let (console, _a) = pair();
         console.write(7, &[0x5a]);
         console.write(1, &[0x02]);
         let saved = console.save();
-        let (other, _b) = self::console();
+        let (other, _b) = pair();
         assert_ne!(other.save(), saved);
         other.restore(&saved).unwrap();
         assert_eq!(other.save().scratch, 0x5a);

@@ -90,9 +90,10 @@ pub(super) fn hypervisor() -> Check {
             "small freestanding guests run; a Linux guest does not boot on this KVM",
         )
         .but(
-            Status::Degraded,
+            Status::Missing,
             "use a machine with AMD SVM (or Intel VT-x), or the emulated lab: `cargo lab`",
-        );
+        )
+        .required();
     }
     let feature = match (cpu.svm, cpu.vmx) {
         (true, _) => "AMD SVM",
@@ -102,7 +103,7 @@ pub(super) fn hypervisor() -> Check {
                 .but(
                     Status::Missing,
                     "switch SVM/VT-x on in the firmware, or nested virtualisation in the hypervisor beneath",
-                );
+                ).required();
         }
     };
     let check = Check::ok(name, format!("{feature}{beneath}"), "Linux guests run");

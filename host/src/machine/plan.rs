@@ -168,7 +168,8 @@ mod tests {
     #[test]
     fn what_a_peer_may_not_ask_for_is_refused() {
         plan().check().unwrap();
-        let spoil: [(&str, fn(&mut MachinePlan)); 8] = [
+        type Spoil = fn(&mut MachinePlan);
+        let spoil: [(&str, Spoil); 8] = [
             ("name", |p| p.name = "../vault".into()),
             ("vCPUs", |p| p.vcpus = 65),
             ("memory", |p| p.memory_bytes = 1 << 40),

@@ -140,8 +140,12 @@ pub(super) fn enter(role: Role) -> Result<Cell, JailError> {
     let mut namespaces = unshare_namespaces()?;
     namespaces.push("pid".to_owned());
     sethostname(format!("casemate-{role}")).map_err(step("sethostname"))?;
-    let proc = File::open("/proc/self").map_err(|e| io_step("open /proc/self", &e))?;
+    let proc = ProcSelf(File::open("/proc/self").map_err(|e| io_step("open /proc/self", &e))?);
     empty_root(&mut notes)?;
+    let mounts = proc.mounts().map_err(step("count mounts"))?;
+    if mounts != 1 {
+        return Err(JailError::NotEffective(format!("{mounts} mounts")));
+    }
     limit_resources(&spec)?;
     if let Err(errno) = sys::new_session_keyring()
         && errno != Errno::ENOSYS
@@ -159,7 +163,7 @@ pub(super) fn enter(role: Role) -> Result<Cell, JailError> {
         spec,
         channel: Some(channel),
         status,
-        proc: Some(ProcSelf(proc)),
+        proc: Some(proc),
         namespaces,
         notes,
     })

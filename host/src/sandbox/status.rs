@@ -67,10 +67,7 @@ impl ProcSelf {
             if name.starts_with('.') {
                 continue;
             }
-            let mut stat = String::new();
-            let file = self.open(&format!("task/{name}/stat"))?;
-            let read = File::from(file).read_to_string(&mut stat);
-            read.map_err(|_| Errno::EIO)?;
+            let stat = self.text(&format!("task/{name}/stat"))?;
             if is_kernel_worker(&stat) {
                 threads.kernel += 1;
             } else {
@@ -78,6 +75,18 @@ impl ProcSelf {
             }
         }
         Ok(threads)
+    }
+
+    /// Mounts this process can reach.
+    pub(crate) fn mounts(&self) -> Result<usize, Errno> {
+        Ok(self.text("mountinfo")?.lines().count())
+    }
+
+    fn text(&self, path: &str) -> Result<String, Errno> {
+        let mut text = String::new();
+        let read = File::from(self.open(path)?).read_to_string(&mut text);
+        read.map_err(|_| Errno::EIO)?;
+        Ok(text)
     }
 
     fn open(&self, path: &str) -> Result<OwnedFd, Errno> {

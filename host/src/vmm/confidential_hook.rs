@@ -2,6 +2,11 @@
 
 use crate::vmm::protocol::{Measurement, OwnerSession, RoleError};
 
+/// Policy, source PDH, session.
+pub type SendStarted = (u32, Vec<u8>, Vec<u8>);
+/// PDH, then PEK ‖ OCA ‖ CEK, then ASK ‖ ARK.
+pub type PlatformEvidence = (Vec<u8>, Vec<u8>, Vec<u8>);
+
 /// The confidential technology of one guest as the VMM drives it; a failed call leaves the guest unlaunchable.
 pub trait GuestProtection: Send {
     /// LAUNCH_START. `memory` lists (gpa, length) and where it lies in the guest memory file.
@@ -25,7 +30,7 @@ pub trait GuestProtection: Send {
         target_pdh: &[u8],
         platform: &[u8],
         amd: &[u8],
-    ) -> Result<(u32, Vec<u8>, Vec<u8>), RoleError>;
+    ) -> Result<SendStarted, RoleError>;
     /// SEND_UPDATE_DATA of each page; packets go to `exchange`, PACKET_STRIDE bytes each. `offsets` are guest physical addresses.
     fn send_pages(&mut self, gpas: &[u64]) -> Result<(), RoleError>;
     /// SEND_FINISH.
@@ -33,7 +38,7 @@ pub trait GuestProtection: Send {
     /// SEND_CANCEL.
     fn send_cancel(&mut self) -> Result<(), RoleError>;
     /// PDH, then PEK ‖ OCA ‖ CEK, then ASK ‖ ARK.
-    fn evidence(&mut self) -> Result<(Vec<u8>, Vec<u8>, Vec<u8>), RoleError>;
+    fn evidence(&mut self) -> Result<PlatformEvidence, RoleError>;
     /// RECEIVE_START.
     fn receive_start(
         &mut self,

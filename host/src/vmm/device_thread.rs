@@ -363,6 +363,62 @@ const ANNOUNCE_AFTER: [Duration; 5] = [
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::devices::virtio::transport::tests::{Bench, bench};
+
+    /// A running thread with one function whose driver is ready.
+    fn started(bench: &mut Bench) -> (DeviceThread, Arc<VirtioPci>) {
+        let spare = self::bench();
+        let function = Arc::new(std::mem::replace(&mut bench.function, spare.function));
+        let wake = bench.wake.try_clone().unwrap();
+        let thread = DeviceThread::spawn(wake, vec![Arc::clone(&function)], |_| Ok(())).unwrap();
+        thread.run().unwrap();
+        (thread, function)
+    }
+
+    fn soon(mut condition: impl FnMut() -> bool) -> bool {
+        (0..400).any(|_| {
+            std::thread::sleep(Duration::from_millis(5));
+            condition()
+        })
+    }
+
+    #[test]
+    fn notifications_reach_the_device_while_it_runs_and_wait_while_it_is_paused() {
+        let mut bench = bench();
+        bench.say_driver_ok();
+        let (thread, function) = started(&mut bench);
+        function.kicks()[1].write(1).unwrap();
+        assert!(soon(|| bench.log.lock().unwrap().events == [1]));
+        thread.pause().unwrap();
+        function.kicks()[0].write(1).unwrap();
+        std::thread::sleep(Duration::from_millis(30));
+        assert_eq!(bench.log.lock().unwrap().events, [1]);
+        thread.run().unwrap();
+        assert!(soon(|| bench.log.lock().unwrap().events == [1, 0]));
+    }
+
+    #[test]
+    fn a_reset_by_the_driver_is_carried_out_and_the_guest_is_announced_five_times() {
+        let mut bench = bench();
+        bench.say_driver_ok();
+        let (thread, function) = started(&mut bench);
+        function.bar_write(0x14, &[0]);
+        let mut status = [0];
+        assert!(soon(|| {
+            function.bar_read(0x14, &mut status);
+            status == [0]
+        }));
+        thread.announce().unwrap();
+        assert!(soon(|| bench.log.lock().unwrap().announced == 5));
+    }
+
+    #[test]
+    fn a_thread_that_cannot_be_confined_does_not_start() {
+        let bench = bench();
+        let wake = bench.wake.try_clone().unwrap();
+        let result = DeviceThread::spawn(wake, vec![], |_| Err("no filter".into()));
+        assert!(matches!(result, Err(DeviceThreadError::Confine(_))));
+    }
 
     #[test]
     fn tokens_go_round() {

@@ -35,16 +35,19 @@ pub struct Hooks {
     /// State of the sandbox of this process.
     pub report: fn() -> Result<SandboxReport, String>,
     /// Makes the device models of a plan, in PCI order, from the descriptors handed in.
-    pub devices: fn(&MachinePlan, &mut Handles) -> Result<Vec<Box<dyn VirtioDevice>>, RoleError>,
+    pub devices: fn(&MachinePlan, &mut Handles) -> Result<Models, RoleError>,
     /// Opens the confidential technology of a plan; `memory` is the guest memory file, `exchange` the
     /// exchange memory's.
-    pub protection: fn(
-        &MachinePlan,
-        &mut Handles,
-        memory: BorrowedFd<'_>,
-        exchange: BorrowedFd<'_>,
-    ) -> Result<Option<Box<dyn GuestProtection>>, RoleError>,
+    pub protection: OpenProtection,
 }
+
+/// Device models in PCI order.
+pub type Models = Vec<Box<dyn VirtioDevice>>;
+/// The confidential technology of a guest, if it has one.
+pub type Protection = Option<Box<dyn GuestProtection>>;
+/// Opens it: plan, descriptors, guest memory file, exchange memory file.
+pub type OpenProtection =
+    fn(&MachinePlan, &mut Handles, BorrowedFd<'_>, BorrowedFd<'_>) -> Result<Protection, RoleError>;
 
 /// Descriptors of [`VmmRequest::Prepare`](crate::vmm::protocol::VmmRequest::Prepare), each taken once.
 #[derive(Debug, Default)]

@@ -3,20 +3,16 @@
 use std::fs::File;
 use std::os::unix::net::UnixListener;
 
-use super::hooks::Handles;
+use super::hooks::{Handles, Models};
 use super::protocol::{HandleKind, RoleError};
-use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::block::Block;
 use crate::devices::virtio::net::Net;
 use crate::devices::virtio::vsock::Vsock;
 use crate::machine::plan::MachinePlan;
 
 /// Makes every device model of `plan` from its descriptor; for [`Hooks::devices`](super::hooks::Hooks::devices).
-pub fn from_plan(
-    plan: &MachinePlan,
-    handles: &mut Handles,
-) -> Result<Vec<Box<dyn VirtioDevice>>, RoleError> {
-    let mut models: Vec<Box<dyn VirtioDevice>> = Vec::new();
+pub fn from_plan(plan: &MachinePlan, handles: &mut Handles) -> Result<Models, RoleError> {
+    let mut models: Models = Vec::new();
     for (disk, index) in plan.disks.iter().zip(0u8..) {
         let file = File::from(handles.require(HandleKind::Disk(index))?);
         let block =

@@ -1,5 +1,12 @@
 //! A VMM role in a thread, driven over its channels as the agent and the mover drive it; no sandbox.
 #![allow(dead_code, reason = "each test binary and the example use a part")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "tests end where they fail"
+)]
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -35,7 +42,10 @@ impl Vmm {
         handles: Vec<(HandleKind, OwnedFd)>,
     ) -> Result<Self, RoleError> {
         let (agent, other) = Channel::pair().unwrap();
-        let thread = std::thread::spawn(move || role::run(other, hooks()));
+        let thread = std::thread::Builder::new()
+            .name("control".into())
+            .spawn(move || role::run(other, hooks()))
+            .unwrap();
         let mut vmm = Self {
             agent,
             events: vec![],
@@ -124,6 +134,16 @@ impl Mover {
             .recv::<Result<MoverReply, RoleError>>(Some(DEADLINE))
             .unwrap()
             .body
+    }
+
+    /// Asks over and over until the VMM does not listen any more.
+    pub fn ask_without_reading(&self, request: MoverRequest, most: u32) {
+        for _ in 0..most {
+            if self.channel.send(&request).is_err() {
+                return;
+            }
+        }
+        panic!("the VMM still listens");
     }
 
     /// Page numbers of the bitmap that `request` answers with.

@@ -96,15 +96,17 @@ impl Apt {
 
     /// Download `packages` (`name`, `name/suite` or `name=version`) and unpack them below `to`.
     pub fn fetch(&self, packages: &[String], to: &Path) -> Result<()> {
-        let before = self.debs()?;
+        // What an interrupted attempt left may be half a file.
+        for stale in self.debs()? {
+            fs::remove_file(&stale).on("remove", &stale)?;
+        }
         let mut download = self.command("apt-get");
         download
             .current_dir(&self.cache)
             .args(["-qq", "download"])
             .args(packages);
         output(&mut download)?;
-        // What an earlier, interrupted attempt left is fetched again: only what is new is surely whole.
-        for deb in self.debs()?.difference(&before) {
+        for deb in &self.debs()? {
             output(
                 tied("dpkg-deb", Signal::SIGTERM)
                     .arg("--extract")

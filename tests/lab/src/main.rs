@@ -39,8 +39,8 @@ use crate::{
 /// A nested-KVM machine for tests and the demo; a cargo target runner.
 ///
 /// Environment: LAB=native|tcg|off chooses where programs run (default: native with hardware virtualisation, else tcg);
-/// LAB_TIMEOUT=<seconds> ends them (default 300); LAB_PAYLOAD=<path>[:<path>…] takes files along; LAB_DIR=<dir> keeps
-/// the lab elsewhere than in cargo's target directory.
+/// LAB_TIMEOUT=<seconds> ends them (default 300); LAB_PAYLOAD=<path>[:<path>…] takes files along; LAB_DMESG=1 shows
+/// the lab kernel's log at the end; LAB_DIR=<dir> keeps the lab elsewhere than in cargo's target directory.
 #[derive(Parser)]
 #[command(name = "lab", version)]
 struct Arguments {

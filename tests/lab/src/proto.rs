@@ -42,6 +42,8 @@ pub struct Run {
     pub clock: (i64, i64),
     /// Where each entry `files/<index>` of the payload disk shall appear.
     pub files: Vec<String>,
+    /// Whether the kernel's log follows the program's stderr.
+    pub kernel_log: bool,
     /// Directory whose files go back to the runner at the end.
     pub out: Option<String>,
 }

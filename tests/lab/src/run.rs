@@ -223,6 +223,7 @@ fn order(request: &Request, files: Vec<String>) -> Result<Vec<u8>> {
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();
     let clock = (now.as_secs().cast_signed(), i64::from(now.subsec_nanos()));
+    let kernel_log = env::var_os("LAB_DMESG").is_some();
     serde_json::to_vec(&Run {
         args,
         env,
@@ -230,6 +231,7 @@ fn order(request: &Request, files: Vec<String>) -> Result<Vec<u8>> {
         clock,
         files,
         out,
+        kernel_log,
     })
     .map_err(|error| Error::Usage(error.to_string()))
 }

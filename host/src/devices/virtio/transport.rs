@@ -456,4 +456,4 @@ const ISR_CONFIG: u8 = 2;
 const NO_VECTOR: u16 = 0xffff;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

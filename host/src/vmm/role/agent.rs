@@ -3,6 +3,8 @@
 use std::os::fd::OwnedFd;
 use std::time::Instant;
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+
 use super::super::layout::SECRET_GPA;
 use super::super::protocol::{
     MachineState, MachineStatus, Measurement, OwnerSession, RoleError, VmmReply, VmmRequest,
@@ -130,6 +132,11 @@ impl Control {
                 text: "AttachMover takes exactly one descriptor, the channel".into(),
             });
         };
+        // A mover that asks and does not read must not hold up the agent: sending to it never waits.
+        fcntl(&channel, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(|e| RoleError {
+            code: "BAD_HANDLES".into(),
+            text: format!("the mover's channel: {e}"),
+        })?;
         self.mover = Some(Channel::from_fd(channel));
         Ok(VmmReply::Done)
     }

@@ -4,7 +4,7 @@ use std::{
     collections::HashMap,
     fs::{self, File},
     io::{self, PipeReader, Read},
-    os::fd::AsFd,
+    os::{fd::AsFd, unix::fs::OpenOptionsExt},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     thread,
@@ -44,6 +44,9 @@ pub fn serve() -> anyhow::Result<()> {
         }
         Err(error) => Exit::NotStarted(format!("{error:#}")),
     };
+    if order.kernel_log {
+        send_kernel_log(&mut port)?;
+    }
     if let Some(out) = &order.out {
         send_tree(Path::new(out), Path::new(""), &mut port)?;
     }
@@ -215,6 +218,28 @@ fn reap_until(program: Pid) -> anyhow::Result<PipeReader> {
         }
     });
     Ok(reader)
+}
+
+/// Send what the kernel has said so far: seccomp kills, guest faults, oopses.
+fn send_kernel_log(port: &mut File) -> anyhow::Result<()> {
+    let mut log = File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open("/dev/kmsg")?;
+    let mut record = [0; 8192];
+    // One record a read: "priority,sequence,microseconds,flags;text".
+    while let Ok(len @ 1..) = log.read(&mut record) {
+        let record = String::from_utf8_lossy(record.get(..len).unwrap_or_default());
+        let (head, text) = record.split_once(';').unwrap_or_default();
+        let text = text.lines().next().unwrap_or_default();
+        let micros = head.split(',').nth(2).unwrap_or_default();
+        send(
+            port,
+            Kind::Stderr,
+            format!("kernel[{micros}]: {text}\n").as_bytes(),
+        )?;
+    }
+    Ok(())
 }
 
 /// Send the regular files below `root`.

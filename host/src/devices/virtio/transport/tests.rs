@@ -9,10 +9,11 @@ use crate::vmm::irq::{MsiMessage, MsiRouter};
 
 /// What the model was told.
 #[derive(Default)]
-struct Log {
+pub(crate) struct Log {
     active: Vec<(u64, Vec<bool>)>,
     resets: u32,
-    events: Vec<u16>,
+    pub events: Vec<u16>,
+    pub announced: u32,
     interrupt: Option<Arc<dyn Interrupt>>,
     restored: Vec<u8>,
 }
@@ -65,7 +66,9 @@ impl VirtioDevice for Model {
     fn acquire(&mut self) -> std::io::Result<()> {
         Ok(())
     }
-    fn announce(&mut self) {}
+    fn announce(&mut self) {
+        self.0.lock().unwrap().announced += 1;
+    }
     fn faults(&self) -> u64 {
         0
     }
@@ -77,14 +80,14 @@ impl MsiRouter for NoRoutes {
     fn route(&self, _: u32, _: MsiMessage) {}
 }
 
-struct Bench {
-    function: VirtioPci,
-    log: Arc<Mutex<Log>>,
-    wake: EventFd,
+pub(crate) struct Bench {
+    pub function: VirtioPci,
+    pub log: Arc<Mutex<Log>>,
+    pub wake: EventFd,
     lines: Vec<EventFd>,
 }
 
-fn bench() -> Bench {
+pub(crate) fn bench() -> Bench {
     let log = Arc::new(Mutex::new(Log::default()));
     let ram = GuestRam::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
     let wake = EventFd::new(EFD_NONBLOCK).unwrap();
@@ -113,13 +116,13 @@ fn bench() -> Bench {
 }
 
 impl Bench {
-    fn read(&self, offset: u64, length: usize) -> u64 {
+    pub fn read(&self, offset: u64, length: usize) -> u64 {
         let mut bytes = [0; 8];
         self.function.bar_read(offset, &mut bytes[..length]);
         u64::from_le_bytes(bytes)
     }
 
-    fn write(&self, offset: u64, value: u64, length: usize) {
+    pub fn write(&self, offset: u64, value: u64, length: usize) {
         self.function
             .bar_write(offset, &value.to_le_bytes()[..length]);
     }
@@ -144,10 +147,14 @@ impl Bench {
         self.write(0x1c, 1, 2);
     }
 
-    fn start(&self) {
+    pub fn say_driver_ok(&self) {
         self.negotiate(GOOD);
         self.set_queue(0, 0x1000);
         self.write(0x14, 0xf, 1);
+    }
+
+    fn start(&self) {
+        self.say_driver_ok();
         self.function.service();
     }
 }
