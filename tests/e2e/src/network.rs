@@ -118,11 +118,13 @@ impl Namespace {
             .map_err(|e| failed(&format!("{step} in {}", self.name), &e))
     }
 
-    fn add_bridge(&self, name: &'static str) -> Result<()> {
+    /// A bridge with an address of its own: otherwise it takes the lowest of its ports, and a tap that comes or goes
+    /// changes it under everybody's neighbour tables.
+    fn add_bridge(&self, name: &'static str, mac: [u8; 6]) -> Result<()> {
         self.netlink("add a bridge", async move |netlink| {
             netlink
                 .link()
-                .add(LinkBridge::new(name).up().build())
+                .add(LinkBridge::new(name).address(mac.to_vec()).up().build())
                 .execute()
                 .await
         })
@@ -200,7 +202,8 @@ impl Network {
             relay,
         } = &network;
         for (site, address) in [(site_a, SITE_A), (site_b, SITE_B)] {
-            site.add_bridge(BRIDGE)?;
+            let [.., number] = address.octets();
+            site.add_bridge(BRIDGE, [0x02, 0, 0, 0x77, 0, number])?;
             site.add_address(BRIDGE, address)?;
         }
         site_a.add_veth("to-b", site_b, "to-a")?;
@@ -301,9 +304,14 @@ mod tests {
             );
         }
         let stranger = Namespace::new("stranger").unwrap();
-        assert!(stranger.run(|| TcpStream::connect((SITE_B, 7400))).unwrap().is_err());
+        assert!(
+            stranger
+                .run(|| TcpStream::connect((SITE_B, 7400)))
+                .unwrap()
+                .is_err()
+        );
         assert_eq!(network.left_behind().unwrap(), Vec::<String>::new());
-        network.site_a.add_bridge("cm-1").unwrap();
+        network.site_a.add_bridge("cm-1", [2; 6]).unwrap();
         assert_eq!(network.left_behind().unwrap(), ["cm-1 in site-a"]);
     }
 }
