@@ -95,7 +95,7 @@ pub fn run(options: &Options) -> Result<bool> {
         connection: None,
         probe_in_move: None,
     };
-    let error = perform(&mut demo).err().map(|error| {
+    let error = perform(&mut demo, begun).err().map(|error| {
         screen.say(&format!("  FAILED {error}"));
         for site in [&demo.world.site_a, &demo.world.site_b]
             .into_iter()
@@ -132,9 +132,11 @@ pub fn run(options: &Options) -> Result<bool> {
     Ok(table.ok() && error.is_none())
 }
 
-fn perform(demo: &mut Demo) -> Result<()> {
+fn perform(demo: &mut Demo, begun: Instant) -> Result<()> {
     for (number, (title, step)) in (1u8..).zip(STEPS) {
-        demo.screen.say(&format!("\n{number}. {title}"));
+        let at = begun.elapsed().as_secs();
+        demo.screen
+            .say(&format!("\n{number}. {title}  [at {at} s]"));
         step(demo)?;
     }
     demo.screen.say("\n8. What was measured");

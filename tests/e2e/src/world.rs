@@ -232,7 +232,7 @@ impl World {
         let text = format!(
             "name = \"{name}\"\nvcpus = 2\nmemory = \"512 MiB\"\n\n[boot]\nkernel = \"{}\"\ninitrd = \"{}\"\n\
              cmdline = \"console=ttyS0 quiet panic=-1 reboot=k casemate.ip={GUEST}/24 casemate.dirty_mib=32 \
-             casemate.dirty_pages_per_tick=64\"\n\n[confidential]\ntechnology = \"sev\"\nsecret = true\n{devices}",
+             casemate.dirty_pages_per_tick=16\"\n\n[confidential]\ntechnology = \"sev\"\nsecret = true\n{devices}",
             kernel.display(),
             self.product.initrd.display()
         );

@@ -122,39 +122,30 @@ fn figures(demo: &mut Demo, report: &MoveReport, names: [&'static str; 3]) {
 /// The progress display: a line a round.
 pub(crate) struct Rounds {
     screen: Screen,
+    titled: bool,
     last: Option<Value>,
 }
 
 impl Rounds {
     pub(crate) fn new(screen: Screen) -> Self {
-        Self { screen, last: None }
+        Self {
+            screen,
+            titled: false,
+            last: None,
+        }
     }
 
     /// One event of `casemate migrate --json`.
     pub(crate) fn see(&mut self, event: &Value) {
-        let Some(round) = event
-            .get("round")
-            .and_then(Value::as_u64)
-            .filter(|r| *r > 0)
-        else {
+        let phase = event.get("phase").and_then(Value::as_str);
+        if !matches!(phase, Some("rounds" | "final")) || number(event, "pages") <= 0.0 {
             return;
-        };
-        let known = self
-            .last
-            .as_ref()
-            .and_then(|e| e.get("round"))
-            .and_then(Value::as_u64);
-        if known != Some(round) {
-            if known.is_none() {
-                self.screen
-                    .say("  round      pages        MiB   dirty pages/s   est. downtime ms");
-            }
+        }
+        let known = self.last.as_ref().map(|last| number(last, "round"));
+        if known.is_some_and(|known| known < number(event, "round")) {
             self.end();
         }
-        // Events after the last round say only that it is over.
-        if number(event, "pages") > 0.0 {
-            self.last = Some(event.clone());
-        }
+        self.last = Some(event.clone());
     }
 
     /// Shows the last round.
@@ -162,6 +153,10 @@ impl Rounds {
         let Some(event) = self.last.take() else {
             return;
         };
+        if !std::mem::replace(&mut self.titled, true) {
+            self.screen
+                .say("  round      pages        MiB   dirty pages/s   est. downtime ms");
+        }
         let downtime = event.get("estimated_downtime_ms").and_then(Value::as_f64);
         self.screen.say(&format!(
             "  {:>5} {:>10} {:>10.1} {:>15.0} {:>18}",
