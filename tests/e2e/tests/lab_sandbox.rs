@@ -1,5 +1,4 @@
 //! The cells of a running guest and of its migration, probed from inside; and a host that makes its own platform.
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;
 

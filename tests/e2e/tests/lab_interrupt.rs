@@ -1,0 +1,70 @@
+//! Ctrl-C in the middle of the demo leaves nothing behind.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod common;
+
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use casemate_e2e::cleanup::Traces;
+use casemate_e2e::demo::{Options, run};
+use common::*;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+#[test]
+fn interrupted_while_it_launches() {
+    interrupt_at("2. ", Signal::SIGINT);
+}
+
+#[test]
+fn interrupted_while_the_guest_moves() {
+    interrupt_at("  site-a to site-b", Signal::SIGTERM);
+}
+
+/// Not a test of its own: what the others interrupt.
+#[test]
+#[ignore = "started by the other tests of this file"]
+fn the_demo() {
+    run(&Options {
+        product: product(),
+        json: false,
+        work: None,
+    })
+    .unwrap();
+}
+
+fn interrupt_at(line: &str, signal: Signal) {
+    let casemate = product().casemate;
+    let before = Traces::survey(&casemate);
+    let mut demo = Command::new(std::env::current_exe().unwrap());
+    demo.args(["--ignored", "--exact", "the_demo", "--nocapture"])
+        .stdout(Stdio::piped());
+    let mut demo = demo.spawn().unwrap();
+    let mut lines = BufReader::new(demo.stdout.take().unwrap()).lines();
+    let reached = lines
+        .by_ref()
+        .map(Result::unwrap)
+        .any(|said| said.starts_with(line));
+    assert!(reached, "the demo ended before {line:?}");
+    // In the middle of the step, not at its first instruction.
+    std::thread::sleep(Duration::from_millis(300));
+    let begun = Instant::now();
+    kill(Pid::from_raw(demo.id().cast_signed()), signal).unwrap();
+    lines.for_each(drop);
+    assert_eq!(demo.wait().unwrap().code(), Some(128 + signal as i32));
+    assert!(
+        begun.elapsed() < Duration::from_secs(15),
+        "{:?}",
+        begun.elapsed()
+    );
+    assert_eq!(
+        Traces::settle(&casemate, &before, Duration::from_secs(5)),
+        Vec::<String>::new()
+    );
+    let folder = std::env::temp_dir().join(format!("casemate-demo-{}", demo.id()));
+    assert!(!folder.exists(), "{} is left", folder.display());
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+    assert!(!mounts.contains("nsfs"), "a namespace is left:\n{mounts}");
+}
