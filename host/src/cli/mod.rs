@@ -36,7 +36,8 @@ pub fn main() -> ExitCode {
     match run(cli) {
         Ok(code) => ExitCode::from(code),
         Err(failure) => {
-            eprintln!("casemate: {failure}");
+            // An error that nobody reads any more is still told by the exit status.
+            let _ = writeln!(std::io::stderr(), "casemate: {failure}");
             ExitCode::from(exit_of(&failure))
         }
     }
