@@ -237,7 +237,8 @@ fn output_failed(error: &dyn std::fmt::Display) -> Failure {
 fn exit_of(failure: &Failure) -> u8 {
     match failure.code.as_str() {
         "AGENT_UNAVAILABLE" => EXIT_UNAVAILABLE,
-        code if code.starts_with("POLICY") => EXIT_REFUSED,
+        "USAGE" => EXIT_USAGE,
+        code if code.starts_with("POLICY_") => EXIT_REFUSED,
         _ => EXIT_FAILED,
     }
 }
