@@ -366,14 +366,15 @@ impl Agent {
         if lock(&self.guests).contains_key(name) || !lock(&self.starting).insert(name.to_owned()) {
             return Err(taken());
         }
-        let record = self
-            .records
-            .read(name)
-            .map_err(|e| Failure::new("RECORD", format!("record of {name}: {e}")))?;
+        // From here on every way out gives the name back.
         let reserved = Reserved {
             agent: self,
             name: name.to_owned(),
         };
+        let record = self
+            .records
+            .read(name)
+            .map_err(|e| Failure::new("RECORD", format!("record of {name}: {e}")))?;
         match record.map(|r| r.state) {
             Some(
                 OwnershipState::HandingOver
