@@ -408,6 +408,12 @@ impl Agent {
             .sign(message)
     }
 
+    /// Whether a SEV guest launched here is served by the software secure processor. Where there is no other, a policy
+    /// that forbids it must hear the truth.
+    fn emulates(&self) -> bool {
+        self.processor.is_some() || !Path::new("/dev/sev").exists()
+    }
+
     fn processor_for(&self, technology: Technology) -> Result<Option<Channel>, Failure> {
         match technology {
             Technology::None => Ok(None),
