@@ -98,6 +98,10 @@ impl Agent {
             .as_ref()
             .map(HostCredentials::load)
             .transpose()?;
+        if config.listen.is_some() && identity.is_none() {
+            let text = "`listen` accepts migrations, and this host has no identity for them; add [identity] to the agent's configuration, or remove `listen`";
+            return Err(Failure::new("IDENTITY", text));
+        }
         // The ledger is locked: whoever made these groups has ended.
         let swept = sweep_cgroups(|name| is_group_of(&config.name, name));
         if swept > 0 {
