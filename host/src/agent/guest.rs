@@ -38,10 +38,15 @@ pub struct Guest {
 impl Guest {
     /// What is known of it.
     pub fn info(&self) -> Result<GuestInfo, Failure> {
-        let VmmReply::Status(status) = self.vmm.call(&VmmRequest::Status, &[])? else {
-            return Err(Failure::new("VMM_GONE", "the VMM answered something else"));
-        };
-        Ok(self.info_in(status.state))
+        match self.vmm.call(&VmmRequest::Status, &[]) {
+            Ok(VmmReply::Status(status)) => Ok(self.info_in(status.state)),
+            Ok(_) => Err(Failure::new("VMM_GONE", "the VMM answered something else")),
+            // The guest is to be seen and stopped all the same, and hides no other.
+            Err(failure) if ["VMM_GONE", "VMM_SILENT"].contains(&failure.code.as_str()) => {
+                Ok(self.info_in(MachineState::Lost))
+            }
+            Err(failure) => Err(failure),
+        }
     }
 
     /// The same, without asking the VMM.

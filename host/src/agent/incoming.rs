@@ -25,9 +25,9 @@ use crate::mover::protocol::{
 use crate::vmm::protocol::{MachineState, RoleError, VmmRequest};
 
 /// A guest on its way in.
-#[derive(Default)]
 struct Arrival {
     guest: Option<Arc<Guest>>,
+    /// Its name in the policy; until it has proven one, unknown.
     peer: String,
     epoch: u64,
 }
@@ -36,6 +36,7 @@ impl Agent {
     /// Serves one connection from its first byte to the end of the move.
     pub(super) fn receive(&self, stream: TcpStream) -> Result<(), Failure> {
         let unusable = |e: std::io::Error| Failure::new("PEER_UNREACHABLE", e.to_string());
+        let address = stream.peer_addr().map_err(unusable)?.to_string();
         stream
             .set_nonblocking(false)
             .and_then(|()| stream.set_nodelay(true))
@@ -52,7 +53,11 @@ impl Agent {
             &[socket.as_fd()],
         )?;
         drop(socket);
-        let mut arrival = Arrival::default();
+        let mut arrival = Arrival {
+            guest: None,
+            peer: "unknown".to_owned(),
+            epoch: 0,
+        };
         let outcome = mover.serve(
             &mut |request| self.serve_arrival(&mut arrival, request),
             &mut |_| {},
@@ -65,8 +70,10 @@ impl Agent {
             .guest
             .as_ref()
             .is_some_and(|g| g.plan.technology.emulated());
-        let entry =
-            |outcome| Entry::new(&arrival.peer, "migrate-in", &name, outcome).emulated(emulated);
+        let entry = |outcome| {
+            let entry = Entry::new(&arrival.peer, "migrate-in", &name, outcome);
+            entry.emulated(emulated).with("address", address.as_str())
+        };
         match outcome {
             Some(MoveOutcome::Moved(_)) => {
                 self.evidence

@@ -33,7 +33,7 @@ impl Agent {
             ConfidentialSpec::Sev { secret: true, .. }
         );
         let session = owner_session(&spec.name, wants_secret, session)?;
-        let plan = spec.plan(random_id()?, self.processor.is_some());
+        let plan = spec.plan(random_id()?, self.emulates());
         let action = Action::Launch {
             technology: policy_technology(plan.technology),
             emulated: plan.technology.emulated(),

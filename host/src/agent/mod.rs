@@ -42,7 +42,7 @@ use crate::ipc::Channel;
 use crate::machine::plan::{MachinePlan, Technology};
 use crate::mover::protocol::AgentAnswer;
 use crate::sandbox::Role;
-use crate::sandbox::jail::{JailSpec, RoleProcess, spawn_role};
+use crate::sandbox::jail::{JailSpec, RoleProcess, end_cgroup, spawn_role, sweep_cgroups};
 use crate::vmm::protocol::{RoleError, VmmReply, VmmRequest};
 
 /// Runs the agent until it is told to stop (SIGTERM, SIGINT). Its guests end with it.
@@ -80,6 +80,8 @@ pub struct Agent {
     guests: Mutex<BTreeMap<String, Arc<Guest>>>,
     starting: Mutex<BTreeSet<String>>,
     next_role: AtomicU32,
+    /// cgroups of the roles started so far; none once the agent ends.
+    groups: Mutex<Option<BTreeSet<String>>>,
 }
 
 impl Agent {
@@ -96,6 +98,15 @@ impl Agent {
             .as_ref()
             .map(HostCredentials::load)
             .transpose()?;
+        if config.listen.is_some() && identity.is_none() {
+            let text = "`listen` accepts migrations, and this host has no identity for them; add [identity] to the agent's configuration, or remove `listen`";
+            return Err(Failure::new("IDENTITY", text));
+        }
+        // The ledger is locked: whoever made these groups has ended.
+        let swept = sweep_cgroups(|name| is_group_of(&config.name, name));
+        if swept > 0 {
+            tracing::warn!(swept, "removed the cgroups that a killed agent left behind");
+        }
         let mut agent = Self {
             policy,
             evidence,
@@ -105,6 +116,7 @@ impl Agent {
             guests: Mutex::new(BTreeMap::new()),
             starting: Mutex::new(BTreeSet::new()),
             next_role: AtomicU32::new(0),
+            groups: Mutex::new(Some(BTreeSet::new())),
             config,
         };
         let digest = agent.policy.digest().to_string();
@@ -188,6 +200,9 @@ impl Agent {
                 tracing::warn!(code = failure.code, "{name}: {}", failure.error);
             }
         }
+        // What other threads still hold (a move, a launch, the processor) is not dropped before the process ends.
+        let groups = lock(&self.groups).take();
+        groups.iter().flatten().for_each(|name| end_cgroup(name));
     }
 
     fn end(&self, name: &str, guest: &Guest) -> Result<(), Failure> {
@@ -355,14 +370,15 @@ impl Agent {
         if lock(&self.guests).contains_key(name) || !lock(&self.starting).insert(name.to_owned()) {
             return Err(taken());
         }
-        let record = self
-            .records
-            .read(name)
-            .map_err(|e| Failure::new("RECORD", format!("record of {name}: {e}")))?;
+        // From here on every way out gives the name back.
         let reserved = Reserved {
             agent: self,
             name: name.to_owned(),
         };
+        let record = self
+            .records
+            .read(name)
+            .map_err(|e| Failure::new("RECORD", format!("record of {name}: {e}")))?;
         match record.map(|r| r.state) {
             Some(
                 OwnershipState::HandingOver
@@ -394,6 +410,12 @@ impl Agent {
         self.credentials()
             .map_err(|e| role_error(&e.code, e.error))?
             .sign(message)
+    }
+
+    /// Whether a SEV guest launched here is served by the software secure processor. Where there is no other, a policy
+    /// that forbids it must hear the truth.
+    fn emulates(&self) -> bool {
+        self.processor.is_some() || !Path::new("/dev/sev").exists()
     }
 
     fn processor_for(&self, technology: Technology) -> Result<Option<Channel>, Failure> {
@@ -433,7 +455,16 @@ impl Agent {
         vcpus: u32,
     ) -> Result<(RoleProcess, Channel), Failure> {
         let number = self.next_role.fetch_add(1, Ordering::Relaxed) % MAX_ROLES;
-        let name = format!("casemate-{}-{}-{number}", self.config.name, role.name());
+        let name = group_name(&self.config.name, role.name(), number);
+        // Held until the group is there, so that the end of the agent finds it.
+        let mut groups = lock(&self.groups);
+        let Some(started) = groups.as_mut() else {
+            return Err(Failure::new(
+                "AGENT_ENDING",
+                "this agent is ending; start it again",
+            ));
+        };
+        started.insert(name.clone());
         let mut spec = JailSpec::new(name, self.config.uid_base + number);
         spec.memory_max = memory.map(|bytes| bytes + ROLE_OVERHEAD);
         spec.pids_max += vcpus;
@@ -476,6 +507,25 @@ impl Drop for Reserved<'_> {
     }
 }
 
+/// Name of the cgroup of a role.
+fn group_name(host: &str, role: &str, number: u32) -> String {
+    format!("casemate-{host}-{role}-{number}")
+}
+
+/// Whether a cgroup is one of [`group_name`]'s for this host; those of a host `a-b` are not host `a`'s.
+fn is_group_of(host: &str, group: &str) -> bool {
+    let rest = group
+        .strip_prefix("casemate-")
+        .and_then(|r| r.strip_prefix(host))
+        .and_then(|r| r.strip_prefix('-'));
+    let Some((role, number)) = rest.and_then(|r| r.split_once('-')) else {
+        return false;
+    };
+    number
+        .parse()
+        .is_ok_and(|number| group_name(host, role, number) == group)
+}
+
 fn no_processor() -> Failure {
     Failure::new(
         "NO_PROCESSOR",
@@ -487,3 +537,18 @@ fn no_processor() -> Failure {
 const MAX_ROLES: u32 = 4096;
 /// Memory of a role beyond the guest's, in bytes.
 const ROLE_OVERHEAD: u64 = 256 << 20;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_group_belongs_to_the_host_that_made_it() {
+        let name = group_name("site-a", "vmm", 7);
+        assert!(is_group_of("site-a", &name));
+        for other in ["site", "site-a-vmm", "site-b", ""] {
+            assert!(!is_group_of(other, &name), "{other}");
+        }
+        assert!(!is_group_of("site-a", "casemate-site-a-vmm-x"));
+    }
+}

@@ -3,13 +3,13 @@
 //! Whoever connects is not believed: the kernel says who it is, and only root and the agent's own user may ask.
 
 use std::future::Future;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::SocketAddr;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::unistd::geteuid;
@@ -50,8 +50,20 @@ fn bind_api(socket: &Path) -> Result<UnixListener, Failure> {
             format!("another agent answers at {}", socket.display()),
         ));
     }
-    // Left behind by an agent that was killed; nobody answers there.
-    let _ = std::fs::remove_file(socket);
+    match std::fs::symlink_metadata(socket) {
+        Ok(found) if found.file_type().is_socket() => {
+            tracing::warn!(socket = %socket.display(), "replacing the socket that a killed agent left behind");
+            std::fs::remove_file(socket).map_err(failed)?;
+        }
+        Ok(_) => {
+            let text = format!(
+                "{} exists and is not a socket; move it away, or name another `socket`",
+                socket.display()
+            );
+            return Err(Failure::new("LISTEN", text));
+        }
+        Err(_) => {}
+    }
     let listener = UnixListener::bind(socket).map_err(failed)?;
     std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
     Ok(listener)
@@ -148,13 +160,50 @@ fn answer(agent: &Agent, stream: &mut UnixStream) -> Result<Answer, Failure> {
 }
 
 fn read_request(stream: &UnixStream) -> std::io::Result<Request> {
-    stream.set_read_timeout(Some(REQUEST_DEADLINE))?;
     stream.set_write_timeout(Some(REQUEST_DEADLINE))?;
-    let mut text = String::new();
-    BufReader::new(stream)
-        .take(MAX_LINE as u64)
-        .read_line(&mut text)?;
-    Ok(serde_json::from_str(&text)?)
+    let line = read_line(stream, Instant::now() + REQUEST_DEADLINE)?;
+    Ok(serde_json::from_slice(&line)?)
+}
+
+/// One line without its end, or what came before the client stopped sending. The deadline is for all of it: who sends
+/// a byte now and then keeps no place for ever.
+fn read_line(mut stream: &UnixStream, deadline: Instant) -> std::io::Result<Vec<u8>> {
+    let late = || {
+        let text = format!(
+            "no whole request within {REQUEST_DEADLINE:?}; send one JSON object and a line end"
+        );
+        std::io::Error::new(ErrorKind::TimedOut, text)
+    };
+    let mut line = Vec::new();
+    let mut buffer = [0u8; 4096];
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(late());
+        }
+        stream.set_read_timeout(Some(left))?;
+        let received = match stream.read(&mut buffer) {
+            Ok(count) => buffer.get(..count).unwrap_or_default(),
+            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                return Err(late());
+            }
+            Err(e) if e.kind() == ErrorKind::Interrupted => continue,
+            Err(e) => return Err(e),
+        };
+        let end = received.iter().position(|&byte| byte == b'\n');
+        line.extend_from_slice(
+            received
+                .get(..end.unwrap_or(received.len()))
+                .unwrap_or_default(),
+        );
+        if line.len() > MAX_LINE {
+            let text = format!("a request has at most {MAX_LINE} bytes");
+            return Err(std::io::Error::new(ErrorKind::InvalidData, text));
+        }
+        if end.is_some() || received.is_empty() {
+            return Ok(line);
+        }
+    }
 }
 
 fn write_line(stream: &mut UnixStream, line: &Line) -> std::io::Result<()> {

@@ -13,7 +13,7 @@ use crate::vmm::protocol::{RoleError, VmmEvent, VmmMessage, VmmReply, VmmRequest
 /// A running VMM. Dropping it kills the process.
 pub struct VmmProcess {
     channel: Arc<Channel>,
-    replies: Mutex<Receiver<Result<VmmReply, RoleError>>>,
+    replies: Mutex<Replies>,
     process: Mutex<RoleProcess>,
 }
 
@@ -36,7 +36,10 @@ impl VmmProcess {
             .spawn(move || reader.run(on_event))?;
         Ok(Self {
             channel: channel_end,
-            replies: Mutex::new(replies),
+            replies: Mutex::new(Replies {
+                receiver: replies,
+                silent: false,
+            }),
             process: Mutex::new(process),
         })
     }
@@ -47,18 +50,14 @@ impl VmmProcess {
         request: &VmmRequest,
         handles: &[BorrowedFd<'_>],
     ) -> Result<VmmReply, Failure> {
-        let replies = lock(&self.replies);
+        let mut replies = lock(&self.replies);
+        if replies.silent {
+            return Err(silent());
+        }
         self.channel
             .send_with(request, handles)
             .map_err(|e| gone(&e))?;
-        match replies.recv_timeout(REPLY_DEADLINE) {
-            Ok(reply) => reply.map_err(Failure::from),
-            Err(RecvTimeoutError::Timeout) => Err(Failure::new(
-                "VMM_SILENT",
-                format!("the VMM did not answer within {REPLY_DEADLINE:?}; stop the guest"),
-            )),
-            Err(RecvTimeoutError::Disconnected) => Err(gone(&"it ended")),
-        }
+        replies.next(REPLY_DEADLINE)
     }
 
     /// Process id as this host sees it.
@@ -71,6 +70,36 @@ impl VmmProcess {
         // Already ended is just as good.
         let _ = lock(&self.process).kill();
     }
+}
+
+/// Replies in the order of the requests. After one that did not come in time the order is lost for good: a late answer
+/// must not pass for the answer to another request.
+struct Replies {
+    receiver: Receiver<Result<VmmReply, RoleError>>,
+    silent: bool,
+}
+
+impl Replies {
+    fn next(&mut self, deadline: Duration) -> Result<VmmReply, Failure> {
+        if self.silent {
+            return Err(silent());
+        }
+        match self.receiver.recv_timeout(deadline) {
+            Ok(reply) => reply.map_err(Failure::from),
+            Err(RecvTimeoutError::Timeout) => {
+                self.silent = true;
+                Err(silent())
+            }
+            Err(RecvTimeoutError::Disconnected) => Err(gone(&"it ended")),
+        }
+    }
+}
+
+fn silent() -> Failure {
+    Failure::new(
+        "VMM_SILENT",
+        format!("the VMM did not answer within {REPLY_DEADLINE:?}; stop the guest"),
+    )
 }
 
 struct Reader {
@@ -87,7 +116,7 @@ impl Reader {
                 .map(|message| message.body)
             {
                 Ok(VmmMessage::Event(event)) => on_event(Some(event)),
-                // Nobody waits for a reply that came after its deadline; it is dropped with the receiver.
+                // A reply that came after its deadline is never read.
                 Ok(VmmMessage::Reply(reply)) => drop(self.sender.send(reply)),
                 Err(error) => {
                     tracing::debug!(%error, "VMM channel ended");
@@ -112,3 +141,21 @@ pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 const REPLY_DEADLINE: Duration = Duration::from_secs(60);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_late_reply_is_not_the_answer_to_another_request() {
+        let (sender, receiver) = channel();
+        let mut replies = Replies {
+            receiver,
+            silent: false,
+        };
+        let moment = Duration::from_millis(1);
+        assert_eq!(replies.next(moment).unwrap_err().code, "VMM_SILENT");
+        sender.send(Ok(VmmReply::Done)).unwrap();
+        assert_eq!(replies.next(moment).unwrap_err().code, "VMM_SILENT");
+    }
+}

@@ -36,7 +36,8 @@ pub fn main() -> ExitCode {
     match run(cli) {
         Ok(code) => ExitCode::from(code),
         Err(failure) => {
-            eprintln!("casemate: {failure}");
+            // An error that nobody reads any more is still told by the exit status.
+            let _ = writeln!(std::io::stderr(), "casemate: {failure}");
             ExitCode::from(exit_of(&failure))
         }
     }
@@ -236,7 +237,8 @@ fn output_failed(error: &dyn std::fmt::Display) -> Failure {
 fn exit_of(failure: &Failure) -> u8 {
     match failure.code.as_str() {
         "AGENT_UNAVAILABLE" => EXIT_UNAVAILABLE,
-        code if code.starts_with("POLICY") => EXIT_REFUSED,
+        "USAGE" => EXIT_USAGE,
+        code if code.starts_with("POLICY_") => EXIT_REFUSED,
         _ => EXIT_FAILED,
     }
 }

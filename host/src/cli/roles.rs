@@ -38,6 +38,8 @@ fn log() {
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        // Complaining about a log without a reader would go to that very reader, and end the process.
+        .log_internal_errors(false)
         .with_ansi(false)
         .try_init();
 }

@@ -4,8 +4,10 @@
 //! description's own folder.
 
 use std::fmt;
+use std::io::Read;
 use std::net::Ipv4Addr;
 use std::ops::Range;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -84,25 +86,41 @@ pub struct NetSpec {
 impl MachineSpec {
     /// Reads and checks a description.
     pub fn load(path: &Path) -> Result<Self, SpecError> {
-        let size = std::fs::metadata(path)
-            .map_err(|e| SpecError::unreadable(path, &e))?
-            .len();
+        let unreadable = |e: std::io::Error| SpecError::unreadable(path, &e);
+        // A pipe must neither hold up the agent at its opening, nor feed it without end.
+        let file = std::fs::OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(path)
+            .map_err(unreadable)?;
+        let found = file.metadata().map_err(unreadable)?;
+        if !found.is_file() {
+            let problem = "is not a regular file; want a description (TOML)";
+            return Err(SpecError::whole(path, problem.to_owned()));
+        }
+        let size = found.len();
         if size > MAX_DESCRIPTION {
             return Err(SpecError::whole(
                 path,
                 format!("is {size} bytes; a description has at most {MAX_DESCRIPTION}"),
             ));
         }
-        let text = std::fs::read_to_string(path).map_err(|e| SpecError::unreadable(path, &e))?;
+        let mut text = String::new();
+        file.take(MAX_DESCRIPTION)
+            .read_to_string(&mut text)
+            .map_err(unreadable)?;
         Self::parse(path, &text)
     }
 
     /// Checks a description that has been read from `path`.
     pub fn parse(path: &Path, text: &str) -> Result<Self, SpecError> {
-        let document: Document = toml::from_str(text).map_err(|e| SpecError {
-            file: path.to_owned(),
-            line: e.span().map(|span| line_of(text, &span)),
-            problem: e.message().to_owned(),
+        let document: Document = toml::from_str(text).map_err(|e| {
+            let line = e.span().map(|span| line_of(text, &span));
+            SpecError {
+                file: path.to_owned(),
+                line,
+                problem: with_key(text, line, e.message()),
+            }
         })?;
         Reader { path, text }.spec(document)
     }
@@ -264,8 +282,8 @@ impl Reader<'_> {
         let confidential = document
             .confidential
             .map_or(Ok(ConfidentialSpec::None), |c| self.confidential(c))?;
-        self.at_most("disk", document.disk.len())?;
-        self.at_most("net", document.net.len())?;
+        self.names("disk", document.disk.iter().map(|d| &d.id))?;
+        self.names("net", document.net.iter().map(|n| &n.id))?;
         let disks = document
             .disk
             .into_iter()
@@ -276,8 +294,6 @@ impl Reader<'_> {
             .into_iter()
             .map(|n| self.net(n))
             .collect::<Result<Vec<_>, _>>()?;
-        self.distinct("disk.id", disks.iter().map(|d| &d.id))?;
-        self.distinct("net.id", nets.iter().map(|n| &n.id))?;
         let vsock_cid = document.vsock.map(|v| self.vsock(v.cid)).transpose()?;
         Ok(MachineSpec {
             name,
@@ -451,42 +467,39 @@ impl Reader<'_> {
             Ok(_) => Err(self.at(
                 value.span(),
                 format!(
-                    "`{key}` names {}, which is not a regular file",
+                    "`{key}` names {}, which is not a regular file; {FILE_WANTED}",
                     path.display()
                 ),
             )),
             Err(e) => Err(self.at(
                 value.span(),
                 format!(
-                    "`{key}` names {}, which cannot be used: {e}",
+                    "`{key}` names {}, which cannot be used: {e}; {FILE_WANTED}",
                     path.display()
                 ),
             )),
         }
     }
 
-    fn at_most(&self, key: &str, count: usize) -> Result<(), SpecError> {
-        if count <= MAX_DEVICES {
-            return Ok(());
-        }
-        Err(SpecError::whole(
-            self.path,
-            format!("{count} tables `{key}`; want at most {MAX_DEVICES}"),
-        ))
-    }
-
-    fn distinct<'s>(
+    /// Not too many devices of a kind, each with a name of its own.
+    fn names<'s>(
         &self,
-        key: &str,
-        ids: impl Iterator<Item = &'s String>,
+        kind: &str,
+        ids: impl Iterator<Item = &'s Spanned<String>>,
     ) -> Result<(), SpecError> {
         let mut seen = std::collections::BTreeSet::new();
         for id in ids {
-            if !seen.insert(id) {
-                return Err(SpecError::whole(
-                    self.path,
-                    format!("`{key}` {id:?} stands twice; want distinct names"),
-                ));
+            if seen.len() == MAX_DEVICES {
+                let problem =
+                    format!("`{kind}` stands more often than {MAX_DEVICES} times; want fewer");
+                return Err(self.at(id.span(), problem));
+            }
+            if !seen.insert(id.get_ref()) {
+                let problem = format!(
+                    "`{kind}.id` {:?} stands twice; want distinct names",
+                    id.get_ref()
+                );
+                return Err(self.at(id.span(), problem));
             }
         }
         Ok(())
@@ -520,6 +533,18 @@ pub fn is_interface(name: &str) -> bool {
             .all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
 }
 
+/// A parser's message with the key on its line, where the message does not name it.
+fn with_key(text: &str, line: Option<usize>, message: &str) -> String {
+    let written = line.and_then(|line| text.lines().nth(line.saturating_sub(1)));
+    let key = written
+        .and_then(|w| w.split_once('='))
+        .map(|(key, _)| key.trim());
+    match key {
+        Some(key) if !key.is_empty() && !message.contains(key) => format!("`{key}`: {message}"),
+        _ => message.to_owned(),
+    }
+}
+
 fn line_of(text: &str, span: &Range<usize>) -> usize {
     text.bytes()
         .take(span.start)
@@ -528,6 +553,7 @@ fn line_of(text: &str, span: &Range<usize>) -> usize {
         + 1
 }
 
+const FILE_WANTED: &str = "want a file's path, from the description's own folder or absolute";
 const MAX_DESCRIPTION: u64 = 64 * 1024;
 /// Guest policy bit 0: the host may not debug (SEV API, chapter 3).
 const SEV_POLICY_NODBG: u32 = 1;

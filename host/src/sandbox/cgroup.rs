@@ -28,15 +28,14 @@ impl Cgroup {
             return Ok((None, vec![note.to_owned()]));
         };
         let parent = root.join(PARENT);
-        make(&parent)?;
+        let path = parent.join(name);
+        make_both(&parent, &path)?;
         // Where a controller is missing (hybrid hosts keep it in v1) the write fails; `notes` will say so.
         for dir in [&root, &parent] {
             for controller in ["+memory", "+pids"] {
                 let _ = fs::write(dir.join("cgroup.subtree_control"), controller);
             }
         }
-        let path = parent.join(name);
-        make(&path)?;
         let mut group = Self {
             path,
             notes: Vec::new(),
@@ -67,19 +66,7 @@ impl Cgroup {
         if self.path.as_os_str().is_empty() {
             return;
         }
-        let _ = fs::write(self.path.join("cgroup.kill"), "1");
-        for _ in 0..REMOVE_ATTEMPTS {
-            match fs::remove_dir(&self.path) {
-                Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
-                    std::thread::sleep(Duration::from_millis(10));
-                }
-                _ => break,
-            }
-        }
-        if let Some(parent) = self.path.parent() {
-            // Refused while other groups are left in it.
-            let _ = fs::remove_dir(parent);
-        }
+        kill_and_remove(&self.path);
         self.path = PathBuf::new();
     }
 
@@ -109,8 +96,17 @@ impl Drop for Cgroup {
     }
 }
 
-/// Removes groups that a killed agent left behind; those with a living process stay. Returns their number.
-pub fn sweep() -> usize {
+/// Kills all members of the group `casemate/<name>` and removes it, if there is one.
+pub fn end(name: &str) {
+    if let Some(root) = hierarchy() {
+        kill_and_remove(&root.join(PARENT).join(name));
+    }
+}
+
+/// Removes the groups that a killed agent left behind: those whose name is `ours`, as another agent's group that is
+/// empty may just have been made. Members that are dying with their agent are waited for; a group with one that goes
+/// on living stays. Returns the number removed.
+pub fn sweep(ours: impl Fn(&str) -> bool) -> usize {
     let Some(parent) = hierarchy().map(|root| root.join(PARENT)) else {
         return 0;
     };
@@ -119,7 +115,8 @@ pub fn sweep() -> usize {
     };
     let removed = entries
         .flatten()
-        .filter(|entry| fs::remove_dir(entry.path()).is_ok())
+        .filter(|entry| entry.file_name().to_str().is_some_and(&ours))
+        .filter(|entry| remove_when_empty(&entry.path()))
         .count();
     let _ = fs::remove_dir(parent);
     removed
@@ -144,6 +141,41 @@ pub enum CgroupError {
     InUse(PathBuf),
 }
 
+fn kill_and_remove(path: &Path) {
+    let _ = fs::write(path.join("cgroup.kill"), "1");
+    remove_when_empty(path);
+    if let Some(parent) = path.parent() {
+        // Refused while other groups are left in it.
+        let _ = fs::remove_dir(parent);
+    }
+}
+
+fn remove_when_empty(path: &Path) -> bool {
+    for _ in 0..REMOVE_ATTEMPTS {
+        match fs::remove_dir(path) {
+            Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            result => return result.is_ok(),
+        }
+    }
+    false
+}
+
+/// Makes a group and, where another agent has just removed it as empty, the parent again.
+fn make_both(parent: &Path, path: &Path) -> Result<(), CgroupError> {
+    let mut result = Ok(());
+    for _ in 0..REMOVE_ATTEMPTS {
+        make(parent)?;
+        result = make(path);
+        match &result {
+            Err(CgroupError::Io(_, e)) if e.kind() == io::ErrorKind::NotFound => {}
+            _ => break,
+        }
+    }
+    result
+}
+
 fn make(path: &Path) -> Result<(), CgroupError> {
     match fs::create_dir(path) {
         Err(e) if e.kind() != io::ErrorKind::AlreadyExists => {
@@ -155,3 +187,25 @@ fn make(path: &Path) -> Result<(), CgroupError> {
 
 const PARENT: &str = "casemate";
 const REMOVE_ATTEMPTS: u32 = 100;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_of_two_agents_come_and_go_side_by_side() {
+        if hierarchy().is_none() || !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let come_and_go = |agent: char| {
+            for n in 0..200 {
+                let name = format!("test-{}-{agent}-{n}", std::process::id());
+                drop(Cgroup::create(&name, None, 2).unwrap());
+            }
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(|| come_and_go('a'));
+            scope.spawn(|| come_and_go('b'));
+        });
+    }
+}

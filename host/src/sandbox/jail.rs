@@ -23,7 +23,7 @@ use super::status::{ProcSelf, Status, StatusFile};
 use super::{Role, sys};
 use crate::ipc::Channel;
 
-pub use super::cgroup::sweep as sweep_cgroups;
+pub use super::cgroup::{end as end_cgroup, sweep as sweep_cgroups};
 pub use super::spawn::{RoleProcess, Spawn, SpawnError, spawn_role};
 
 /// What a role's jail is to be.

@@ -157,6 +157,8 @@ pub enum MachineState {
     Incoming,
     /// The guest switched itself off.
     Stopped,
+    /// The VMM has ended or does not answer, so the agent says; it can only be stopped.
+    Lost,
 }
 
 /// What the agent hears unasked.
