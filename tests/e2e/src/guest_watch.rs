@@ -181,6 +181,16 @@ impl GuestWatch {
     }
 }
 
+impl Drop for GuestWatch {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            // A test fails already; this only helps to see why.
+            let _ = self.update();
+            eprintln!("the guest's console ends:\n{}", tail(&self.recent));
+        }
+    }
+}
+
 /// Has the guest check all its memory and every block of its disk now.
 pub fn verify(vsock: &Path) -> Result<Verified> {
     let failed = || io("ask the guest through vsock");

@@ -360,6 +360,13 @@ impl Site {
 
 impl Drop for Site {
     fn drop(&mut self) {
+        if thread::panicking() {
+            eprintln!(
+                "the agent's log of {} ends:\n{}",
+                self.name,
+                self.log_tail()
+            );
+        }
         if let Err(error) = self.stop() {
             eprintln!("{error}");
         }

@@ -43,11 +43,18 @@ fn interrupt_at(line: &str, signal: Signal) {
         .stdout(Stdio::piped());
     let mut demo = demo.spawn().unwrap();
     let mut lines = BufReader::new(demo.stdout.take().unwrap()).lines();
-    let reached = lines
-        .by_ref()
-        .map(Result::unwrap)
-        .any(|said| said.starts_with(line));
-    assert!(reached, "the demo ended before {line:?}");
+    let mut said = Vec::new();
+    while !said
+        .last()
+        .is_some_and(|last: &String| last.starts_with(line))
+    {
+        said.push(
+            lines
+                .next()
+                .unwrap_or_else(|| panic!("the demo ended before {line:?}: {said:#?}"))
+                .unwrap(),
+        );
+    }
     // In the middle of the step, not at its first instruction.
     std::thread::sleep(Duration::from_millis(300));
     let begun = Instant::now();

@@ -1,6 +1,10 @@
 //! A world for one lab test, and rubbish to throw at it.
 #![allow(dead_code, reason = "each test binary uses its part")]
-#![allow(clippy::panic, clippy::unwrap_used, reason = "a test fails by panicking")]
+#![allow(
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a test fails by panicking"
+)]
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
