@@ -313,9 +313,9 @@ impl Drop for Host {
         }
         if std::thread::panicking() {
             eprintln!("log of {}:\n{}", self.name, self.log());
-            return;
+        } else {
+            until("no role outlives its agent", || self.roles().is_empty());
         }
-        until("no role outlives its agent", || self.roles().is_empty());
         if let Some(root) = cgroups() {
             for group in self.groups() {
                 let _ = fs::remove_dir(root.join("casemate").join(group));
