@@ -93,6 +93,7 @@ pub(crate) struct FilterOnly(pub crate::sandbox::seccomp::ThreadKind);
 #[cfg(test)]
 impl Cell for FilterOnly {
     fn close(&mut self) -> Result<(), RoleError> {
+        crate::sandbox::quiet_allocator();
         let installed = crate::sandbox::seccomp::install(self.0);
         installed.map(drop).map_err(|e| RoleError::new("TEST", e))
     }

@@ -63,6 +63,7 @@ use seccomp::{Installed, SeccompError, ThreadKind};
 
 pub use cgroup::{CgroupError, hierarchy as cgroup_hierarchy};
 pub use process::{RoleCell, this_process};
+pub use sys::quiet_allocator;
 
 /// A role that runs in a cell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -115,6 +116,7 @@ impl fmt::Display for Role {
 /// a role does.
 pub fn enter_jail(role: Role) -> Result<(Jailed, Channel), SandboxError> {
     end_on_panic();
+    quiet_allocator();
     let mut cell = jail::enter(role)?;
     let channel = cell.channel.take().ok_or(SandboxError::NoChannel)?;
     Ok((Jailed { cell }, channel))

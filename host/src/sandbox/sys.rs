@@ -125,3 +125,25 @@ pub(crate) unsafe fn raw(call: i64, args: [u64; 6]) -> Result<i64, Errno> {
 const CAPABILITY_VERSION_3: u32 = 0x2008_0522;
 const LANDLOCK_CREATE_RULESET_VERSION: u32 = 1;
 const KEYCTL_JOIN_SESSION_KEYRING: u64 = 1;
+
+/// Makes glibc's allocator ask the kernel for nothing but memory, and seldom.
+///
+/// It reads files below `/proc` and `/sys` when it makes an arena beyond the first or gives a part of one back, which a
+/// thread's filter would take for an attack. So there is one arena, and it keeps what it has: the same large buffers
+/// come and go with every batch of pages.
+pub fn quiet_allocator() {
+    let settings = [
+        (libc::M_ARENA_MAX, 1),
+        (libc::M_TRIM_THRESHOLD, 1 << 30),
+        (libc::M_MMAP_THRESHOLD, 16 << 20),
+    ];
+    for (setting, value) in settings {
+        // SAFETY: sets a number in the allocator; no pointer is involved.
+        if unsafe { libc::mallopt(setting, value) } != 1 {
+            tracing::warn!(
+                setting,
+                "the allocator may open files from filtered threads"
+            );
+        }
+    }
+}

@@ -21,7 +21,7 @@ use crate::ipc::{Channel, IpcError};
 /// Main of the `vmm` role: the first message is `Prepare`; returns when the agent says `Shutdown` or its
 /// end closes.
 pub fn run(agent: Channel, hooks: Hooks) -> Result<(), VmmError> {
-    one_allocator_arena();
+    crate::sandbox::quiet_allocator();
     let first = agent.recv::<VmmRequest>(None)?;
     let VmmRequest::Prepare { plan, handles } = first.body else {
         agent.send(&reply(Err(wrong_state(
@@ -214,17 +214,6 @@ impl Control {
             "{what} is not possible while the machine is {:?}",
             self.state
         )))
-    }
-}
-
-/// glibc reads files below `/proc` and `/sys` when it makes or shrinks an arena of its allocator beyond the
-/// first, which a thread's filter would take for an attack. So there is only the first.
-#[expect(unsafe_code, reason = "mallopt has no safe wrapper")]
-fn one_allocator_arena() {
-    // SAFETY: sets a number in the allocator; no pointer is involved.
-    let done = unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
-    if done != 1 {
-        tracing::warn!("the allocator may open files from filtered threads");
     }
 }
 

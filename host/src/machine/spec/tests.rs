@@ -1,0 +1,113 @@
+//! A good description, and everything that can be wrong with one.
+
+use super::*;
+
+fn folder() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    for file in ["vmlinuz", "initrd", "data.raw"] {
+        std::fs::write(folder.path().join(file), b"x").unwrap();
+    }
+    folder
+}
+
+const GOOD: &str = r#"name = "vault"
+vcpus = 2
+memory = "512 MiB"
+[boot]
+kernel = "vmlinuz"
+initrd = "initrd"
+cmdline = "console=ttyS0"
+[confidential]
+technology = "sev"
+secret = true
+[[disk]]
+id = "data"
+path = "data.raw"
+[[net]]
+id = "net0"
+tap = "tap0"
+bridge = "br0"
+mac = "52:54:00:00:00:01"
+announce = ["10.0.0.1"]
+[vsock]
+cid = 3
+"#;
+
+fn parse(text: &str) -> Result<MachineSpec, SpecError> {
+    let folder = folder();
+    MachineSpec::parse(&folder.path().join("vm.toml"), text)
+}
+
+#[test]
+fn a_good_description_is_read_whole() {
+    let spec = parse(GOOD).unwrap();
+    assert_eq!((spec.vcpus, spec.memory_bytes), (2, 512 << 20));
+    assert_eq!(
+        spec.confidential,
+        ConfidentialSpec::Sev {
+            policy: 0x23,
+            secret: true
+        }
+    );
+    let plan = spec.plan([7; 16], true);
+    assert_eq!(
+        plan.technology,
+        Technology::Sev {
+            emulated: true,
+            policy: 0x23
+        }
+    );
+    assert_eq!(plan.nets.first().unwrap().mac, [0x52, 0x54, 0, 0, 0, 1]);
+}
+
+#[test]
+fn every_fault_names_its_line_its_key_and_what_would_be_right() {
+    let cases = [
+        ("vcpus = 2", "vcpus = 0", 2, "want 1 to 64"),
+        ("vcpus = 2", "cpus = 2", 2, "unknown field `cpus`"),
+        ("\"512 MiB\"", "\"512 MB\"", 3, "such as \"512 MiB\""),
+        ("\"512 MiB\"", "\"9 GiB\"", 3, "to 3 GiB"),
+        ("\"512 MiB\"", "\"513 MiB\"", 3, "multiple of 2 MiB"),
+        (
+            "kernel = \"vmlinuz\"",
+            "kernel = \"nowhere\"",
+            5,
+            "`boot.kernel` names",
+        ),
+        (
+            "technology = \"sev\"",
+            "technology = \"tdx\"",
+            9,
+            "want \"none\" or \"sev\"",
+        ),
+        ("secret = true", "policy = 0x22", 10, "NODBG"),
+        ("\"data.raw\"", "\".\"", 13, "not a regular file"),
+        ("\"tap0\"", "\"../tap\"", 16, "`net.tap`"),
+        ("52:54:00:00:00:01", "53:54:00:00:00:01", 18, "unicast"),
+        ("52:54:00:00:00:01", "52:54:00:00:00", 18, "`net.mac`"),
+        ("cid = 3", "cid = 2", 21, "want 3"),
+        ("name = \"vault\"", "name = \"Vault!\"", 1, "a-z"),
+    ];
+    for (from, to, line, words) in cases {
+        let error = parse(&GOOD.replacen(from, to, 1)).unwrap_err();
+        assert_eq!(error.line, Some(line), "{to}: {error}");
+        assert!(error.to_string().contains(words), "{to}: {error}");
+    }
+}
+
+#[test]
+fn a_name_used_twice_is_refused() {
+    let twice = format!("{GOOD}\n[[disk]]\nid = \"data\"\npath = \"data.raw\"\n");
+    assert!(parse(&twice).unwrap_err().problem.contains("stands twice"));
+}
+
+#[test]
+fn a_missing_file_is_named() {
+    let error = MachineSpec::load(Path::new("/nowhere/vm.toml")).unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .starts_with("/nowhere/vm.toml: cannot be read"),
+        "{error}"
+    );
+}
