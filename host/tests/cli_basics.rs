@@ -73,6 +73,23 @@ fn an_agent_that_hangs_up_or_talks_rubbish_is_reported() {
 }
 
 #[test]
+fn an_answer_that_came_before_the_request_was_read_is_heard() {
+    let host = Host::new("early");
+    // Larger than the kernel keeps for the reader, so that it cannot be sent whole.
+    host.write("session/owner.cert", vec![0; 600_000]);
+    host.write("session/session.bin", b"");
+    let listener = std::os::unix::net::UnixListener::bind(&host.socket).unwrap();
+    let agent = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let line = b"{\"line\":\"failed\",\"code\":\"NOT_PERMITTED\",\"error\":\"use root\"}\n";
+        support::offer(&mut stream, line);
+    });
+    let args = ["run", "vm.toml", "--owner-session", "session"];
+    host.run(&args).refused(1, &["use root", "NOT_PERMITTED"]);
+    agent.join().unwrap();
+}
+
+#[test]
 fn usage_errors_are_64_and_help_is_0() {
     for args in [
         &[][..],

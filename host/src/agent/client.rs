@@ -22,7 +22,11 @@ pub fn ask(
     })?;
     let mut line = serde_json::to_vec(request).map_err(|e| lost(&e))?;
     line.push(b'\n');
-    stream.write_all(&line).map_err(|e| lost(&e))?;
+    match stream.write_all(&line) {
+        // An agent that refuses whoever asks does not read the request; its answer is there all the same.
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => return Err(lost(&e)),
+        _ => {}
+    }
     let mut reader = BufReader::new(stream);
     loop {
         match next_line(&mut reader)? {

@@ -196,7 +196,9 @@ fn escaped(path: &Path) -> String {
 pub const DISK_SIZE: u64 = 2 << 30;
 
 /// `-cpu max` has SVM with nested paging under TCG. AVX and the fast string moves are left out: TCG emulates them so
-/// slowly that HMAC, AES-CTR and TLS take five to eight times as long with them. `vmgenid` makes the kernel reseed its random numbers after a restore.
+/// slowly that HMAC, AES-CTR and TLS take five to eight times as long with them. `tsc=reliable`: the TSC of all vCPUs is
+/// one clock here, but on a busy machine the kernel's watchdog takes late ticks for a broken one, and KVM then changes
+/// the clocks of running guests. `vmgenid` makes the kernel reseed its random numbers after a restore.
 const MACHINE: &[&str] = &[
     "-accel",
     "tcg,thread=multi",
@@ -214,7 +216,7 @@ const MACHINE: &[&str] = &[
     "none",
     "-no-reboot",
     "-append",
-    "console=ttyS0 quiet panic=-1",
+    "console=ttyS0 quiet panic=-1 tsc=reliable",
     "-chardev",
     "socket,id=control,fd=0",
     "-chardev",
