@@ -48,12 +48,9 @@ fn interrupt_at(line: &str, signal: Signal) {
         .last()
         .is_some_and(|last: &String| last.starts_with(line))
     {
-        said.push(
-            lines
-                .next()
-                .unwrap_or_else(|| panic!("the demo ended before {line:?}: {said:#?}"))
-                .unwrap(),
-        );
+        let next = lines.next();
+        assert!(next.is_some(), "the demo ended before {line:?}: {said:#?}");
+        said.extend(next.map(Result::unwrap));
     }
     // In the middle of the step, not at its first instruction.
     std::thread::sleep(Duration::from_millis(300));
