@@ -238,7 +238,7 @@ fn fate(here: GuestHere) -> &'static str {
     match here {
         GuestHere::Runs => "the guest runs on here",
         GuestHere::Stopped => {
-            "the guest is stopped here; `casemate resume` it, or see the agent's log"
+            "the guest does not run here: `casemate status` says whether it is paused (then `casemate resume` it) or has stopped by itself"
         }
         GuestHere::InDoubt => {
             "the commit was sent and not answered: the guest stays stopped here until the peer has been asked"

@@ -67,6 +67,9 @@ enum Task {
         /// Bring back what the program leaves in the directory $LAB_OUT.
         #[arg(long, value_name = "DIR")]
         out: Option<PathBuf>,
+        /// How often a program that failed in a lab gets a fresh one, should the emulation have failed it.
+        #[arg(long, value_name = "N", default_value_t = 0)]
+        retries: u32,
         /// The program and its arguments.
         #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
@@ -130,11 +133,16 @@ fn perform(task: Task) -> Result<i32> {
     match task {
         Task::Prepare { update } => prepare::prepare(&paths, update).map(|_| 0),
         Task::Run {
-            payload, out, args, ..
+            payload,
+            out,
+            args,
+            retries,
+            ..
         } => {
             let mut request = Request::new(&paths, args)?;
             request.payload.extend(payload);
             request.out = out;
+            request.retries = retries;
             run::run(&paths, &request)
         }
         Task::GuestImage => guest_image::make(&paths).map(|()| 0),

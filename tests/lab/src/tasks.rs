@@ -61,6 +61,7 @@ pub fn demo(paths: &Paths, args: Vec<String>) -> Result<i32> {
     if env::var_os("LAB_TIMEOUT").is_none() {
         request.timeout = DEMO_TIMEOUT;
     }
+    request.retries = DEMO_RETRIES;
     say("running the demo");
     run(paths, &request)
 }
@@ -78,8 +79,11 @@ pub fn verify(paths: &Paths) -> Result<i32> {
     guest_image::make(paths)?;
     say("running unit, host, lab and doc tests; the lab_* tests each in a fresh lab");
     // One binary may hold many tests, each with guests of its own.
-    let timeout = env::var("LAB_TIMEOUT").unwrap_or_else(|_| DEMO_TIMEOUT.as_secs().to_string());
-    let runner = format!("{} run --only lab_", paths.lab.display());
+    let timeout = env::var("LAB_TIMEOUT").unwrap_or_else(|_| TEST_TIMEOUT.as_secs().to_string());
+    let runner = format!(
+        "{} run --only lab_ --retries {TEST_RETRIES}",
+        paths.lab.display()
+    );
     let code = cargo(
         paths,
         &["test", "--release", "--workspace", "--no-fail-fast"],
@@ -128,3 +132,9 @@ const RUNNER: &str = "CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER";
 
 /// The demo itself promises three minutes on two cores; slower machines shall still see its own verdict.
 const DEMO_TIMEOUT: Duration = Duration::from_secs(900);
+/// A test program takes a minute or two, more on a busy machine.
+const TEST_TIMEOUT: Duration = Duration::from_secs(420);
+
+/// How often a failed demo, or a failed test program, gets a fresh lab: see `run`.
+const DEMO_RETRIES: u32 = 1;
+const TEST_RETRIES: u32 = 2;
