@@ -136,5 +136,5 @@ const DEMO_TIMEOUT: Duration = Duration::from_secs(900);
 const TEST_TIMEOUT: Duration = Duration::from_secs(420);
 
 /// How often a failed demo, or a failed test program, gets a fresh lab: see `run`.
-const DEMO_RETRIES: u32 = 1;
-const TEST_RETRIES: u32 = 2;
+const DEMO_RETRIES: u32 = 2;
+const TEST_RETRIES: u32 = 4;
