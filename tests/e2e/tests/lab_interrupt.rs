@@ -5,6 +5,7 @@ mod common;
 
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use casemate_e2e::cleanup::Traces;
@@ -36,6 +37,8 @@ fn the_demo() {
 }
 
 fn interrupt_at(line: &str, signal: Signal) {
+    // Two demos at a time would be two hosts of each name on one machine, and what one leaves the other would find.
+    let _alone = ONE_DEMO.lock().unwrap_or_else(PoisonError::into_inner);
     let casemate = product().casemate;
     let before = Traces::survey(&casemate);
     let mut demo = Command::new(std::env::current_exe().unwrap());
@@ -72,3 +75,5 @@ fn interrupt_at(line: &str, signal: Signal) {
     let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
     assert!(!mounts.contains("nsfs"), "a namespace is left:\n{mounts}");
 }
+
+static ONE_DEMO: Mutex<()> = Mutex::new(());
