@@ -27,10 +27,8 @@ pub const SECRET_SIZE: u64 = PAGE_SIZE;
 /// Where the compressed kernel is loaded; what most kernels prefer.
 pub const KERNEL: u64 = 0x100_0000;
 
-/// Least guest memory: kernel, its decompression and a small initramfs.
-pub const MIN_MEMORY: u64 = 64 << 20;
-/// Most guest memory: all of it lies below the PCI hole.
-pub const MAX_MEMORY: u64 = 3 << 30;
+/// Least guest memory: kernel, its decompression and a small initramfs. Most: all of it lies below the PCI hole.
+pub use crate::machine::plan::{MAX_MEMORY, MIN_MEMORY};
 
 /// Start of the memory window of the PCI host bridge.
 pub const PCI_WINDOW: u64 = 0xc000_0000;

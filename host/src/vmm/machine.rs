@@ -27,7 +27,7 @@ use super::vcpu::{Vcpu, VcpuError, cpuid};
 use crate::devices::serial::{Console, ConsoleStateError};
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::transport::{Placement, TransportStateError, VirtioPci};
-use crate::machine::plan::{MachinePlan, Technology};
+use crate::machine::plan::{MAX_VCPUS, MachinePlan, Technology};
 
 /// A machine with all its threads. Dropping it ends them.
 pub struct Machine {
@@ -384,7 +384,7 @@ impl From<MachineError> for RoleError {
 
 fn check_plan(plan: &MachinePlan) -> Result<(), MachineError> {
     let refuse = |text: &str| Err(MachineError::Plan(text.into()));
-    if !(1..=64).contains(&plan.vcpus) {
+    if !(1..=MAX_VCPUS).contains(&plan.vcpus) {
         return refuse("vcpus must be 1 to 64");
     }
     if plan.disks.len() + plan.nets.len() + usize::from(plan.vsock_cid.is_some()) > MAX_FUNCTIONS {
