@@ -6,9 +6,11 @@
 //!
 //! | Module | Side | For |
 //! | --- | --- | --- |
+//! | [`report`] | owner | SNP attestation reports, parsed |
 //! | [`legacy`] | owner and host | SEV certificates, chains, sessions, launch measure, secret packets |
 //! | [`measure`] | owner | the launch digest that a description leads to |
 //! | [`verify`] | owner | evidence + expectation → [`verify::Verdict`], with every check's result |
+//! | [`product`], [`tcb`] | both | which processor, which patch levels |
 //! | [`processor`] | host | the software secure processor, for machines without AMD's |
 //!
 //! Trust starts at AMD's root keys, which are pinned in the binary. A software secure processor
@@ -17,10 +19,15 @@
 //!
 //! `examples/sev_launch.rs` walks through a whole launch.
 //!
-//! The formats follow AMD publication 55766, "Secure Encrypted Virtualization API".
+//! The formats follow AMD publications 55766, "Secure Encrypted Virtualization API", and
+//! 56860, "SEV Secure Nested Paging Firmware ABI".
 #![forbid(unsafe_code)]
 
+mod bytes;
 pub mod legacy;
 pub mod measure;
 pub mod processor;
+pub mod product;
+pub mod report;
+pub mod tcb;
 pub mod verify;

@@ -3,9 +3,9 @@
 //! A parsed certificate is well-formed, nothing more. A root that verifies against itself proves
 //! nothing either; [`TrustAnchors`](super::TrustAnchors) decides which root counts.
 
-use super::bytes;
 use super::certificate::{Algorithm, Usage, sha256};
 use super::{CertificateError, SevCertificate};
+use crate::bytes;
 use ring::signature::{
     RSA_PSS_2048_8192_SHA256, RSA_PSS_2048_8192_SHA384, RsaParameters, RsaPublicKeyComponents,
 };

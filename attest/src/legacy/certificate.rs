@@ -3,7 +3,7 @@
 //! A parsed certificate is well-formed, nothing more: whose key it is, is known only after
 //! [`LegacyChain::verify`](super::LegacyChain::verify).
 
-use super::bytes;
+use crate::bytes;
 use p384::ecdsa::signature::hazmat::{PrehashSigner, PrehashVerifier};
 use p384::elliptic_curve::sec1::ToEncodedPoint;
 use p384::{EncodedPoint, FieldBytes, PublicKey, SecretKey};

@@ -1,7 +1,7 @@
 //! The launch measure: the platform's proof, keyed with the owner's session, of what it loaded.
 
-use super::bytes;
 use super::policy::{ApiVersion, GuestPolicy};
+use crate::bytes;
 use crate::measure::LaunchDigest;
 use ring::hmac;
 use serde::{Deserialize, Serialize};

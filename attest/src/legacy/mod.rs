@@ -5,7 +5,6 @@
 //! room for and keeps them as they came, so that signatures are checked over what was received
 //! and never over a re-encoding of it.
 
-mod bytes;
 pub mod ca;
 pub mod certificate;
 pub mod chain;

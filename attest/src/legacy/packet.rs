@@ -5,7 +5,7 @@
 //! *where* in the guest or *when* a packet belongs: whoever moves packets has to bind address and
 //! order around them.
 
-use super::bytes;
+use crate::bytes;
 use aes::Aes128;
 use aes::cipher::{InnerIvInit, KeyInit, StreamCipher, StreamCipherCoreWrapper};
 use ring::hmac;

@@ -4,13 +4,13 @@
 //! A received blob is believed only after both its MACs; the key of whoever sent it is not
 //! authenticated by it.
 
-use super::bytes;
 use super::certificate::{CertificateBuilder, SevCertificate, Usage};
 use super::chain::VerifiedChain;
 use super::measure::{self, MeasureBlob};
 use super::packet::{PacketError, TransportKeys, equal, random};
 use super::policy::{ApiVersion, GuestPolicy};
 use super::secret::{SecretError, SecretPacket};
+use crate::bytes;
 use crate::measure::LaunchDigest;
 use aes::Aes128;
 use aes::cipher::{KeyIvInit, StreamCipher};

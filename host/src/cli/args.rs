@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
 
+use super::attest::AttestCommand;
+
 /// Casemate: a security-hardened confidential VM host.
 ///
 /// Runs guests under AMD SEV in a jailed VMM, proves what it launched, and moves them between hosts over an
@@ -94,6 +96,12 @@ pub enum Command {
         /// What to do.
         #[command(subcommand)]
         command: OwnerCommand,
+    },
+    /// Evidence: what a guest will measure, what a report proves, the certificates it takes.
+    Attest {
+        /// What to do.
+        #[command(subcommand)]
+        command: AttestCommand,
     },
     /// The secure processor of this host.
     Platform {

@@ -1,6 +1,7 @@
 //! The commands; nothing but parsing and rendering.
 
 mod args;
+mod attest;
 mod migrate;
 mod owner;
 mod render;
@@ -87,6 +88,7 @@ fn run(cli: Cli) -> Result<u8, Failure> {
         ),
         Command::Cancel { name } => show(agent, &Request::Cancel { name }, json),
         Command::Owner { command } => owner::run(agent, command, json),
+        Command::Attest { command } => attest::run(command, json),
         Command::Platform {
             command: PlatformCommand::Show,
         } => show(agent, &Request::Platform, json),

@@ -11,8 +11,8 @@ use casemate_attest::legacy::{
 };
 use casemate_attest::measure::{LaunchDigest, LaunchDigester};
 use casemate_attest::verify::{
-    CheckResult, Component, PlatformEvidence, SevLaunchEvidence, SevLaunchExpected, Verdict,
-    verify_sev_launch,
+    CheckResult, Component, Outcome, PlatformEvidence, SevLaunchEvidence, SevLaunchExpected,
+    Verdict, verify_sev_launch,
 };
 use serde::Serialize;
 
@@ -137,9 +137,9 @@ impl Release<'_> {
             print_bytes(table(&verdict, released).as_bytes())?;
         }
         Ok(match verdict.overall {
-            CheckResult::Accepted => 0,
-            CheckResult::Rejected => 1,
-            CheckResult::CannotVerify => 2,
+            Outcome::Accepted => 0,
+            Outcome::Rejected => 1,
+            Outcome::CannotVerify => 2,
         })
     }
 
@@ -314,6 +314,7 @@ fn table(verdict: &Verdict, released: bool) -> String {
                 "UNVERIFIED",
                 format!("\n             wanted {}", check.expected),
             ),
+            CheckResult::NotChecked => ("not checked", String::new()),
         };
         let code = check
             .code

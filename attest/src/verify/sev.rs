@@ -1,4 +1,4 @@
-//! Evidence and expectation in, a verdict with every check's result out.
+//! The verdict over a measured SEV or SEV-ES launch.
 //!
 //! All evidence comes from the host, which is what the owner does *not* trust: certificates,
 //! version, policy and measure are claims until a check binds them. A floor that no expectation
@@ -6,6 +6,7 @@
 //! emulated platforms are refused unless allowed. A verdict is accepted only if every check was
 //! made and passed.
 
+use super::verdict::{Check, Verdict};
 use crate::legacy::chain::{ChainError, VerifiedChain};
 use crate::legacy::measure::MeasureBlob;
 use crate::legacy::policy::{ApiVersion, GuestPolicy, PolicyFlag};
@@ -70,58 +71,6 @@ pub struct Component {
     pub digest: LaunchDigest,
 }
 
-/// The outcome and every check behind it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Verdict {
-    /// The outcome.
-    pub overall: CheckResult,
-    /// Whether the platform is a software secure processor.
-    pub emulated: bool,
-    /// Every check, in the order made.
-    pub checks: Vec<Check>,
-}
-
-/// One check.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Check {
-    /// What is checked; stable.
-    pub name: String,
-    /// Its result.
-    pub result: CheckResult,
-    /// What should be, in words.
-    pub expected: String,
-    /// What is, in words.
-    pub found: String,
-    /// Why it did not pass; stable, and absent where it passed.
-    pub code: Option<String>,
-}
-
-/// How a check, or all of them together, came out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum CheckResult {
-    /// It holds.
-    Accepted,
-    /// It does not hold.
-    Rejected,
-    /// It cannot be told; never as good as accepted.
-    CannotVerify,
-}
-
-impl Verdict {
-    /// Whether a secret may be released.
-    pub fn accepted(&self) -> bool {
-        self.overall == CheckResult::Accepted
-    }
-
-    /// The checks that did not pass.
-    pub fn failures(&self) -> impl Iterator<Item = &Check> {
-        self.checks
-            .iter()
-            .filter(|check| check.result != CheckResult::Accepted)
-    }
-}
-
 /// Judges a measured SEV launch for the owner of `session`.
 pub fn verify_sev_launch(
     evidence: &SevLaunchEvidence<'_>,
@@ -140,17 +89,13 @@ pub fn verify_sev_launch(
     // What cannot be verified counts as emulated only where it is known to be.
     let emulated =
         matches!(evidence.platform, PlatformEvidence::Verified(chain) if chain.emulated());
-    Verdict {
-        overall: overall(&checks),
-        emulated,
-        checks,
-    }
+    Verdict::of(checks, &REQUIRED, emulated)
 }
 
 fn check_chain(platform: PlatformEvidence<'_>) -> Check {
     let expected = "every signature up to a pinned AMD root or a named emulated root";
     match platform {
-        PlatformEvidence::Verified(chain) => accepted(
+        PlatformEvidence::Verified(chain) => Check::accepted(
             PLATFORM_CHAIN,
             expected,
             format!("verified, root {:?}", chain.root()),
@@ -160,9 +105,11 @@ fn check_chain(platform: PlatformEvidence<'_>) -> Check {
                 ChainError::UntrustedRoot { .. } => "PLATFORM_ROOT_UNTRUSTED",
                 _ => "PLATFORM_CHAIN_INVALID",
             };
-            rejected(PLATFORM_CHAIN, expected, error.to_string(), code)
+            Check::rejected(PLATFORM_CHAIN, expected, error.to_string(), code)
         }
-        PlatformEvidence::Missing => unverifiable(PLATFORM_CHAIN, expected, NO_CHAIN),
+        PlatformEvidence::Missing => {
+            Check::cannot_verify(PLATFORM_CHAIN, expected, NO_CHAIN, PLATFORM_UNKNOWN)
+        }
     }
 }
 
@@ -174,20 +121,18 @@ fn check_emulated(platform: PlatformEvidence<'_>, allowed: bool) -> Check {
     };
     match platform {
         PlatformEvidence::Verified(chain) if !chain.emulated() => {
-            accepted(EMULATED, expected, "AMD's secure processor".into())
+            Check::accepted(EMULATED, expected, "AMD's secure processor")
         }
-        PlatformEvidence::Verified(_) if allowed => accepted(
+        PlatformEvidence::Verified(_) if allowed => {
+            Check::accepted(EMULATED, expected, "a software secure processor: emulated")
+        }
+        PlatformEvidence::Verified(_) => Check::rejected(
             EMULATED,
             expected,
-            "a software secure processor: emulated".into(),
-        ),
-        PlatformEvidence::Verified(_) => rejected(
-            EMULATED,
-            expected,
-            "a software secure processor: emulated; it protects nothing from its host".into(),
+            "a software secure processor: emulated; it protects nothing from its host",
             "EMULATED_NOT_ALLOWED",
         ),
-        _ => unverifiable(EMULATED, expected, NO_CHAIN),
+        _ => Check::cannot_verify(EMULATED, expected, NO_CHAIN, PLATFORM_UNKNOWN),
     }
 }
 
@@ -198,9 +143,9 @@ fn check_session_platform(platform: PlatformEvidence<'_>, session: &OwnerSession
             let found = chain.pdh().fingerprint();
             let text = format!("PDH {}", hex::encode(found));
             if found == session.platform() {
-                accepted(SESSION_PLATFORM, &expected, text)
+                Check::accepted(SESSION_PLATFORM, &expected, text)
             } else {
-                rejected(
+                Check::rejected(
                     SESSION_PLATFORM,
                     &expected,
                     text,
@@ -208,7 +153,7 @@ fn check_session_platform(platform: PlatformEvidence<'_>, session: &OwnerSession
                 )
             }
         }
-        _ => unverifiable(SESSION_PLATFORM, &expected, NO_CHAIN),
+        _ => Check::cannot_verify(SESSION_PLATFORM, &expected, NO_CHAIN, PLATFORM_UNKNOWN),
     }
 }
 
@@ -217,9 +162,9 @@ fn check_api(evidence: &SevLaunchEvidence<'_>, expected: &SevLaunchExpected) -> 
     let text = format!("firmware API of at least {least}");
     let found = format!("{} build {}", evidence.api, evidence.build);
     if evidence.api >= least {
-        accepted(FIRMWARE_API, &text, found)
+        Check::accepted(FIRMWARE_API, &text, found)
     } else {
-        rejected(FIRMWARE_API, &text, found, "FIRMWARE_API_TOO_OLD")
+        Check::rejected(FIRMWARE_API, &text, found, "FIRMWARE_API_TOO_OLD")
     }
 }
 
@@ -230,22 +175,22 @@ fn check_policy(
 ) -> Check {
     let (text, found) = (expected.policy.to_string(), evidence.policy.to_string());
     if evidence.policy != expected.policy {
-        return rejected(GUEST_POLICY, &text, found, "GUEST_POLICY_MISMATCH");
+        return Check::rejected(GUEST_POLICY, &text, found, "GUEST_POLICY_MISMATCH");
     }
     if session.policy() != expected.policy {
         let found = format!("the session was opened for {}", session.policy());
-        return rejected(GUEST_POLICY, &text, found, "SESSION_POLICY_MISMATCH");
+        return Check::rejected(GUEST_POLICY, &text, found, "SESSION_POLICY_MISMATCH");
     }
-    accepted(GUEST_POLICY, &text, found)
+    Check::accepted(GUEST_POLICY, &text, found)
 }
 
 fn check_debug(policy: GuestPolicy) -> Check {
     let expected = "debugging forbidden (NODBG)";
     if policy.has(PolicyFlag::NoDebug) {
-        accepted(DEBUG, expected, policy.to_string())
+        Check::accepted(DEBUG, expected, policy.to_string())
     } else {
         let found = format!("{policy}: the host may read guest memory with debug commands");
-        rejected(DEBUG, expected, found, "DEBUG_ALLOWED")
+        Check::rejected(DEBUG, expected, found, "DEBUG_ALLOWED")
     }
 }
 
@@ -267,7 +212,7 @@ fn check_measurement(
     }
     let mut found = format!("measure {}", hex::encode(measured.measure));
     if session.measure_fits(&expected.digest, api, build, measured) {
-        return accepted(LAUNCH_MEASUREMENT, &text, found);
+        return Check::accepted(LAUNCH_MEASUREMENT, &text, found);
     }
     found.push_str(
         "; a keyed measure does not show which bytes differ, only that something does: what was \
@@ -277,7 +222,7 @@ fn check_measurement(
         &expected.components,
         &evidence.claimed_components,
     ));
-    rejected(
+    Check::rejected(
         LAUNCH_MEASUREMENT,
         &text,
         found,
@@ -301,62 +246,6 @@ fn differing_claims(expected: &[Component], claimed: &[Component]) -> String {
     text
 }
 
-/// Accepted only if each required check is there exactly once, and passed.
-fn overall(checks: &[Check]) -> CheckResult {
-    if checks
-        .iter()
-        .any(|check| check.result == CheckResult::Rejected)
-    {
-        return CheckResult::Rejected;
-    }
-    let passed = |name: &str| {
-        let mut named = checks.iter().filter(|check| check.name == name);
-        let first = named
-            .next()
-            .is_some_and(|check| check.result == CheckResult::Accepted);
-        first && named.next().is_none()
-    };
-    if REQUIRED.into_iter().all(passed) && checks.len() == REQUIRED.len() {
-        CheckResult::Accepted
-    } else {
-        CheckResult::CannotVerify
-    }
-}
-
-fn accepted(name: &str, expected: &str, found: String) -> Check {
-    check(name, CheckResult::Accepted, expected, found, None)
-}
-
-fn rejected(name: &str, expected: &str, found: String, code: &str) -> Check {
-    check(name, CheckResult::Rejected, expected, found, Some(code))
-}
-
-fn unverifiable(name: &str, expected: &str, found: &str) -> Check {
-    check(
-        name,
-        CheckResult::CannotVerify,
-        expected,
-        found.to_owned(),
-        Some("PLATFORM_UNKNOWN"),
-    )
-}
-
-fn check(
-    name: &str,
-    result: CheckResult,
-    expected: &str,
-    found: String,
-    code: Option<&str>,
-) -> Check {
-    Check {
-        name: name.to_owned(),
-        result,
-        expected: expected.to_owned(),
-        found,
-        code: code.map(str::to_owned),
-    }
-}
-
 const PLATFORM_CHAIN: &str = "platform_chain";
 const EMULATED: &str = "emulated";
 const SESSION_PLATFORM: &str = "session_platform";
@@ -373,12 +262,15 @@ const REQUIRED: [&str; 7] = [
     DEBUG,
     LAUNCH_MEASUREMENT,
 ];
+const PLATFORM_UNKNOWN: &str = "PLATFORM_UNKNOWN";
 const NO_CHAIN: &str = "no verified platform chain";
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::legacy::TrustAnchors;
+    use crate::verify::Outcome;
+
     use crate::legacy::measure::launch_measure;
     use crate::legacy::session::OwnerSession;
     use crate::processor::testing;
@@ -466,7 +358,7 @@ mod tests {
         let mut case = case(&[PolicyFlag::NoDebug]);
         case.expected.allow_emulated = false;
         let verdict = case.judge(&case.evidence());
-        assert_eq!(verdict.overall, CheckResult::Rejected);
+        assert_eq!(verdict.overall, Outcome::Rejected);
         assert_eq!(codes(&verdict), ["EMULATED_NOT_ALLOWED"]);
     }
 
@@ -486,7 +378,7 @@ mod tests {
             digest: LaunchDigest::of(b"kernel!"),
         }];
         let verdict = case.judge(&evidence);
-        assert_eq!(verdict.overall, CheckResult::Rejected);
+        assert_eq!(verdict.overall, Outcome::Rejected);
         assert_eq!(codes(&verdict), ["LAUNCH_MEASUREMENT_MISMATCH"]);
         let check = verdict.failures().next().unwrap();
         assert!(
@@ -553,7 +445,7 @@ mod tests {
         let mut evidence = case.evidence();
         evidence.platform = PlatformEvidence::Missing;
         let verdict = case.judge(&evidence);
-        assert_eq!(verdict.overall, CheckResult::CannotVerify);
+        assert_eq!(verdict.overall, Outcome::CannotVerify);
 
         let error = case
             .chain
@@ -562,7 +454,7 @@ mod tests {
             .unwrap_err();
         evidence.platform = PlatformEvidence::Failed(&error);
         let verdict = case.judge(&evidence);
-        assert_eq!(verdict.overall, CheckResult::Rejected);
+        assert_eq!(verdict.overall, Outcome::Rejected);
         assert!(codes(&verdict).contains(&"PLATFORM_ROOT_UNTRUSTED"));
     }
 
@@ -579,13 +471,13 @@ mod tests {
     fn nothing_is_accepted_by_omission() {
         let case = case(&[PolicyFlag::NoDebug]);
         let verdict = case.judge(&case.evidence());
-        assert_eq!(overall(&verdict.checks), CheckResult::Accepted);
+        let of = |checks| Verdict::of(checks, &REQUIRED, false).overall;
+        assert_eq!(of(verdict.checks.clone()), Outcome::Accepted);
         for left_out in 0..verdict.checks.len() {
             let mut checks = verdict.checks.clone();
             checks.remove(left_out);
-            assert_eq!(overall(&checks), CheckResult::CannotVerify);
+            assert_eq!(of(checks), Outcome::CannotVerify);
         }
-        assert_eq!(overall(&[]), CheckResult::CannotVerify);
     }
 
     #[test]
