@@ -4,15 +4,15 @@
 //! all have serial number 0 and cannot be told apart by it. A list is optional evidence from an
 //! untrusted cache or network, so its absence is an outcome of its own and never reads as good.
 
+use super::der::{INTEGER, Signed, content};
 use super::error::ChainError;
 use super::leaf::Leaf;
 use super::trust::{Root, SnpTrust, TrustedIntermediate};
-use super::x509::{Serial, der_content, duplicate, is_amd_pss, sha256, system_time};
+use super::x509::{Serial, der_or_pem, duplicate, sha256, system_time};
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::OnceLock;
 use std::time::{Duration, SystemTime};
-use x509_parser::asn1_rs::Tag;
 use x509_parser::oid_registry::{
     OID_X509_EXT_AUTHORITY_KEY_IDENTIFIER, OID_X509_EXT_CRL_NUMBER,
     OID_X509_EXT_DELTA_CRL_INDICATOR, OID_X509_EXT_ISSUER_DISTRIBUTION_POINT,
@@ -122,16 +122,16 @@ pub enum CrlOutcome {
 
 impl Crl {
     /// Reads exactly one list, DER or PEM, of at most [`MAX_CRL_LEN`] bytes.
-    pub fn parse(der_or_pem: &[u8]) -> Result<Self, CrlError> {
-        if der_or_pem.len() > MAX_CRL_LEN {
-            return Err(CrlError::TooLarge(der_or_pem.len()));
+    pub fn parse(bytes: &[u8]) -> Result<Self, CrlError> {
+        if bytes.len() > MAX_CRL_LEN {
+            return Err(CrlError::TooLarge(bytes.len()));
         }
-        let der = super::x509::der_or_pem(der_or_pem, "X509 CRL").ok_or(CrlError::Malformed)?;
+        let der = der_or_pem(bytes, "X509 CRL").ok_or(CrlError::Malformed)?;
         let Ok(([], list)) = CertificateRevocationList::from_der(&der) else {
             return Err(CrlError::Malformed);
         };
-        let outer = &list.signature_algorithm;
-        if !is_amd_pss(outer) || outer != &list.tbs_cert_list.signature {
+        let signed = Signed::parse(&der).ok_or(CrlError::Malformed)?;
+        if !signed.amd_pss {
             return Err(CrlError::Algorithm);
         }
         if list.version() != Some(X509Version::V2) {
@@ -145,8 +145,8 @@ impl Crl {
             .filter(|next| *next >= this_update)
             .ok_or(CrlError::Dates)?;
         Ok(Self {
-            body: list.tbs_cert_list.as_ref().to_vec(),
-            signature: list.signature_value.data.to_vec(),
+            body: signed.body.to_vec(),
+            signature: signed.signature.to_vec(),
             issuer: list.issuer().as_raw().to_vec(),
             sha256: sha256(&der),
             this_update,
@@ -382,7 +382,7 @@ fn check_scope(extension: &X509Extension<'_>) -> Result<(), CrlError> {
 fn read_number(extension: &X509Extension<'_>) -> Result<String, CrlError> {
     match (
         extension.parsed_extension(),
-        der_content(extension.value, Tag::Integer),
+        content(extension.value, INTEGER),
     ) {
         (ParsedExtension::CRLNumber(number), Some(bytes)) if bytes.len() <= MAX_NUMBER_LEN => {
             Ok(number.to_string())

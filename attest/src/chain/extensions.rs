@@ -3,11 +3,10 @@
 //! The arc is 1.3.6.1.4.1.3704.1 (publication 57230, "VCEK Certificate Extensions"). Levels are
 //! DER INTEGERs, two bytes long from 128 on.
 
-use super::x509::der_content;
+use super::der::{IA5_STRING, INTEGER, OCTET_STRING, content};
 use crate::product::Product;
 use crate::tcb::TcbVersion;
 use std::fmt;
-use x509_parser::asn1_rs::Tag;
 use x509_parser::prelude::X509Extension;
 
 /// One of AMD's extensions that is read here. The levels spl_4 to spl_7 are reserved and are not.
@@ -139,7 +138,7 @@ impl<'a> Extensions<'a> {
     }
 
     fn level(&self, which: AmdExtension) -> Result<u8, ExtensionError> {
-        match der_content(self.get(which)?, Tag::Integer) {
+        match content(self.get(which)?, INTEGER) {
             Some([level @ 0..=0x7f] | [0, level @ 0x80..=0xff]) => Ok(*level),
             // Longer than it need be: no DER.
             Some([0, 0..=0x7f, ..] | [0xff, 0x80..=0xff, ..] | []) | None => {
@@ -151,7 +150,7 @@ impl<'a> Extensions<'a> {
     }
 
     fn text(&self, which: AmdExtension) -> Result<String, ExtensionError> {
-        let text = der_content(self.get(which)?, Tag::Ia5String)
+        let text = content(self.get(which)?, IA5_STRING)
             .and_then(|bytes| std::str::from_utf8(bytes).ok())
             .filter(|text| text.chars().all(|c| matches!(c, ' '..='~')))
             .ok_or(ExtensionError::Encoding(which, "IA5String"))?;
@@ -206,7 +205,7 @@ impl<'a> Extensions<'a> {
 /// The chip's identity: the specification has it bare, some leaves wrap it in an OCTET STRING.
 fn hwid(value: &[u8], product: Product) -> Result<Vec<u8>, ExtensionError> {
     let expected = product.hwid_len();
-    let bare = match der_content(value, Tag::OctetString) {
+    let bare = match content(value, OCTET_STRING) {
         Some(content) if value.len() != expected => content,
         _ => value,
     };

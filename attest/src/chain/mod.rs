@@ -30,6 +30,7 @@
 //! Interface Specification".
 
 mod crl;
+mod der;
 mod error;
 mod extensions;
 mod leaf;

@@ -1,5 +1,6 @@
 //! Which roots count, and the intermediates below them.
 
+use super::der::Signed;
 use super::error::{ChainError, Link};
 use super::x509::{CertificateError, Outline, Outside, Serial, Validity, parse_der};
 use super::{
@@ -300,11 +301,8 @@ impl Root {
     }
 
     /// Whether the signature of this certificate is this root's.
-    fn signed(&self, der: &[u8]) -> bool {
-        parse_der(der).is_ok_and(|certificate| {
-            let body = certificate.tbs_certificate.as_ref();
-            self.verify(body, &certificate.signature_value.data)
-        })
+    pub(super) fn signed(&self, der: &[u8]) -> bool {
+        Signed::parse(der).is_some_and(|signed| self.verify(signed.body, signed.signature))
     }
 
     /// Whether `signature` over `message` is this root's.

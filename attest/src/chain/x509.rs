@@ -1,15 +1,14 @@
 //! What every certificate has: an encoding, names, dates, a serial number. Bytes come from hosts,
 //! files and the network; all of it is bounded and copied out once.
 
-use super::pss;
+use super::der::{SEQUENCE, Signed};
 use ring::digest::{SHA256, digest};
 use rustls_pki_types::UnixTime;
 use rustls_pki_types::pem::{PemObject, SectionKind};
 use std::fmt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
-use x509_parser::asn1_rs::{Any, Tag};
 use x509_parser::prelude::{ASN1Time, FromDer, X509Certificate, X509Extension, X509Version};
-use x509_parser::x509::{AlgorithmIdentifier, X509Name};
+use x509_parser::x509::X509Name;
 
 /// The longest certificate that is read, in bytes, PEM or DER. AMD's are below 2,400.
 pub const MAX_CERTIFICATE_LEN: usize = 8 << 10;
@@ -182,8 +181,8 @@ impl Outline {
         if certificate.version() != X509Version::V3 {
             return Err(CertificateError::Version);
         }
-        let outer = &certificate.signature_algorithm;
-        if !is_amd_pss(outer) || outer != &certificate.tbs_certificate.signature {
+        let signed = Signed::parse(der).ok_or(CertificateError::Malformed)?;
+        if !signed.amd_pss {
             return Err(CertificateError::Algorithm);
         }
         if let Some(oid) = duplicate(certificate.extensions()) {
@@ -232,23 +231,6 @@ pub(super) fn system_time(time: ASN1Time) -> Option<SystemTime> {
     UNIX_EPOCH.checked_add(Duration::from_secs(seconds))
 }
 
-/// Whether the algorithm is one of AMD's two encodings of PSS.
-pub(super) fn is_amd_pss(algorithm: &AlgorithmIdentifier<'_>) -> bool {
-    let parameters = algorithm.parameters.as_ref();
-    let Some(parameters) = parameters.filter(|any| any.tag() == Tag::Sequence) else {
-        return false;
-    };
-    let Ok(len) = u8::try_from(parameters.data.len()) else {
-        return false;
-    };
-    let oid = algorithm.algorithm.as_bytes();
-    let mut identifier = vec![0x06, u8::try_from(oid.len()).unwrap_or_default()];
-    identifier.extend_from_slice(oid);
-    identifier.extend([0x30, len]);
-    identifier.extend_from_slice(parameters.data);
-    pss::is_amd_pss(&identifier)
-}
-
 /// The first extension that stands in the list twice.
 pub(super) fn duplicate(extensions: &[X509Extension<'_>]) -> Option<String> {
     let mut rest = extensions;
@@ -277,7 +259,7 @@ fn der_of(bytes: &[u8]) -> Result<Vec<u8>, CertificateError> {
 /// The DER of bytes that are DER already, or of a text that is exactly one PEM block with this
 /// label.
 pub(super) fn der_or_pem(bytes: &[u8], label: &str) -> Option<Vec<u8>> {
-    if bytes.first() == Some(&DER_SEQUENCE) {
+    if bytes.first() == Some(&SEQUENCE) {
         return Some(bytes.to_vec());
     }
     one_pem(bytes.trim_ascii(), label)
@@ -324,14 +306,5 @@ fn validity(certificate: &X509Certificate<'_>) -> Result<Validity, CertificateEr
     })
 }
 
-/// The content of a DER value of type `tag` that fills `bytes`, up to 255 bytes long.
-pub(super) fn der_content(bytes: &[u8], tag: Tag) -> Option<&[u8]> {
-    match Any::from_der(bytes) {
-        Ok(([], any)) if any.tag() == tag && !any.header.is_constructed() => Some(any.data),
-        _ => None,
-    }
-}
-
-const DER_SEQUENCE: u8 = 0x30;
 const CERTIFICATE: &str = "CERTIFICATE";
 const PEM_END: &[u8] = b"-----END CERTIFICATE-----";
