@@ -26,6 +26,9 @@ pub const MAX_CRL_LEN: usize = 1 << 20;
 
 /// A well-formed revocation list. Whose signature it bears is found out at its first use and
 /// remembered, so keep it for many leaves.
+///
+/// Nothing in a list says whether the key service served it for VCEKs or for VLEKs; both are the
+/// root's. Fetch it from the distribution point of the leaf's own kind.
 #[derive(Debug, Clone)]
 pub struct Crl {
     body: Vec<u8>,
