@@ -8,7 +8,7 @@ use super::der::{INTEGER, Signed, content};
 use super::error::ChainError;
 use super::leaf::Leaf;
 use super::trust::{Root, SnpTrust, TrustedIntermediate};
-use super::x509::{Serial, der_or_pem, duplicate, sha256, system_time};
+use super::x509::{MAX_EXTENSIONS, Serial, der_or_pem, duplicate, sha256, system_time};
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::OnceLock;
@@ -349,7 +349,7 @@ impl fmt::Display for CrlOutcome {
 
 /// The CRL number; an error for whatever makes the list less than complete.
 fn read_extensions(extensions: &[X509Extension<'_>]) -> Result<Option<String>, CrlError> {
-    if duplicate(extensions).is_some() {
+    if extensions.len() > MAX_EXTENSIONS || duplicate(extensions).is_some() {
         return Err(CrlError::Malformed);
     }
     let mut number = None;

@@ -151,6 +151,7 @@ impl CertificateError {
             Self::Name => "CERTIFICATE_NAME",
             Self::Dates => "CERTIFICATE_DATES",
             Self::Duplicate(_) => "EXTENSION_DUPLICATE",
+            Self::Extensions => "EXTENSION_COUNT",
         }
     }
 }

@@ -37,8 +37,8 @@ pub enum CertificateError {
     /// Signed with something else than AMD's RSASSA-PSS with SHA-384, or two algorithms named.
     #[error("the certificate is not signed with RSASSA-PSS, SHA-384 and a salt of 48 bytes")]
     Algorithm,
-    /// A name has no or more than one common name or organization.
-    #[error("the certificate's subject should have one common name and one organization")]
+    /// A name has no or more than one common name or organization, or they cannot be printed.
+    #[error("the certificate's subject should have one printable common name and organization")]
     Name,
     /// A date before 1970 or one that ends before it begins.
     #[error("the certificate's dates make no period of validity")]
@@ -46,6 +46,9 @@ pub enum CertificateError {
     /// The same extension twice.
     #[error("the certificate carries extension {0} twice")]
     Duplicate(String),
+    /// More extensions than are looked through.
+    #[error("the certificate carries more than {MAX_EXTENSIONS} extensions")]
+    Extensions,
 }
 
 /// A serial number, without leading zeros.
@@ -185,6 +188,9 @@ impl Outline {
         if !signed.amd_pss {
             return Err(CertificateError::Algorithm);
         }
+        if certificate.extensions().len() > MAX_EXTENSIONS {
+            return Err(CertificateError::Extensions);
+        }
         if let Some(oid) = duplicate(certificate.extensions()) {
             return Err(CertificateError::Duplicate(oid));
         }
@@ -194,7 +200,8 @@ impl Outline {
             sha256: sha256(der),
             serial: Serial::new(certificate.raw_serial()),
             issuer: certificate.issuer().as_raw().to_vec(),
-            issuer_name: certificate.issuer().to_string(),
+            // Unlike the subject's, its parts are not looked at: no control character gets out.
+            issuer_name: certificate.issuer().to_string().escape_debug().to_string(),
             subject: certificate.subject().as_raw().to_vec(),
             common_name,
             organization,
@@ -231,7 +238,8 @@ pub(super) fn system_time(time: ASN1Time) -> Option<SystemTime> {
     UNIX_EPOCH.checked_add(Duration::from_secs(seconds))
 }
 
-/// The first extension that stands in the list twice.
+/// The first extension that stands in the list twice. Compares each with each, so the list has
+/// to be [`MAX_EXTENSIONS`] short.
 pub(super) fn duplicate(extensions: &[X509Extension<'_>]) -> Option<String> {
     let mut rest = extensions;
     while let Some((first, others)) = rest.split_first() {
@@ -286,7 +294,11 @@ fn names(name: &X509Name<'_>) -> Result<(String, String), CertificateError> {
         organization.next(),
         organization.next(),
     ) {
-        (Some(Ok(common)), None, Some(Ok(organization)), None) => {
+        (Some(Ok(common)), None, Some(Ok(organization)), None)
+            if [common, organization]
+                .iter()
+                .all(|text| !text.contains(char::is_control)) =>
+        {
             Ok((common.to_owned(), organization.to_owned()))
         }
         _ => Err(CertificateError::Name),
@@ -306,5 +318,7 @@ fn validity(certificate: &X509Certificate<'_>) -> Result<Validity, CertificateEr
     })
 }
 
+/// More than any certificate or list of AMD's has: a leaf has 12.
+pub(super) const MAX_EXTENSIONS: usize = 64;
 const CERTIFICATE: &str = "CERTIFICATE";
 const PEM_END: &[u8] = b"-----END CERTIFICATE-----";

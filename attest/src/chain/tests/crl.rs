@@ -244,6 +244,14 @@ fn half_a_list_is_refused() {
         refusal(&plus(List::empty().extensions[0].clone())),
         "CRL_MALFORMED"
     );
+    let mut many = List::empty();
+    for high in 0..100 {
+        for low in 0..100 {
+            many.extensions
+                .push(other(&[0x55, 0x1d, high, low], false, &[5, 0]));
+        }
+    }
+    assert_eq!(refusal(&many), "CRL_MALFORMED");
     let entry = List {
         revoked: vec![vec![5]],
         entry_extensions: vec![unknown],

@@ -229,6 +229,25 @@ fn other_faults_of_a_leaf_are_refused() {
         |leaf| leaf.dates = ["350101000000Z", "250101000000Z"],
         "CERTIFICATE_DATES",
     );
+    check(
+        |leaf| leaf.subject = name("SEV-VCEK\n", "NOT AMD"),
+        "CERTIFICATE_NAME",
+    );
+    check(
+        |leaf| leaf.subject = name("SEV-VCEK", "\x1b[2J"),
+        "CERTIFICATE_NAME",
+    );
+    check(
+        |leaf| leaf.subject = sequence(&[leaf.subject[2..].to_vec(), leaf.subject[2..].to_vec()]),
+        "CERTIFICATE_NAME",
+    );
+    check(
+        |leaf| {
+            leaf.extensions
+                .extend((0..60).map(|last| other(&[0x55, 0x1d, last], false, &[5, 0])))
+        },
+        "EXTENSION_COUNT",
+    );
     let constraints = sequence(&[tlv(1, &[0xff])]);
     let mut leaf = vcek();
     leaf.extensions

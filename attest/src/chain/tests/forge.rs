@@ -289,10 +289,16 @@ pub(super) fn tlv(tag: u8, content: &[u8]) -> Vec<u8> {
     match u8::try_from(len) {
         Ok(len @ 0..=0x7f) => out.push(len),
         Ok(len) => out.extend([0x81, len]),
-        Err(_) => {
-            out.push(0x82);
-            out.extend(u16::try_from(len).unwrap().to_be_bytes());
-        }
+        Err(_) => match u16::try_from(len) {
+            Ok(len) => {
+                out.push(0x82);
+                out.extend(len.to_be_bytes());
+            }
+            Err(_) => {
+                out.push(0x83);
+                out.extend(&u32::try_from(len).unwrap().to_be_bytes()[1..]);
+            }
+        },
     }
     out.extend_from_slice(content);
     out
