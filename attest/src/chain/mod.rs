@@ -18,7 +18,7 @@
 //! | dates at the caller's clock | here | here | here, and rustls-webpki |
 //! | CA, path length, key usage | here | here | not a CA, rustls-webpki; key usage, here |
 //! | critical extensions | – | only known ones, here | only known ones, rustls-webpki |
-//! | extended key usage | – | must be absent, here | must be absent, rustls-webpki |
+//! | extended key usage | – | must be absent, here | must be absent, both |
 //! | product, kind of key | by its fingerprint | by its name | by extensions and name, here |
 //! | revocation | CRL, here | CRL, here | CRL, as far as it can be: [`CrlOutcome::Good`] |
 //!
