@@ -6,6 +6,7 @@
 //!
 //! | Module | Side | For |
 //! | --- | --- | --- |
+//! | [`evidence`] | owner and guest | where SNP reports come from, and the forms they are carried in |
 //! | [`report`] | owner | SNP attestation reports, parsed |
 //! | [`chain`] | owner | AMD's SNP roots, VCEK and VLEK certificates, revocation lists |
 //! | [`legacy`] | owner and host | SEV certificates, chains, sessions, launch measure, secret packets |
@@ -26,6 +27,7 @@
 
 mod bytes;
 pub mod chain;
+pub mod evidence;
 pub mod legacy;
 pub mod measure;
 pub mod processor;

@@ -176,16 +176,31 @@ impl SevCertificate {
             .signature_by(signer)
             .filter(|signature| signature.algorithm == issuer.algorithm)
             .ok_or(CertificateError::Unsigned { subject, signer })?;
-        let digest = match signature.algorithm {
-            Algorithm::EcdsaSha256 => digest::digest(&digest::SHA256, self.body()),
-            Algorithm::EcdsaSha384 => digest::digest(&digest::SHA384, self.body()),
-            _ => return Err(CertificateError::Unsigned { subject, signer }),
-        };
-        let bad = CertificateError::BadSignature { subject, signer };
-        let value = ecdsa_signature(signature.bytes).ok_or(bad.clone())?;
-        p384::ecdsa::VerifyingKey::from(issuer.key)
-            .verify_prehash(digest.as_ref(), &value)
-            .map_err(|_| bad)
+        if signature.algorithm.digest(&[]).is_none() {
+            return Err(CertificateError::Unsigned { subject, signer });
+        }
+        if issuer.verifies(self.body(), signature.bytes) {
+            Ok(())
+        } else {
+            Err(CertificateError::BadSignature { subject, signer })
+        }
+    }
+
+    /// What this key signs with.
+    pub(crate) fn algorithm(&self) -> Algorithm {
+        self.algorithm
+    }
+
+    /// Whether `signature`, R then S of [`COORDINATE_LEN`] bytes, is this key's over `message`.
+    pub(crate) fn verifies(&self, message: &[u8], signature: &[u8]) -> bool {
+        let digest = self.algorithm.digest(message);
+        digest
+            .zip(ecdsa_signature(signature))
+            .is_some_and(|(digest, signature)| {
+                p384::ecdsa::VerifyingKey::from(self.key)
+                    .verify_prehash(digest.as_ref(), &signature)
+                    .is_ok()
+            })
     }
 
     /// The part that signatures cover.
@@ -259,15 +274,8 @@ impl CertificateBuilder {
             subject: self.usage,
             signer,
         };
-        let key = p384::ecdsa::SigningKey::from(key);
-        let digest = digest::digest(&digest::SHA256, &self.body);
-        let value: p384::ecdsa::Signature =
-            key.sign_prehash(digest.as_ref()).map_err(|_| failed)?;
-        let (r, s) = value.split_bytes();
-        let mut bytes = Vec::with_capacity(SIGNATURE_LEN);
-        bytes::push_reversed(&mut bytes, &r, COORDINATE_LEN);
-        bytes::push_reversed(&mut bytes, &s, COORDINATE_LEN);
-        Ok(self.add_signature(signer, Algorithm::EcdsaSha256, &bytes))
+        let signature = ecdsa_sign(key, &self.body).ok_or(failed)?;
+        Ok(self.add_signature(signer, Algorithm::EcdsaSha256, &signature))
     }
 
     /// Adds a ready-made little-endian signature.
@@ -339,7 +347,7 @@ impl Algorithm {
         }
     }
 
-    fn from_raw(raw: u32) -> Option<Self> {
+    pub(crate) fn from_raw(raw: u32) -> Option<Self> {
         [
             Self::RsaSha256,
             Self::EcdsaSha256,
@@ -350,6 +358,15 @@ impl Algorithm {
         ]
         .into_iter()
         .find(|algorithm| algorithm.raw() == raw)
+    }
+
+    /// The hash of `message` that an ECDSA signature covers; `None` for what is not ECDSA.
+    fn digest(self, message: &[u8]) -> Option<digest::Digest> {
+        match self {
+            Self::EcdsaSha256 => Some(digest::digest(&digest::SHA256, message)),
+            Self::EcdsaSha384 => Some(digest::digest(&digest::SHA384, message)),
+            _ => None,
+        }
     }
 }
 
@@ -375,6 +392,18 @@ fn public_key(raw: &[u8]) -> Option<PublicKey> {
     let y = scalar(raw.get(Y_AT..Y_AT.checked_add(COORDINATE_LEN)?)?)?;
     let point = EncodedPoint::from_affine_coordinates(&x, &y, false);
     PublicKey::from_sec1_bytes(point.as_bytes()).ok()
+}
+
+/// ECDSA with SHA-256 over `message`, as firmware stores it: R then S, little-endian.
+pub(crate) fn ecdsa_sign(key: &SecretKey, message: &[u8]) -> Option<Vec<u8>> {
+    let key = p384::ecdsa::SigningKey::from(key);
+    let digest = digest::digest(&digest::SHA256, message);
+    let value: p384::ecdsa::Signature = key.sign_prehash(digest.as_ref()).ok()?;
+    let (r, s) = value.split_bytes();
+    let mut bytes = Vec::with_capacity(2 * COORDINATE_LEN);
+    bytes::push_reversed(&mut bytes, &r, COORDINATE_LEN);
+    bytes::push_reversed(&mut bytes, &s, COORDINATE_LEN);
+    Some(bytes)
 }
 
 fn ecdsa_signature(raw: &[u8]) -> Option<p384::ecdsa::Signature> {
@@ -403,7 +432,8 @@ const USAGE_AT: usize = 8;
 const ALGORITHM_AT: usize = 12;
 const CURVE_AT: usize = 16;
 const X_AT: usize = 20;
-const COORDINATE_LEN: usize = 72;
+/// Length of R, S and each coordinate as firmware stores them.
+pub(crate) const COORDINATE_LEN: usize = 72;
 const Y_AT: usize = X_AT + COORDINATE_LEN;
 const P384_LEN: usize = 48;
 const CURVE_P384: u32 = 2;

@@ -202,6 +202,11 @@ impl VerifiedChain {
         &self.chain.oca
     }
 
+    /// The platform's signing key.
+    pub fn pek(&self) -> &SevCertificate {
+        &self.chain.pek
+    }
+
     /// The chip.
     pub fn cek(&self) -> &SevCertificate {
         &self.chain.cek
@@ -238,7 +243,7 @@ impl TrustAnchors {
         Ok(self)
     }
 
-    fn recognise(&self, ark: &CaCertificate) -> Result<Root, ChainError> {
+    pub(crate) fn recognise(&self, ark: &CaCertificate) -> Result<Root, ChainError> {
         let sha256 = ark.fingerprint();
         let fingerprint = hex::encode(sha256);
         if let Some(generation) = Generation::pinned(&fingerprint) {

@@ -11,6 +11,7 @@ pub mod chain;
 pub mod measure;
 pub mod packet;
 pub mod policy;
+pub mod report;
 pub mod secret;
 pub mod session;
 
@@ -20,5 +21,6 @@ pub use chain::{ChainError, LegacyChain, TrustAnchors, VerifiedChain};
 pub use measure::MeasureBlob;
 pub use packet::PacketHeader;
 pub use policy::{ApiVersion, GuestPolicy, PolicyFlag};
+pub use report::{SevReport, SevReportError};
 pub use secret::SecretPacket;
 pub use session::{LaunchSession, OwnerSession, SessionBlob};

@@ -9,7 +9,7 @@ use crate::legacy::measure::{MeasureBlob, launch_measure};
 use crate::legacy::packet::{PacketCipher, PacketHeader, TransportKeys, random};
 use crate::legacy::policy::GuestPolicy;
 use crate::legacy::secret::SecretPacket;
-use crate::measure::LaunchDigester;
+use crate::measure::{LaunchDigest, LaunchDigester};
 use serde::{Deserialize, Serialize};
 
 /// Names a guest to the firmware. Never zero, never used twice.
@@ -45,6 +45,7 @@ pub enum Command {
     LaunchMeasure,
     LaunchSecret,
     LaunchFinish,
+    AttestationReport,
     SendStart,
     SendUpdateData,
     SendFinish,
@@ -93,7 +94,7 @@ impl GuestState {
             LaunchStart | ReceiveStart => matches!(self, Self::Uninit),
             LaunchUpdateData | LaunchMeasure => matches!(self, Self::LUpdate),
             LaunchSecret | LaunchFinish => matches!(self, Self::LSecret),
-            SendStart => matches!(self, Self::Running),
+            SendStart | AttestationReport => matches!(self, Self::Running),
             SendUpdateData | SendFinish | SendCancel => matches!(self, Self::SUpdate),
             ReceiveUpdateData | ReceiveFinish => matches!(self, Self::RUpdate),
             Activate | Deactivate | GuestStatus => !matches!(self, Self::Uninit | Self::Sent),
@@ -185,6 +186,14 @@ impl Guest {
         Ok(())
     }
 
+    /// What ATTESTATION_REPORT signs. Only a guest that was launched here has a digest: what
+    /// another platform measured is not carried along.
+    pub(super) fn measured_digest(&self) -> Result<LaunchDigest, FirmwareError> {
+        self.require(Command::AttestationReport)?;
+        self.measure.ok_or(FirmwareError::InvalidGuestState)?;
+        Ok(self.digester.clone().finish())
+    }
+
     pub(super) fn require(&self, command: Command) -> Result<(), FirmwareError> {
         if self.state.allows(command) {
             Ok(())
@@ -236,7 +245,7 @@ mod tests {
             ),
             (
                 GuestState::Running,
-                [vec![SendStart], always.into()].concat(),
+                [vec![SendStart, AttestationReport], always.into()].concat(),
             ),
             (
                 GuestState::SUpdate,
@@ -254,6 +263,7 @@ mod tests {
             LaunchMeasure,
             LaunchSecret,
             LaunchFinish,
+            AttestationReport,
             SendStart,
             SendUpdateData,
             SendFinish,

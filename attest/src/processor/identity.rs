@@ -88,6 +88,10 @@ impl Identity {
         &self.pdh
     }
 
+    pub(crate) fn pek_key(&self) -> &SecretKey {
+        &self.pek
+    }
+
     /// The identity as bytes, for a file that only the secure processor can read. Secret.
     pub fn to_bytes(&self) -> Zeroizing<Vec<u8>> {
         let mut raw = Zeroizing::new(Vec::with_capacity(KEPT_LEN));

@@ -7,6 +7,7 @@ use crate::legacy::certificate::{SevCertificate, Usage};
 use crate::legacy::chain::{LegacyChain, TrustAnchors};
 use crate::legacy::packet::TransportKeys;
 use crate::legacy::policy::{ApiVersion, GuestPolicy, PolicyFlag};
+use crate::legacy::report::SevReport;
 use crate::legacy::session::SessionBlob;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -161,6 +162,22 @@ impl SecureProcessor {
             .get_mut(&handle)
             .ok_or(FirmwareError::InvalidGuest)?;
         migrate::send_start(&self.identity, &self.peers, guest, target)
+    }
+
+    /// ATTESTATION_REPORT: signs what a running guest was launched with, over the asker's nonce.
+    pub fn attestation_report(
+        &self,
+        handle: GuestHandle,
+        mnonce: &[u8; 16],
+    ) -> Result<SevReport, FirmwareError> {
+        self.require_init()?;
+        let guest = self
+            .guests
+            .get(&handle)
+            .ok_or(FirmwareError::InvalidGuest)?;
+        let digest = guest.measured_digest()?;
+        SevReport::sign(self.identity.pek_key(), mnonce, &digest, guest.policy)
+            .ok_or(FirmwareError::HardwarePlatform)
     }
 
     /// A guest, for the commands that need nothing but its own state.

@@ -92,7 +92,7 @@ pub fn verify_sev_launch(
     Verdict::of(checks, &REQUIRED, emulated)
 }
 
-fn check_chain(platform: PlatformEvidence<'_>) -> Check {
+pub(super) fn check_chain(platform: PlatformEvidence<'_>) -> Check {
     let expected = "every signature up to a pinned AMD root or a named emulated root";
     match platform {
         PlatformEvidence::Verified(chain) => Check::accepted(
@@ -113,7 +113,7 @@ fn check_chain(platform: PlatformEvidence<'_>) -> Check {
     }
 }
 
-fn check_emulated(platform: PlatformEvidence<'_>, allowed: bool) -> Check {
+pub(super) fn check_emulated(platform: PlatformEvidence<'_>, allowed: bool) -> Check {
     let expected = if allowed {
         "AMD's secure processor, or a software one (allowed)"
     } else {
@@ -184,7 +184,7 @@ fn check_policy(
     Check::accepted(GUEST_POLICY, &text, found)
 }
 
-fn check_debug(policy: GuestPolicy) -> Check {
+pub(super) fn check_debug(policy: GuestPolicy) -> Check {
     let expected = "debugging forbidden (NODBG)";
     if policy.has(PolicyFlag::NoDebug) {
         Check::accepted(DEBUG, expected, policy.to_string())
@@ -246,12 +246,12 @@ fn differing_claims(expected: &[Component], claimed: &[Component]) -> String {
     text
 }
 
-const PLATFORM_CHAIN: &str = "platform_chain";
-const EMULATED: &str = "emulated";
+pub(super) const PLATFORM_CHAIN: &str = "platform_chain";
+pub(super) const EMULATED: &str = "emulated";
 const SESSION_PLATFORM: &str = "session_platform";
 const FIRMWARE_API: &str = "firmware_api";
-const GUEST_POLICY: &str = "guest_policy";
-const DEBUG: &str = "debug_forbidden";
+pub(super) const GUEST_POLICY: &str = "guest_policy";
+pub(super) const DEBUG: &str = "debug_forbidden";
 const LAUNCH_MEASUREMENT: &str = "launch_measurement";
 const REQUIRED: [&str; 7] = [
     PLATFORM_CHAIN,
@@ -262,8 +262,8 @@ const REQUIRED: [&str; 7] = [
     DEBUG,
     LAUNCH_MEASUREMENT,
 ];
-const PLATFORM_UNKNOWN: &str = "PLATFORM_UNKNOWN";
-const NO_CHAIN: &str = "no verified platform chain";
+pub(super) const PLATFORM_UNKNOWN: &str = "PLATFORM_UNKNOWN";
+pub(super) const NO_CHAIN: &str = "no verified platform chain";
 
 #[cfg(test)]
 mod tests {
