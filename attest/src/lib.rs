@@ -9,6 +9,7 @@
 //! | [`report`] | owner | SNP attestation reports, parsed |
 //! | [`legacy`] | owner and host | SEV certificates, chains, sessions, launch measure, secret packets |
 //! | [`measure`] | owner | the launch digest that a description leads to |
+//! | [`reference`] | owner | launch digests that an owner signed, with their inputs |
 //! | [`verify`] | owner | evidence + expectation → [`verify::Verdict`], with every check's result |
 //! | [`product`], [`tcb`] | both | which processor, which patch levels |
 //! | [`processor`] | host | the software secure processor, for machines without AMD's |
@@ -28,6 +29,7 @@ pub mod legacy;
 pub mod measure;
 pub mod processor;
 pub mod product;
+pub mod reference;
 pub mod report;
 pub mod tcb;
 pub mod verify;
