@@ -116,26 +116,44 @@ fn a_kept_identity_derives_the_same_keys() {
     };
     assert_eq!(public(&back), public(identity));
 
-    let other = Authority::other().identity().to_bytes().unwrap();
-    // Where the first certificate begins; the private keys stand behind the four of them.
+    // In each part: secret, the four certificates, the two private keys.
     let certificates = identity.certificates();
+    let parts = [
+        &certificates.ark,
+        &certificates.ask,
+        &certificates.asvk,
+        &certificates.crl,
+    ];
+    let mut at = 56;
+    for part in parts {
+        for within in [4, 4 + part.len() / 2, 3 + part.len()] {
+            let mut damaged = kept.clone();
+            damaged[at + within] ^= 1;
+            assert!(SnpIdentity::from_bytes(&damaged).is_err(), "{at} {within}");
+        }
+        at += 4 + part.len();
+    }
+    // Modulus and private exponent; what follows from them is not read.
+    for within in [at + 60, at + 400] {
+        let mut damaged = kept.clone();
+        damaged[within] ^= 1;
+        assert!(SnpIdentity::from_bytes(&damaged).is_err(), "{within}");
+    }
+    // Another installation's private keys, whole.
+    let other = Authority::other().identity();
+    let theirs = other.to_bytes().unwrap();
+    let certificates = other.certificates();
     let len: usize = [
         &certificates.ark,
         &certificates.ask,
         &certificates.asvk,
         &certificates.crl,
     ]
-    .map(|part| part.len() + 4)
     .iter()
+    .map(|part| 4 + part.len())
     .sum();
-    let mixed = [
-        &kept[..56 + len],
-        &other[other.len() - (kept.len() - 56 - len)..],
-    ]
-    .concat();
-    if mixed.len() == kept.len() {
-        assert!(SnpIdentity::from_bytes(&mixed).is_err());
-    }
+    let mixed = [&kept[..at], &theirs[56 + len..]].concat();
+    assert!(SnpIdentity::from_bytes(&mixed).is_err());
     for cut in [0, 7, 8, 55, 58, 100, kept.len() - 1] {
         assert!(SnpIdentity::from_bytes(&kept[..cut]).is_err(), "{cut}");
     }

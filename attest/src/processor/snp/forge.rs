@@ -79,6 +79,15 @@ impl Authority {
         &self.identity
     }
 
+    /// The same platform once more, to be owned: for a [`SnpProcessor`](super::SnpProcessor).
+    pub fn identity_again(&self) -> SnpIdentity {
+        done(
+            self.identity
+                .to_bytes()
+                .and_then(|kept| SnpIdentity::from_bytes(&kept)),
+        )
+    }
+
     /// The root, DER.
     pub fn ark(&self) -> &[u8] {
         &self.identity.certificates().ark
@@ -288,6 +297,7 @@ pub fn report_fields(
         has_author_key: false,
         masks_chip_key: false,
         signing_key,
+        unsigned: false,
         report_data: [0; 64],
         measurement: [0x4d; 48],
         host_data: [0; 32],

@@ -11,12 +11,14 @@
 //! root's key signs the intermediates and an empty revocation list once, and is forgotten: an
 //! emulated installation revokes nothing, it is made anew.
 
+use super::super::FirmwareError;
 use super::key::{self, EndorsementKey};
+use super::vlek::{self, WRAPPED_VLEK_LEN};
+use super::x509::{self, ca_extensions, p384_public_der};
 use super::x509::{CaKey, CaKeySize, CertificateSpec, CrlSpec, ExtensionSpec, PssForm};
-use super::x509::{ca_extensions, p384_public_der};
 use crate::product::Product;
 use crate::report::SigningKey;
-use crate::tcb::TcbVersion;
+use crate::tcb::{RawTcb, TcbVersion};
 use rand_core::{OsRng, RngCore as _};
 use ring::digest::{SHA256, digest};
 use std::time::{Duration, SystemTime};
@@ -67,6 +69,9 @@ pub enum SnpIdentityError {
     /// An object identifier is malformed.
     #[error("an extension's object identifier is not valid")]
     Name,
+    /// A provider id is too long.
+    #[error("a cloud provider's id is 1 to {0} bytes long")]
+    CspId(usize),
     /// An endorsement key could not be derived or used.
     #[error("an endorsement key of the emulated platform could not be derived or used")]
     Key,
@@ -87,7 +92,7 @@ pub enum SnpIdentityError {
 }
 
 impl SnpIdentity {
-    /// A new installation with 4096-bit keys, as AMD's: takes some seconds.
+    /// A new installation with 4096-bit keys, as AMD's: takes ten seconds and more.
     pub fn generate() -> Result<Self, SnpIdentityError> {
         Self::generate_with(CaKeySize::Rsa4096)
     }
@@ -150,8 +155,8 @@ impl SnpIdentity {
         csp_id: &str,
     ) -> Result<EndorsementKey, SnpIdentityError> {
         let raw = raw_tcb(product, tcb)?;
-        let label = [b"VLEK".as_slice(), name(product), &raw, csp_id.as_bytes()];
-        let key = key::derive_p384(&*self.secret, &label)?;
+        let seed = self.vlek_seed(product, csp_id)?;
+        let key = key::derive_p384(&*seed, &[b"VLEK", &raw])?;
         let mut extensions = tcb_extensions(product, tcb)?;
         extensions.push(ExtensionSpec::of(
             &oid("5"),
@@ -161,6 +166,50 @@ impl SnpIdentity {
         let spec = leaf_spec(SigningKey::Vlek, SystemTime::now(), extensions);
         let certificate = self.asvk.certify(&spec, &p384_public_der(&key)?)?;
         EndorsementKey::new(SigningKey::Vlek, &key, certificate)
+    }
+
+    /// A provider's VLEK hash stick, wrapped for this chip, as AMD gives them to providers: what
+    /// VLEK_LOAD takes. Good for TCB versions up to `tcb`.
+    pub fn wrap_vlek(
+        &self,
+        product: Product,
+        tcb: TcbVersion,
+        csp_id: &str,
+    ) -> Result<[u8; WRAPPED_VLEK_LEN], SnpIdentityError> {
+        let seed = self.vlek_seed(product, csp_id)?;
+        let key = self.wrapping_key(product)?;
+        vlek::wrap(&key, &seed, csp_id, raw_tcb(product, tcb)?)
+    }
+
+    /// The TCB version and the provider of a wrapped hash stick.
+    pub(super) fn unwrap_vlek(
+        &self,
+        product: Product,
+        wrapped: &[u8],
+    ) -> Result<(RawTcb, String), FirmwareError> {
+        let failed = |_| FirmwareError::HardwarePlatform;
+        let key = self.wrapping_key(product).map_err(failed)?;
+        let stick = vlek::unwrap(&key, wrapped)?;
+        let seed = self.vlek_seed(product, &stick.csp_id).map_err(failed)?;
+        match *seed == *stick.seed {
+            true => Ok((stick.tcb, stick.csp_id)),
+            false => Err(FirmwareError::InvalidParam),
+        }
+    }
+
+    /// The secret behind the keys that guests derive from the VCEK or, with a provider, the VLEK.
+    pub(super) fn derived_key_root(
+        &self,
+        product: Product,
+        csp_id: Option<&str>,
+    ) -> Result<Zeroizing<[u8; SECRET_LEN]>, SnpIdentityError> {
+        let seed = match csp_id {
+            None => self.secret.clone(),
+            Some(csp_id) => self.vlek_seed(product, csp_id)?,
+        };
+        let mut root = Zeroizing::new([0; SECRET_LEN]);
+        key::derive(&*seed, &[b"derived keys", name(product)], &mut *root)?;
+        Ok(root)
     }
 
     /// The identity as bytes, for a file that only the secure processor can read. Secret.
@@ -186,8 +235,7 @@ impl SnpIdentity {
         Ok(raw)
     }
 
-    /// Reads what [`to_bytes`](Self::to_bytes) wrote, and checks that keys and certificates
-    /// belong together.
+    /// Reads what [`to_bytes`](Self::to_bytes) wrote, and checks that it still holds together.
     pub fn from_bytes(raw: &[u8]) -> Result<Self, SnpIdentityError> {
         let rest = raw
             .strip_prefix(&KEPT_MAGIC)
@@ -212,6 +260,16 @@ impl SnpIdentity {
         let asvk = CaKey::from_pkcs8(part()?)?;
         if !rest.is_empty() {
             return Err(SnpIdentityError::NotKept("bytes follow it"));
+        }
+        let SnpCertificates {
+            ark,
+            ask: ask_certificate,
+            asvk: asvk_certificate,
+            crl,
+        } = &certificates;
+        for issued in [ark, ask_certificate, asvk_certificate, crl] {
+            x509::check_signed(issued, ark)
+                .map_err(|_| SnpIdentityError::NotKept("a certificate's signature is not valid"))?;
         }
         for (certificate, key) in [(&certificates.ask, &ask), (&certificates.asvk, &asvk)] {
             let certificate = Certificate::from_der(certificate)?;
@@ -277,6 +335,24 @@ impl SnpIdentity {
             secret,
         };
         Ok((identity, ark))
+    }
+
+    fn vlek_seed(
+        &self,
+        product: Product,
+        csp_id: &str,
+    ) -> Result<Zeroizing<[u8; SECRET_LEN]>, SnpIdentityError> {
+        let mut seed = Zeroizing::new([0; SECRET_LEN]);
+        let label = [b"VLEK seed".as_slice(), name(product), csp_id.as_bytes()];
+        key::derive(&*self.secret, &label, &mut *seed)?;
+        Ok(seed)
+    }
+
+    fn wrapping_key(&self, product: Product) -> Result<Zeroizing<[u8; 32]>, SnpIdentityError> {
+        let mut key = Zeroizing::new([0; 32]);
+        let label = [b"VLEK wrapping".as_slice(), name(product)];
+        key::derive(&*self.secret, &label, &mut *key)?;
+        Ok(key)
     }
 
     #[cfg(any(test, feature = "testing"))]
@@ -396,5 +472,5 @@ const SKEW: Duration = Duration::from_secs(24 * 3600);
 const CA_YEARS: u64 = 25;
 const VCEK_YEARS: u64 = 7;
 const VLEK_YEARS: u64 = 1;
-const SECRET_LEN: usize = 48;
+pub(super) const SECRET_LEN: usize = 48;
 const KEPT_MAGIC: [u8; 8] = *b"CMSNPID1";

@@ -24,6 +24,8 @@ pub struct ReportFields {
     /// KEY_INFO bit 1, MASK_CHIP_KEY; [`Report::masks_chip_id`](crate::report::Report) reads it.
     pub masks_chip_key: bool,
     pub signing_key: SigningKey,
+    /// Says that no key signs, whatever `signing_key` is: the chip key is masked.
+    pub unsigned: bool,
     pub report_data: [u8; 64],
     pub measurement: [u8; 48],
     pub host_data: [u8; 32],
@@ -95,6 +97,7 @@ impl ReportFields {
 
     fn key_info(&self) -> u32 {
         let key = match self.signing_key {
+            _ if self.unsigned => 7,
             SigningKey::Vcek => 0,
             SigningKey::Vlek => 1,
         };

@@ -6,9 +6,9 @@ use p384::SecretKey;
 use p384::pkcs8::EncodePublicKey as _;
 use rand_core::OsRng;
 use ring::digest::{SHA256, digest};
-use rsa::pkcs8::{DecodePrivateKey as _, EncodePrivateKey as _};
-use rsa::pss::BlindedSigningKey;
-use rsa::signature::{RandomizedSigner as _, SignatureEncoding as _};
+use rsa::pkcs8::{DecodePrivateKey as _, DecodePublicKey as _, EncodePrivateKey as _};
+use rsa::pss::{BlindedSigningKey, VerifyingKey};
+use rsa::signature::{RandomizedSigner as _, SignatureEncoding as _, Verifier as _};
 use rsa::{RsaPrivateKey, RsaPublicKey};
 use sha2::Sha384;
 use std::str::FromStr as _;
@@ -224,6 +224,33 @@ impl ExtensionSpec {
             extn_value: OctetString::new(self.value.clone())?,
         })
     }
+}
+
+/// Checks that `issuer`'s key signed a certificate or a revocation list that we made.
+pub(super) fn check_signed(issued: &[u8], issuer: &[u8]) -> Result<(), SnpIdentityError> {
+    let issuer = Certificate::from_der(issuer)?;
+    let key = issuer.tbs_certificate.subject_public_key_info.to_der()?;
+    let key = VerifyingKey::<Sha384>::new(RsaPublicKey::from_public_key_der(&key)?);
+    let (message, inner, outer, signature) = match Certificate::from_der(issued) {
+        Ok(Certificate {
+            tbs_certificate: tbs,
+            signature_algorithm,
+            signature,
+        }) => (tbs.to_der()?, tbs.signature, signature_algorithm, signature),
+        Err(_) => {
+            let CertificateList {
+                tbs_cert_list: tbs,
+                signature_algorithm,
+                signature,
+            } = CertificateList::from_der(issued)?;
+            (tbs.to_der()?, tbs.signature, signature_algorithm, signature)
+        }
+    };
+    if inner != outer {
+        return Err(SnpIdentityError::NotKept("two algorithms are named"));
+    }
+    let signature = rsa::pss::Signature::try_from(signature.raw_bytes())?;
+    Ok(key.verify(&message, &signature)?)
 }
 
 /// The to-be-signed part, encoded.
