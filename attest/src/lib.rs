@@ -19,7 +19,7 @@
 //! has a root of its own that says `ARK-EMULATED` and `NOT AMD`; it counts only where the caller
 //! names its fingerprint, and every verdict over it carries `emulated: true`.
 //!
-//! `examples/sev_launch.rs` walks through a whole launch.
+//! `examples/sev_launch.rs` and `examples/snp_launch.rs` walk through whole launches.
 //!
 //! The formats follow AMD publications 55766, "Secure Encrypted Virtualization API", and
 //! 56860, "SEV Secure Nested Paging Firmware ABI".
