@@ -11,6 +11,7 @@
 //! | [`chain`] | owner | AMD's SNP roots, VCEK and VLEK certificates, revocation lists |
 //! | [`legacy`] | owner and host | SEV certificates, chains, sessions, launch measure, secret packets |
 //! | [`measure`] | owner | the launch digest that a description leads to |
+//! | [`reference`] | owner | launch digests that an owner signed, with their inputs |
 //! | [`verify`] | owner | evidence + expectation → [`verify::Verdict`], with every check's result |
 //! | [`product`], [`tcb`] | both | which processor, which patch levels |
 //! | [`processor`] | host | the software secure processor, for machines without AMD's |
@@ -19,7 +20,7 @@
 //! has a root of its own that says `ARK-EMULATED` and `NOT AMD`; it counts only where the caller
 //! names its fingerprint, and every verdict over it carries `emulated: true`.
 //!
-//! `examples/sev_launch.rs` walks through a whole launch.
+//! `examples/sev_launch.rs` and `examples/snp_launch.rs` walk through whole launches.
 //!
 //! The formats follow AMD publications 55766, "Secure Encrypted Virtualization API", and
 //! 56860, "SEV Secure Nested Paging Firmware ABI".
@@ -32,6 +33,7 @@ pub mod legacy;
 pub mod measure;
 pub mod processor;
 pub mod product;
+pub mod reference;
 pub mod report;
 pub mod tcb;
 pub mod verify;

@@ -8,7 +8,8 @@ use crate::legacy::secret::{SECRET_MAX, SecretError};
 use crate::legacy::session::SessionError;
 use serde::{Deserialize, Serialize};
 
-/// Why the firmware refused a command. Numbers as in AMD publication 55766, chapter 6.
+/// Why the firmware refused a command. Numbers as in AMD publication 55766, chapter 6,
+/// and 56860, "Status Codes".
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum FirmwareError {
@@ -32,20 +33,27 @@ pub enum FirmwareError {
     InvalidCertificate,
     /// POLICY_FAILURE
     #[error(
-        "the guest's policy forbids this (NOSEND, DOMAIN, or a newer firmware API is asked for); \
-         only the owner can change the policy, with a new launch"
+        "the guest's policy forbids this, or asks for what this platform has not (NOSEND, DOMAIN, \
+         SMT, a newer firmware API, another policy in its ID block); only the owner can change \
+         the policy, with a new launch"
     )]
     PolicyFailure,
     /// INACTIVE
     #[error("the guest has no ASID; ACTIVATE it first")]
     Inactive,
+    /// INVALID_ADDRESS
+    #[error("an address is not one of a page of the guest; give a multiple of 4096 below 2^52")]
+    InvalidAddress,
     /// BAD_SIGNATURE
-    #[error("a certificate's signature does not verify; fetch the target's chain again")]
+    #[error(
+        "a signature does not verify: of a certificate, fetch the chain again; of an ID block, \
+         sign it again"
+    )]
     BadSignature,
     /// BAD_MEASUREMENT
     #[error(
-        "a MAC does not fit: the session, secret or page was changed, or made for another guest, \
-         policy or platform"
+        "a MAC or a digest does not fit: the session, secret, page or message was changed, or \
+         made for another guest, policy or platform"
     )]
     BadMeasurement,
     /// ASID_OWNED
@@ -75,6 +83,18 @@ pub enum FirmwareError {
     /// RESOURCE_LIMIT
     #[error("the platform holds as many guests as it may; decommission one, or raise the limit")]
     ResourceLimit,
+    /// AEAD_OFLOW
+    #[error("the guest's message counter is used up; no more messages under this key")]
+    AeadOverflow,
+    /// BAD_SVN
+    #[error("a patch level is below the committed one; firmware cannot go back behind it")]
+    BadSvn,
+    /// BAD_VERSION
+    #[error("the firmware version is below the committed one; firmware cannot go back behind it")]
+    BadVersion,
+    /// INVALID_KEY
+    #[error("the key that is asked for is not to be had: disabled, masked, or not loaded")]
+    InvalidKey,
 }
 
 impl FirmwareError {
@@ -87,6 +107,7 @@ impl FirmwareError {
             Self::InvalidCertificate => 0x06,
             Self::PolicyFailure => 0x07,
             Self::Inactive => 0x08,
+            Self::InvalidAddress => 0x09,
             Self::BadSignature => 0x0a,
             Self::BadMeasurement => 0x0b,
             Self::AsidOwned => 0x0c,
@@ -97,6 +118,10 @@ impl FirmwareError {
             Self::Unsupported => 0x15,
             Self::InvalidParam => 0x16,
             Self::ResourceLimit => 0x17,
+            Self::AeadOverflow => 0x1d,
+            Self::BadSvn => 0x21,
+            Self::BadVersion => 0x22,
+            Self::InvalidKey => 0x27,
         }
     }
 
@@ -109,6 +134,7 @@ impl FirmwareError {
             Self::InvalidCertificate => "INVALID_CERTIFICATE",
             Self::PolicyFailure => "POLICY_FAILURE",
             Self::Inactive => "INACTIVE",
+            Self::InvalidAddress => "INVALID_ADDRESS",
             Self::BadSignature => "BAD_SIGNATURE",
             Self::BadMeasurement => "BAD_MEASUREMENT",
             Self::AsidOwned => "ASID_OWNED",
@@ -119,6 +145,10 @@ impl FirmwareError {
             Self::Unsupported => "UNSUPPORTED",
             Self::InvalidParam => "INVALID_PARAM",
             Self::ResourceLimit => "RESOURCE_LIMIT",
+            Self::AeadOverflow => "AEAD_OFLOW",
+            Self::BadSvn => "BAD_SVN",
+            Self::BadVersion => "BAD_VERSION",
+            Self::InvalidKey => "INVALID_KEY",
         }
     }
 }

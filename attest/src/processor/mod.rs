@@ -1,5 +1,5 @@
 //! The software secure processor: AMD's SEV firmware commands, states and checks, with real
-//! cryptography, for machines that have no AMD secure processor.
+//! cryptography, for machines that have no AMD secure processor. Its SNP half is in [`snp`].
 //!
 //! **It protects nothing from its host.** Guest memory stays in clear; only the formats, keys,
 //! states and refusals are the real ones. Its root therefore names itself `ARK-EMULATED`, is
@@ -13,6 +13,7 @@ mod guest;
 mod identity;
 mod migrate;
 mod platform;
+pub mod snp;
 
 pub use error::FirmwareError;
 pub use guest::{Command, Guest, GuestHandle, GuestState, GuestStatus};
