@@ -8,6 +8,7 @@
 //! | --- | --- | --- |
 //! | [`report`] | owner | SNP attestation reports, parsed |
 //! | [`chain`] | owner | AMD's SNP roots, VCEK and VLEK certificates, revocation lists |
+//! | [`kds`] | owner | AMD's key service: client, cache folder, bundles |
 //! | [`legacy`] | owner and host | SEV certificates, chains, sessions, launch measure, secret packets |
 //! | [`measure`] | owner | the launch digest that a description leads to |
 //! | [`reference`] | owner | launch digests that an owner signed, with their inputs |
@@ -27,6 +28,7 @@
 
 mod bytes;
 pub mod chain;
+pub mod kds;
 pub mod legacy;
 pub mod measure;
 pub mod processor;
