@@ -9,6 +9,7 @@
 //! | [`evidence`] | owner and guest | where SNP reports come from, and the forms they are carried in |
 //! | [`report`] | owner | SNP attestation reports, parsed |
 //! | [`chain`] | owner | AMD's SNP roots, VCEK and VLEK certificates, revocation lists |
+//! | [`kds`] | owner | AMD's key service: client, cache folder, bundles |
 //! | [`legacy`] | owner and host | SEV certificates, chains, sessions, launch measure, secret packets |
 //! | [`measure`] | owner | the launch digest that a description leads to |
 //! | [`reference`] | owner | launch digests that an owner signed, with their inputs |
@@ -29,6 +30,7 @@
 mod bytes;
 pub mod chain;
 pub mod evidence;
+pub mod kds;
 pub mod legacy;
 pub mod measure;
 pub mod processor;

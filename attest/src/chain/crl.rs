@@ -7,7 +7,7 @@
 use super::der::{INTEGER, Signed, content};
 use super::error::ChainError;
 use super::leaf::Leaf;
-use super::trust::{Root, SnpTrust, TrustedIntermediate};
+use super::trust::{Root, SnpRoot, SnpTrust, TrustedIntermediate};
 use super::x509::{MAX_EXTENSIONS, Serial, der_or_pem, duplicate, sha256, system_time};
 use std::collections::HashMap;
 use std::fmt;
@@ -184,6 +184,14 @@ impl Crl {
     pub fn is_signed_under(&self, trust: &SnpTrust) -> bool {
         let mut roots = trust.roots().iter();
         roots.any(|root| self.check_issuer(root).is_ok())
+    }
+
+    /// Which of these roots signed it: a list of another product's root is no list for this one.
+    pub fn signer(&self, trust: &SnpTrust) -> Option<SnpRoot> {
+        let mut roots = trust.roots().iter();
+        roots
+            .find(|root| self.check_issuer(root).is_ok())
+            .map(|root| root.id)
     }
 
     fn check_issuer(&self, root: &Root) -> Result<(), CrlOutcome> {

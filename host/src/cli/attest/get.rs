@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use casemate_attest::evidence::{CertificateKind, Evidence, TsmError, TsmReports};
 use serde_json::json;
 
-use super::usage;
+use super::shared::usage;
 use crate::agent::api::Failure;
 use crate::cli::{output_failed, print_bytes, print_json};
 

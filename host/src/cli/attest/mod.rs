@@ -1,10 +1,11 @@
 //! `casemate attest`: evidence, certificates, measurements.
 
+mod certificate;
+mod fetch;
 mod get;
 mod platform;
 mod report;
-
-use std::path::Path;
+mod shared;
 
 use clap::Subcommand;
 
@@ -19,6 +20,11 @@ pub enum AttestCommand {
     Platform(platform::Args),
     /// Ask for a report inside an SNP guest, from configfs-tsm or /dev/sev-guest.
     Get(get::Args),
+    /// Verify and show VCEK or VLEK certificates; exit status 0 valid, 1 invalid, 2 cannot verify.
+    Certificate(certificate::CertificateArgs),
+    /// Fetch what the verification of reports needs from AMD's key service into a cache or a bundle; exit status 0
+    /// done, 1 something did not verify, 2 something could not be had.
+    Fetch(fetch::FetchArgs),
 }
 
 /// Runs one of them.
@@ -27,29 +33,7 @@ pub fn run(command: AttestCommand, json: bool) -> Result<u8, Failure> {
         AttestCommand::Report(args) => report::run(&args, json),
         AttestCommand::Platform(args) => platform::run(&args, json),
         AttestCommand::Get(args) => get::run(&args, json),
+        AttestCommand::Certificate(args) => certificate::run(&args, json),
+        AttestCommand::Fetch(args) => fetch::run(&args, json),
     }
-}
-
-/// A file's bytes, at most `most` and one more, so that whoever parses it sees that it is too long.
-fn read(path: &Path, most: usize) -> Result<Vec<u8>, Failure> {
-    use std::io::Read as _;
-    let mut bytes = Vec::new();
-    let limit = u64::try_from(most).unwrap_or(u64::MAX).saturating_add(1);
-    std::fs::File::open(path)
-        .and_then(|file| file.take(limit).read_to_end(&mut bytes))
-        .map_err(|e| usage(format!("{} cannot be read: {e}", path.display())))?;
-    Ok(bytes)
-}
-
-/// Exactly `N` bytes of hex, as an argument gives them.
-fn fixed<const N: usize>(text: &str) -> Result<[u8; N], String> {
-    hex::decode(text)
-        .ok()
-        .and_then(|bytes| bytes.try_into().ok())
-        .ok_or_else(|| format!("{} hex digits are wanted", N.saturating_mul(2)))
-}
-
-/// An argument that cannot be used.
-fn usage(text: String) -> Failure {
-    Failure::new("USAGE", text)
 }

@@ -9,7 +9,7 @@ use casemate_attest::verify::{
     CheckResult, Outcome, Place, SevPlatform, SevReportExpected, Verdict, verify_sev_platform,
 };
 
-use super::{fixed, read, usage};
+use super::shared::{fixed, read_evidence, usage};
 use crate::agent::api::Failure;
 use crate::cli::{print_bytes, print_json};
 
@@ -63,7 +63,7 @@ fn report(args: &Args) -> Result<Option<(SevReport, SevReportExpected)>, Failure
     let (Some(path), Some(nonce), Some(digest)) = (&args.report, args.nonce, args.digest) else {
         return Ok(None);
     };
-    let report = SevReport::parse(&read(path, SEV_REPORT_LEN)?)
+    let report = SevReport::parse(&read_evidence(path, SEV_REPORT_LEN)?)
         .map_err(|e| Failure::new(e.code(), format!("{}: {e}", path.display())))?;
     let expected = SevReportExpected {
         nonce,
@@ -80,7 +80,7 @@ fn platform(dir: &Path) -> Result<SevPlatform, Failure> {
         return Err(usage(format!("{} is no folder", dir.display())));
     }
     let there = |name: &str| match dir.join(name) {
-        path if path.exists() => read(&path, MAX_FILE).map(Some),
+        path if path.exists() => read_evidence(&path, MAX_FILE).map(Some),
         _ => Ok(None),
     };
     let exported = [

@@ -10,7 +10,7 @@ use casemate_attest::tcb::RawTcb;
 use casemate_attest::verify::{Check, CheckResult};
 use serde_json::{Map, Value, json};
 
-use super::read;
+use super::shared::read_evidence;
 use crate::agent::api::Failure;
 use crate::cli::{print_bytes, print_json};
 
@@ -24,7 +24,7 @@ pub struct Args {
 /// Shows every field.
 pub fn run(args: &Args, json: bool) -> Result<u8, Failure> {
     let name = args.file.display();
-    let evidence = decode(&read(&args.file, MAX_INPUT)?)
+    let evidence = decode(&read_evidence(&args.file, MAX_INPUT)?)
         .map_err(|e| Failure::new(e.code(), format!("{name}: {e}")))?;
     let report = Report::parse(&evidence.report)
         .map_err(|e| Failure::new("REPORT_INVALID", format!("{name}: {e}")))?;
