@@ -7,6 +7,7 @@
 //! | Module | Side | For |
 //! | --- | --- | --- |
 //! | [`report`] | owner | SNP attestation reports, parsed |
+//! | [`chain`] | owner | AMD's SNP roots, VCEK and VLEK certificates, revocation lists |
 //! | [`legacy`] | owner and host | SEV certificates, chains, sessions, launch measure, secret packets |
 //! | [`measure`] | owner | the launch digest that a description leads to |
 //! | [`verify`] | owner | evidence + expectation → [`verify::Verdict`], with every check's result |
@@ -24,6 +25,7 @@
 #![forbid(unsafe_code)]
 
 mod bytes;
+pub mod chain;
 pub mod legacy;
 pub mod measure;
 pub mod processor;
