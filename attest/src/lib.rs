@@ -11,6 +11,7 @@
 //! | [`legacy`] | owner and host | SEV certificates, chains, sessions, launch measure, secret packets |
 //! | [`measure`] | owner | the launch digest that a description leads to |
 //! | [`verify`] | owner | evidence + expectation → [`verify::Verdict`], with every check's result |
+//! | [`token`] | owner | a verdict as a signed attestation result (EAR) for others |
 //! | [`product`], [`tcb`] | both | which processor, which patch levels |
 //! | [`processor`] | host | the software secure processor, for machines without AMD's |
 //!
@@ -32,4 +33,5 @@ pub mod processor;
 pub mod product;
 pub mod report;
 pub mod tcb;
+pub mod token;
 pub mod verify;

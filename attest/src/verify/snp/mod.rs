@@ -1,0 +1,161 @@
+//! The verdict over an SNP report.
+//!
+//! Everything that comes with a report comes from the host, which is what the owner does not
+//! trust: report, leaf, intermediates and revocation list are bytes until a check says otherwise.
+//! [`SnpVerifier::verify`] never fails: bytes that are no report or no certificate lead to a
+//! verdict that rejects them, with the reason.
+//!
+//! Each check is listed in each verdict, once, with what was expected and what was found:
+//!
+//! | Check | Floor | Codes where it does not pass |
+//! | --- | --- | --- |
+//! TABLE
+//!
+//! The codes of certificates and chains are [`ChainError::code`]'s.
+
+mod certificates;
+mod owner;
+
+pub use certificates::SnpVerifier;
+pub(super) use certificates::{ChainFinding, DateFinding};
+
+use super::floor;
+use super::policy::{Fingerprint, OwnerPolicy};
+use super::verdict::{Check, Verdict};
+use crate::report::{Report, ReportError};
+use owner::Owner;
+use std::time::SystemTime;
+
+/// What came from the host.
+#[derive(Debug, Clone, Copy)]
+pub struct SnpEvidence<'a> {
+    /// The report, 1184 bytes.
+    pub report: &'a [u8],
+    /// The VCEK or VLEK certificate, DER or PEM.
+    pub leaf: &'a [u8],
+    /// Certificates above the leaf, DER or PEM, in any order: ASK or ASVK, and for an emulated
+    /// platform its root. Without an intermediate among them AMD's own are taken, which come with
+    /// this crate.
+    pub certificates: &'a [Vec<u8>],
+    /// A revocation list of the root, DER or PEM.
+    pub crl: Option<&'a [u8]>,
+}
+
+/// What a report is held against, besides the policy.
+#[derive(Debug, Clone, Copy)]
+pub struct Expectation<'a> {
+    /// What report_data must be; without one, freshness is not checked and the verdict says so.
+    pub nonce: Option<&'a Nonce>,
+    /// Launch digests of reference values whose signatures were checked.
+    pub references: &'a [LaunchReference],
+    /// The time at which certificates and lists must be in force.
+    pub clock: SystemTime,
+}
+
+/// A launch digest that somebody signed for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LaunchReference {
+    /// What it is the digest of, for people.
+    pub name: String,
+    /// The launch digest.
+    pub measurement: [u8; 48],
+    /// SHA-256 of the signer's public key.
+    pub signer: Fingerprint,
+}
+
+/// What a verifier sent and wants to find in report_data: 1 to 64 bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Nonce {
+    padded: [u8; 64],
+    len: usize,
+}
+
+/// Why bytes are no nonce.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("a nonce has 1 to 64 bytes, this one has {0}")]
+pub struct NonceError(usize);
+
+/// The verdict over `evidence`, with nothing kept from earlier ones. [`SnpVerifier`] keeps what
+/// does not change.
+pub fn verify_snp(
+    evidence: &SnpEvidence<'_>,
+    policy: &OwnerPolicy,
+    expectation: &Expectation<'_>,
+) -> Verdict {
+    SnpVerifier::new(policy.clone()).verify(evidence, expectation)
+}
+
+impl SnpVerifier {
+    /// The verdict over `evidence`.
+    pub fn verify(&self, evidence: &SnpEvidence<'_>, expectation: &Expectation<'_>) -> Verdict {
+        let (leaf_format, leaf) = certificates::leaf(evidence.leaf);
+        let leaf = leaf.as_ref();
+        let chain = self.chain(leaf, evidence, expectation.clock);
+        let report = match Report::parse(evidence.report) {
+            Ok(report) => report,
+            Err(error) => return self.unreadable(&error, leaf_format, &chain),
+        };
+        let rules = self.policy().rules();
+        let mut checks = floor::checks(&report, leaf, &chain, rules.allow_emulated);
+        checks.insert(1, leaf_format);
+        checks.push(chain.revocation);
+        let owner = Owner {
+            report: &report,
+            product: floor::product_of(&report, leaf),
+            leaf,
+            policy: self.policy(),
+            references: expectation.references,
+            nonce: expectation.nonce,
+        };
+        checks.extend(owner.checks());
+        Verdict::of(checks, &floor::FLOOR, chain.emulated)
+    }
+
+    /// The verdict over something that is no report: what could be checked, and each other check
+    /// as not made.
+    fn unreadable(&self, error: &ReportError, leaf: Check, chain: &ChainFinding) -> Verdict {
+        let mut checks = floor::without_report(error, chain, self.policy().rules().allow_emulated);
+        checks.insert(1, leaf);
+        checks.push(chain.revocation.clone());
+        let untouched = |name: &&str| Check::not_checked(name, "a report", "there is no report");
+        checks.extend(owner::NAMES.iter().map(untouched));
+        Verdict::of(checks, &floor::FLOOR, chain.emulated)
+    }
+}
+
+impl Nonce {
+    /// A nonce of 1 to 64 bytes; report_data must be these, and zeros behind.
+    pub fn new(bytes: &[u8]) -> Result<Self, NonceError> {
+        let mut padded = [0; 64];
+        match padded.get_mut(..bytes.len()) {
+            Some(start) if !bytes.is_empty() => start.copy_from_slice(bytes),
+            _ => return Err(NonceError(bytes.len())),
+        }
+        Ok(Self {
+            padded,
+            len: bytes.len(),
+        })
+    }
+
+    /// As it was given.
+    pub fn as_bytes(&self) -> &[u8] {
+        self.padded.get(..self.len).unwrap_or_default()
+    }
+
+    /// As report_data must be.
+    pub fn padded(&self) -> [u8; 64] {
+        self.padded
+    }
+}
+
+/// A check that holds, or is rejected with `code`.
+pub(super) fn judge(name: &str, holds: bool, expected: &str, found: String, code: &str) -> Check {
+    if holds {
+        Check::accepted(name, expected, found)
+    } else {
+        Check::rejected(name, expected, found, code)
+    }
+}
+
+#[cfg(test)]
+mod tests;
