@@ -13,6 +13,7 @@ mod guest;
 mod identity;
 mod migrate;
 mod platform;
+pub mod snp;
 
 pub use error::FirmwareError;
 pub use guest::{Command, Guest, GuestHandle, GuestState, GuestStatus};
