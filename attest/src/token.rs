@@ -248,7 +248,11 @@ impl TrustVector {
         }
         let debug = failed(&["debug_forbidden"]);
         Self {
-            instance_identity: if failed(&INSTANCE) { UNRECOGNIZED_INSTANCE } else { AFFIRMED },
+            instance_identity: if failed(&INSTANCE) {
+                UNRECOGNIZED_INSTANCE
+            } else {
+                AFFIRMED
+            },
             configuration: if debug {
                 UNSUPPORTABLE_CONFIG
             } else if failed(&CONFIGURATION) {
@@ -338,7 +342,8 @@ fn eat_nonce(nonce: &Nonce) -> Result<String, TokenError> {
 }
 
 fn seconds(time: SystemTime) -> u64 {
-    time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+    time.duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
 }
 
 /// The EAT profile of these tokens.

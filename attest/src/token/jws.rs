@@ -66,8 +66,8 @@ impl EarKey {
 
     /// A new Ed25519 key, PKCS#8 DER.
     pub fn generate() -> Result<zeroize::Zeroizing<Vec<u8>>, TokenError> {
-        let document =
-            Ed25519KeyPair::generate_pkcs8(&SystemRandom::new()).map_err(|_| TokenError::Signing)?;
+        let document = Ed25519KeyPair::generate_pkcs8(&SystemRandom::new())
+            .map_err(|_| TokenError::Signing)?;
         Ok(zeroize::Zeroizing::new(document.as_ref().to_vec()))
     }
 
@@ -162,8 +162,9 @@ impl EarVerifier {
             .unwrap_or_default();
         let signature = decode(signature)?;
         let verified = match self.algorithm {
-            Algorithm::EdDsa => UnparsedPublicKey::new(&ED25519, &self.public)
-                .verify(signed.as_bytes(), &signature),
+            Algorithm::EdDsa => {
+                UnparsedPublicKey::new(&ED25519, &self.public).verify(signed.as_bytes(), &signature)
+            }
             Algorithm::Es384 => UnparsedPublicKey::new(&ECDSA_P384_SHA384_FIXED, &self.public)
                 .verify(signed.as_bytes(), &signature),
         };

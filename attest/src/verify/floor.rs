@@ -6,8 +6,8 @@
 //! exactly once and passed.
 
 use super::snp::{ChainFinding, DateFinding, judge};
-use crate::chain::Leaf;
 use super::verdict::Check;
+use crate::chain::Leaf;
 use crate::product::Product;
 use crate::report::{Report, ReportError, SigningKey, SnpPolicyBit};
 use crate::tcb::{RawTcb, TcbVersion};
@@ -46,7 +46,9 @@ pub(super) fn checks(
         emulated(chain, allow_emulated),
         with_leaf(PRODUCT, leaf, |leaf| product(report, leaf)),
         with_leaf(SIGNING_KEY, leaf, |leaf| signing_key(report, leaf)),
-        with_leaf(REPORT_SIGNATURE, leaf, |leaf| report_signature(report, leaf)),
+        with_leaf(REPORT_SIGNATURE, leaf, |leaf| {
+            report_signature(report, leaf)
+        }),
         with_leaf(LEAF_TCB, leaf, |leaf| leaf_tcb(report, leaf)),
         with_leaf(LEAF_CHIP, leaf, |leaf| leaf_chip(report, leaf)),
         debug(report),
@@ -69,9 +71,9 @@ pub(super) fn without_report(
         certificate_dates(chain),
         emulated(chain, allow_emulated),
     ];
-    let left = FLOOR.iter().filter(|name| {
-        **name != LEAF_FORMAT && made.iter().all(|check| check.name != **name)
-    });
+    let left = FLOOR
+        .iter()
+        .filter(|name| **name != LEAF_FORMAT && made.iter().all(|check| check.name != **name));
     let open = left.map(|name| {
         Check::cannot_verify(name, "a report", "there is no report", "REPORT_UNREADABLE")
     });
@@ -139,9 +141,7 @@ fn emulated(chain: &ChainFinding, allowed: bool) -> Check {
         "AMD's secure processor"
     };
     match &chain.path {
-        Ok(_) if !chain.emulated => {
-            Check::accepted(EMULATED, expected, "AMD's secure processor")
-        }
+        Ok(_) if !chain.emulated => Check::accepted(EMULATED, expected, "AMD's secure processor"),
         Ok(_) if allowed => {
             Check::accepted(EMULATED, expected, "a software secure processor: emulated")
         }
@@ -196,7 +196,12 @@ fn report_signature(report: &Report, leaf: &Leaf) -> Check {
     let expected = "ECDSA P-384 with SHA-384 over the report's bytes, by the leaf's key";
     let Some(signature) = report.signature() else {
         let found = "R or S is zero or longer than 48 bytes";
-        return Check::rejected(REPORT_SIGNATURE, expected, found, "REPORT_SIGNATURE_MALFORMED");
+        return Check::rejected(
+            REPORT_SIGNATURE,
+            expected,
+            found,
+            "REPORT_SIGNATURE_MALFORMED",
+        );
     };
     let key = UnparsedPublicKey::new(&ECDSA_P384_SHA384_FIXED, leaf.public_key());
     match key.verify(report.signed_bytes(), &signature) {
@@ -357,16 +362,14 @@ fn chip_key_mask(report: &Report) -> Check {
             "masked, and yet the report says that a VCEK signed it",
             "CHIP_KEY_MASKED",
         ),
-        (true, SigningKey::Vlek) => Check::accepted(CHIP_KEY_MASK, expected, "masked; a VLEK signs"),
+        (true, SigningKey::Vlek) => {
+            Check::accepted(CHIP_KEY_MASK, expected, "masked; a VLEK signs")
+        }
         (false, _) => Check::accepted(CHIP_KEY_MASK, expected, "not masked"),
     }
 }
 
-fn with_leaf(
-    name: &str,
-    leaf: Option<&Leaf>,
-    check: impl FnOnce(&Leaf) -> Check,
-) -> Check {
+fn with_leaf(name: &str, leaf: Option<&Leaf>, check: impl FnOnce(&Leaf) -> Check) -> Check {
     match leaf {
         Some(leaf) => check(leaf),
         None => Check::cannot_verify(

@@ -114,7 +114,10 @@ pub(super) fn report_version<'de, D: Deserializer<'de>>(
         5 => ReportVersion::V5,
         other => {
             let wanted = "a report version that is known: 2, 3, 4 or 5";
-            return Err(D::Error::invalid_value(Unexpected::Unsigned(other), &wanted));
+            return Err(D::Error::invalid_value(
+                Unexpected::Unsigned(other),
+                &wanted,
+            ));
         }
     }))
 }

@@ -13,7 +13,7 @@ use ring::digest::{SHA256, digest};
 use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// A verifier for one policy, which keeps what it has found out of certificates and lists. Dates
 /// and ages are checked anew for every verdict. One serves any number of threads.
@@ -61,7 +61,12 @@ pub(super) fn leaf(bytes: &[u8]) -> (Check, Option<Leaf>) {
     let expected = "a well-formed VCEK or VLEK certificate";
     match Leaf::parse(bytes) {
         Ok(leaf) => {
-            let found = format!("{} for {}, {}", leaf.kind(), leaf.product_name(), leaf.tcb());
+            let found = format!(
+                "{} for {}, {}",
+                leaf.kind(),
+                leaf.product_name(),
+                leaf.tcb()
+            );
             (Check::accepted(LEAF_FORMAT, expected, found), Some(leaf))
         }
         Err(error) => {
@@ -230,12 +235,7 @@ impl SnpVerifier {
             .or_else(|_| self.verify_leaf(leaf, intermediate, period.not_after))
     }
 
-    fn revocation(
-        &self,
-        verified: &VerifiedLeaf,
-        crl: Option<&[u8]>,
-        clock: SystemTime,
-    ) -> Check {
+    fn revocation(&self, verified: &VerifiedLeaf, crl: Option<&[u8]>, clock: SystemTime) -> Check {
         let Some(bytes) = crl else {
             return self.no_list();
         };
@@ -371,13 +371,13 @@ fn last_moment(verified: &VerifiedLeaf) -> SystemTime {
         .fold(verified.validity().not_after, SystemTime::min)
 }
 
-/// A clock that is set to a year without four digits has no RFC 3339 form.
+/// A clock may be set to a year that has no RFC 3339 form.
 fn rfc3339(time: SystemTime) -> String {
     let mut text = String::new();
-    match write!(text, "{}", humantime::format_rfc3339_seconds(time)) {
-        Ok(()) => text,
-        Err(_) => "a time outside the years 1970 to 9999".to_owned(),
+    if time >= UNIX_EPOCH && write!(text, "{}", humantime::format_rfc3339_seconds(time)).is_ok() {
+        return text;
     }
+    "a time outside the years 1970 to 9999".to_owned()
 }
 
 fn sha256(bytes: &[u8]) -> [u8; 32] {

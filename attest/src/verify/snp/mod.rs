@@ -9,9 +9,52 @@
 //!
 //! | Check | Floor | Codes where it does not pass |
 //! | --- | --- | --- |
-//! TABLE
+//! | `report_format` | yes | `REPORT_LENGTH` `REPORT_VERSION_UNSUPPORTED` `REPORT_SIGNATURE_ALGORITHM` `REPORT_SIGNING_KEY_UNKNOWN` `REPORT_TRAILING_BYTES` |
+//! | `leaf_format` | yes | those of [`LeafError::code`](crate::chain::LeafError::code) |
+//! | `certificate_chain` | yes | `LEAF_UNREADABLE` `INTERMEDIATE_MISSING` `TOO_MANY_CERTIFICATES` and those of [`ChainError::code`](crate::chain::ChainError::code) |
+//! | `certificate_dates` | yes | `CHAIN_UNVERIFIED` and those of [`ChainError::code`](crate::chain::ChainError::code) for dates |
+//! | `emulated` | yes | `EMULATED_NOT_ALLOWED` `CHAIN_UNVERIFIED` |
+//! | `product` | yes | `PRODUCT_MISMATCH` `PRODUCT_UNKNOWN` `LEAF_UNREADABLE` `REPORT_UNREADABLE` |
+//! | `signing_key` | yes | `SIGNING_KEY_MISMATCH` |
+//! | `report_signature` | yes | `REPORT_SIGNATURE_MALFORMED` `REPORT_SIGNATURE_INVALID` |
+//! | `leaf_tcb` | yes | `LEAF_TCB_MISMATCH` |
+//! | `leaf_chip` | yes | `LEAF_CHIP_MISMATCH` `LEAF_CHIP_MISSING` |
+//! | `debug_forbidden` | yes | `DEBUG_ALLOWED` |
+//! | `guest_policy_reserved` | yes | `GUEST_POLICY_RESERVED_CLEAR` `GUEST_POLICY_UNKNOWN_BITS` |
+//! | `vmpl_range` | yes | `VMPL_OUT_OF_RANGE` `VMPL_HOST_REQUESTED` |
+//! | `tcb_order` | yes | `REPORTED_ABOVE_COMMITTED` `COMMITTED_ABOVE_CURRENT` `PRODUCT_UNKNOWN` |
+//! | `chip_key_mask` | yes | `CHIP_KEY_MASKED` |
+//! | `revocation` | – | `CRL_MISSING` `CHAIN_UNVERIFIED` and those of [`CrlError::code`](crate::chain::CrlError::code) and [`CrlOutcome::code`](crate::chain::CrlOutcome::code) |
+//! | `report_data` | – | `REPORT_DATA_MISMATCH` |
+//! | `measurement` | – | `MEASUREMENT_NOT_ALLOWED` |
+//! | `vmpl` | – | `VMPL_NOT_ALLOWED` |
+//! | `report_version` | – | `REPORT_VERSION_TOO_OLD` |
+//! | `product_allowed` | – | `PRODUCT_NOT_ALLOWED` |
+//! | `signing_key_allowed` | – | `SIGNING_KEY_NOT_ALLOWED` |
+//! | `csp_id` | – | `CSP_ID_NOT_ALLOWED` |
+//! | `chip_id` | – | `CHIP_ID_MASKED` `CHIP_ID_NOT_ALLOWED` |
+//! | `tcb_reported` | – | `TCB_REPORTED_TOO_OLD` `PRODUCT_UNKNOWN` |
+//! | `tcb_committed` | – | `TCB_COMMITTED_TOO_OLD` `PRODUCT_UNKNOWN` |
+//! | `tcb_current` | – | `TCB_CURRENT_TOO_OLD` `PRODUCT_UNKNOWN` |
+//! | `tcb_launch` | – | `TCB_LAUNCH_TOO_OLD` `PRODUCT_UNKNOWN` |
+//! | `firmware_current` | – | `FIRMWARE_CURRENT_TOO_OLD` |
+//! | `firmware_committed` | – | `FIRMWARE_COMMITTED_TOO_OLD` |
+//! | `provisional_firmware` | – | `PROVISIONAL_FIRMWARE` |
+//! | `mitigations_launch` | – | `MITIGATIONS_LAUNCH_MISSING` `MITIGATIONS_UNREPORTED` |
+//! | `mitigations_current` | – | `MITIGATIONS_CURRENT_MISSING` `MITIGATIONS_UNREPORTED` |
+//! | `guest_policy_bits` | – | `GUEST_POLICY_BIT_MISSING` `GUEST_POLICY_BIT_FORBIDDEN` |
+//! | `guest_policy_abi` | – | `GUEST_POLICY_ABI_TOO_LOW` |
+//! | `platform_bits` | – | `PLATFORM_BIT_MISSING` `PLATFORM_BIT_FORBIDDEN` |
+//! | `migration_agent` | – | `MIGRATION_AGENT_BOUND` |
+//! | `host_data` | – | `HOST_DATA_NOT_ALLOWED` |
+//! | `family_id` | – | `FAMILY_ID_NOT_ALLOWED` |
+//! | `image_id` | – | `IMAGE_ID_NOT_ALLOWED` |
+//! | `guest_svn` | – | `GUEST_SVN_TOO_LOW` |
+//! | `id_key` | – | `ID_KEY_MISSING` `ID_KEY_NOT_ALLOWED` |
+//! | `author_key` | – | `AUTHOR_KEY_MISSING` `AUTHOR_KEY_NOT_ALLOWED` |
 //!
-//! The codes of certificates and chains are [`ChainError::code`]'s.
+//! What needs the leaf, or the report, and has none says `LEAF_UNREADABLE` or `REPORT_UNREADABLE`.
+//! Below the floor, a check that the policy does not ask for is listed as not checked.
 
 mod certificates;
 mod owner;

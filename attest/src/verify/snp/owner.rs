@@ -290,7 +290,13 @@ impl Owner<'_> {
         for part in &short {
             found.push_str(&format!("; {part}"));
         }
-        judge(name, short.is_empty(), &format!("at least {levels}"), found, code)
+        judge(
+            name,
+            short.is_empty(),
+            &format!("at least {levels}"),
+            found,
+            code,
+        )
     }
 
     fn firmware_current(&self) -> Check {
@@ -302,7 +308,12 @@ impl Owner<'_> {
     fn firmware_committed(&self) -> Check {
         let rule = self.rules().firmware.min_committed;
         let found = self.report.committed_firmware();
-        firmware(FIRMWARE_COMMITTED, rule, found, "FIRMWARE_COMMITTED_TOO_OLD")
+        firmware(
+            FIRMWARE_COMMITTED,
+            rule,
+            found,
+            "FIRMWARE_COMMITTED_TOO_OLD",
+        )
     }
 
     /// Firmware that is not committed can be taken back by the host at any moment.
@@ -311,10 +322,8 @@ impl Owner<'_> {
         let tcb = report.current_tcb() != report.committed_tcb();
         let firmware = report.current_firmware() != report.committed_firmware();
         let levels = |raw: RawTcb| {
-            self.product.map_or_else(
-                || hex::encode(raw.0),
-                |product| raw.of(product).to_string(),
-            )
+            self.product
+                .map_or_else(|| hex::encode(raw.0), |product| raw.of(product).to_string())
         };
         let found = format!(
             "current {}, {}; committed {}, {}",
@@ -339,7 +348,12 @@ impl Owner<'_> {
     fn mitigations_launch(&self) -> Check {
         let rule = self.rules().mitigations.launch;
         let found = self.report.launch_mitigations();
-        mitigations(MITIGATIONS_LAUNCH, rule, found, "MITIGATIONS_LAUNCH_MISSING")
+        mitigations(
+            MITIGATIONS_LAUNCH,
+            rule,
+            found,
+            "MITIGATIONS_LAUNCH_MISSING",
+        )
     }
 
     fn mitigations_current(&self) -> Check {
@@ -513,7 +527,12 @@ fn listed<const N: usize>(
     }
 }
 
-fn firmware(name: &str, rule: Option<FirmwareVersion>, found: FirmwareVersion, code: &str) -> Check {
+fn firmware(
+    name: &str,
+    rule: Option<FirmwareVersion>,
+    found: FirmwareVersion,
+    code: &str,
+) -> Check {
     let order = |version: FirmwareVersion| (version.major, version.minor, version.build);
     match rule {
         Some(least) => judge(
@@ -558,9 +577,7 @@ fn bits<B: Copy + Display>(
         return Check::rejected(name, &expected, format!("{found}: {bit} is clear"), missing);
     }
     match forbid.iter().find(|bit| set(**bit)) {
-        Some(bit) => {
-            Check::rejected(name, &expected, format!("{found}: {bit} is set"), forbidden)
-        }
+        Some(bit) => Check::rejected(name, &expected, format!("{found}: {bit} is set"), forbidden),
         None => Check::accepted(name, &expected, found),
     }
 }
