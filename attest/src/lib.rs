@@ -10,6 +10,7 @@
 //! | [`chain`] | owner | AMD's SNP roots, VCEK and VLEK certificates, revocation lists |
 //! | [`legacy`] | owner and host | SEV certificates, chains, sessions, launch measure, secret packets |
 //! | [`measure`] | owner | the launch digest that a description leads to |
+//! | [`reference`] | owner | launch digests that an owner signed, with their inputs |
 //! | [`verify`] | owner | evidence + expectation → [`verify::Verdict`], with every check's result |
 //! | [`token`] | owner | a verdict as a signed attestation result (EAR) for others |
 //! | [`product`], [`tcb`] | both | which processor, which patch levels |
@@ -31,6 +32,7 @@ pub mod legacy;
 pub mod measure;
 pub mod processor;
 pub mod product;
+pub mod reference;
 pub mod report;
 pub mod tcb;
 pub mod token;

@@ -7,6 +7,7 @@ mod backend;
 mod command;
 mod cpio;
 mod error;
+mod fuzz;
 mod guest_image;
 mod init;
 mod kernel;
@@ -82,8 +83,16 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
-    /// Run all tests: on this machine, and those named lab_* in the lab.
+    /// Run all tests: on this machine, and those named lab_* in the lab; then fuzz for a minute a target.
     Verify,
+    /// Fuzz the parsers of `tests/fuzz` from their committed corpora.
+    Fuzz {
+        /// How long each target runs.
+        #[arg(long, default_value_t = 60)]
+        seconds: u64,
+        /// These targets; all of them if none is named.
+        targets: Vec<String>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -148,6 +157,7 @@ fn perform(task: Task) -> Result<i32> {
         Task::GuestImage => guest_image::make(&paths).map(|()| 0),
         Task::Demo { args } => tasks::demo(&paths, args),
         Task::Verify => tasks::verify(&paths),
+        Task::Fuzz { seconds, targets } => fuzz::fuzz(&paths, &targets, seconds),
     }
 }
 

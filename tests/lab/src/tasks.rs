@@ -8,7 +8,9 @@ use crate::{
     backend::Backend,
     command::tied,
     error::Result,
-    exit_code, guest_image,
+    exit_code,
+    fuzz::fuzz,
+    guest_image,
     paths::Paths,
     prepare::prepare,
     run::{Request, run},
@@ -90,22 +92,26 @@ pub fn verify(paths: &Paths) -> Result<i32> {
         &[],
         &[(RUNNER, runner), ("LAB_TIMEOUT", timeout)],
     )?;
-    say(if code == 0 {
-        "all tests passed"
-    } else {
-        "some tests failed, see above"
-    });
-    Ok(code)
+    if code != 0 {
+        say("some tests failed, see above");
+        return Ok(code);
+    }
+    say("all tests passed; fuzzing");
+    fuzz(paths, &[], FUZZ_SECONDS)
 }
 
 fn cargo(paths: &Paths, task: &[&str], packages: &[&str], env: &[(&str, String)]) -> Result<i32> {
+    let mut command = clean_cargo(paths);
+    command.args(task).args(packages).envs(env.iter().cloned());
+    say(&format!("cargo {}", [task, packages].concat().join(" ")));
+    Guarded::start(&mut command)?.wait().map(exit_code)
+}
+
+/// Cargo in the workspace, as a user would start it.
+pub fn clean_cargo(paths: &Paths) -> Command {
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut command: Command = tied(cargo, Signal::SIGTERM);
-    command
-        .args(task)
-        .args(packages)
-        .current_dir(&paths.workspace)
-        .envs(env.iter().cloned());
+    let mut command = tied(cargo, Signal::SIGTERM);
+    command.current_dir(&paths.workspace);
     // Set for our own package by the `cargo run` that started us. Build scripts watch some of them, and what they build
     // would be built again each time.
     for (name, _) in
@@ -113,8 +119,7 @@ fn cargo(paths: &Paths, task: &[&str], packages: &[&str], env: &[(&str, String)]
     {
         command.env_remove(name);
     }
-    say(&format!("cargo {}", [task, packages].concat().join(" ")));
-    Guarded::start(&mut command)?.wait().map(exit_code)
+    command
 }
 
 fn is_set_by_cargo_run(name: &str) -> bool {
@@ -134,6 +139,9 @@ const RUNNER: &str = "CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER";
 const DEMO_TIMEOUT: Duration = Duration::from_secs(900);
 /// A test program takes a minute or two, more on a busy machine.
 const TEST_TIMEOUT: Duration = Duration::from_secs(420);
+
+/// What one fuzz target gets in a test run.
+const FUZZ_SECONDS: u64 = 60;
 
 /// How often a failed demo, or a failed test program, gets a fresh lab: see `run`.
 const DEMO_RETRIES: u32 = 2;
