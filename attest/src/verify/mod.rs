@@ -10,7 +10,5 @@ pub use policy::OwnerPolicy;
 pub use sev::{
     Component, PlatformEvidence, SevLaunchEvidence, SevLaunchExpected, verify_sev_launch,
 };
-pub use snp::{
-    Expectation, LaunchReference, Nonce, NonceError, SnpEvidence, SnpVerifier, verify_snp,
-};
+pub use snp::{Expectation, Nonce, NonceError, SnpEvidence, SnpVerifier, verify_snp};
 pub use verdict::{Check, CheckResult, Outcome, Verdict};

@@ -10,6 +10,8 @@
 //! products = ["milan", "genoa"]        # default: all
 //! measurements = ["…96 hex digits…"]   # launch digests
 //! vmpl = [0]                           # the default
+//! reference_signers = ["ed25519:…"]    # or who may sign reference values, and how many of them
+//! reference_threshold = 1
 //! provisional_firmware = "refuse"      # the default; or "allow"
 //! migration_agent = "refuse"           # the default; or "allow"
 //! masked_chip_id = "allow"             # the default; or "refuse"
@@ -27,9 +29,10 @@
 
 mod text;
 
-pub use text::{Abi, Fingerprint, Hex};
+pub use text::{Abi, Fingerprint, FingerprintError, Hex};
 
 use crate::product::Product;
+use crate::reference::SignerKey;
 use crate::report::{FirmwareVersion, PlatformBit, ReportVersion, SigningKey, SnpPolicyBit};
 use crate::tcb::TcbVersion;
 use ring::digest;
@@ -105,8 +108,10 @@ pub struct PolicyFile {
     pub products: Option<Vec<Product>>,
     /// Launch digests.
     pub measurements: Option<Vec<Hex<48>>>,
-    /// Who may sign reference values, `sha256:…` of their public key.
-    pub reference_signers: Option<Vec<Fingerprint>>,
+    /// Who may sign reference values, `ed25519:…`.
+    pub reference_signers: Option<Vec<SignerKey>>,
+    /// How many of them must have signed; absent: one.
+    pub reference_threshold: Option<usize>,
     /// Privilege levels that may ask for a report, 0 to 3; absent: only 0.
     pub vmpl: Option<Vec<u32>>,
     /// The oldest report version.
@@ -364,6 +369,11 @@ impl PolicyFile {
         self.tcb.get(&TcbProduct::from(product))
     }
 
+    /// How many named signers reference values must have.
+    pub fn reference_threshold(&self) -> usize {
+        self.reference_threshold.unwrap_or(1)
+    }
+
     fn check(&self) -> Result<(), PolicyError> {
         for (key, minima) in &self.tcb {
             for (which, minimum) in minima.all() {
@@ -386,6 +396,15 @@ impl PolicyFile {
         if self.chip_ids.iter().flatten().any(|id| id.0 == [0; 64]) {
             return Err(PolicyError::Meaningless(
                 "an all-zero chip id stands for a masked one and names no chip; remove it",
+            ));
+        }
+        let signers = self.reference_signers.as_deref().unwrap_or_default();
+        if self
+            .reference_threshold
+            .is_some_and(|n| n == 0 || n > signers.len())
+        {
+            return Err(PolicyError::Meaningless(
+                "reference_threshold is at least 1 and at most the number of reference_signers",
             ));
         }
         if [self.mitigations.launch, self.mitigations.current].contains(&Some(0)) {

@@ -35,7 +35,8 @@ fn a_full_file_is_read() {
         csp_ids = ["provider"]
         products = ["milan", "genoa", "turin"]
         measurements = ["{digest}"]
-        reference_signers = ["sha256:{root}"]
+        reference_signers = ["ed25519:{root}"]
+        reference_threshold = 1
         vmpl = [0, 3]
         min_report_version = 3
         provisional_firmware = "allow"
@@ -136,6 +137,18 @@ fn what_is_not_understood_is_refused_with_its_place() {
             "both required and forbidden",
         ),
         ("[mitigations]\nlaunch = 0".to_owned(), "asks for nothing"),
+        ("reference_threshold = 1".to_owned(), "reference_threshold"),
+        (
+            format!(
+                "reference_threshold = 0\nreference_signers = [\"ed25519:{}\"]",
+                hex(32)
+            ),
+            "reference_threshold",
+        ),
+        (
+            format!("reference_signers = [\"sha256:{}\"]", hex(32)),
+            "ed25519:",
+        ),
         ("[mitigations]\ncurrent = -1".to_owned(), "invalid"),
         (
             "[firmware]\nmin_current = \"1.55\"".to_owned(),

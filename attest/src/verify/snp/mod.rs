@@ -26,7 +26,7 @@
 //! | `chip_key_mask` | yes | `CHIP_KEY_MASKED` |
 //! | `revocation` | – | `CRL_MISSING` `CHAIN_UNVERIFIED` and those of [`CrlError::code`](crate::chain::CrlError::code) and [`CrlOutcome::code`](crate::chain::CrlOutcome::code) |
 //! | `report_data` | – | `REPORT_DATA_MISMATCH` |
-//! | `measurement` | – | `MEASUREMENT_NOT_ALLOWED` |
+//! | `measurement` | – | `MEASUREMENT_NOT_ALLOWED` `REFERENCE_KEY_MISMATCH` |
 //! | `vmpl` | – | `VMPL_NOT_ALLOWED` |
 //! | `report_version` | – | `REPORT_VERSION_TOO_OLD` |
 //! | `product_allowed` | – | `PRODUCT_NOT_ALLOWED` |
@@ -57,14 +57,16 @@
 //! Below the floor, a check that the policy does not ask for is listed as not checked.
 
 mod certificates;
+mod measurement;
 mod owner;
 
 pub use certificates::SnpVerifier;
 pub(super) use certificates::{ChainFinding, DateFinding};
 
 use super::floor;
-use super::policy::{Fingerprint, OwnerPolicy};
+use super::policy::OwnerPolicy;
 use super::verdict::{Check, Verdict};
+use crate::reference::ReferenceValues;
 use crate::report::{Report, ReportError};
 use owner::Owner;
 use std::time::SystemTime;
@@ -89,21 +91,11 @@ pub struct SnpEvidence<'a> {
 pub struct Expectation<'a> {
     /// What report_data must be; without one, freshness is not checked and the verdict says so.
     pub nonce: Option<&'a Nonce>,
-    /// Launch digests of reference values whose signatures were checked.
-    pub references: &'a [LaunchReference],
+    /// Reference values that were believed when they were opened. They count only where the policy
+    /// names enough of their signers.
+    pub references: &'a [ReferenceValues],
     /// The time at which certificates and lists must be in force.
     pub clock: SystemTime,
-}
-
-/// A launch digest that somebody signed for.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LaunchReference {
-    /// What it is the digest of, for people.
-    pub name: String,
-    /// The launch digest.
-    pub measurement: [u8; 48],
-    /// SHA-256 of the signer's public key.
-    pub signer: Fingerprint,
 }
 
 /// What a verifier sent and wants to find in report_data: 1 to 64 bytes.
@@ -149,6 +141,7 @@ impl SnpVerifier {
             policy: self.policy(),
             references: expectation.references,
             nonce: expectation.nonce,
+            clock: expectation.clock,
         };
         checks.extend(owner.checks());
         Verdict::of(checks, &floor::FLOOR, chain.emulated)

@@ -3,14 +3,16 @@
 //! A check whose key the policy does not have is listed as not checked, with what the report says
 //! all the same, so that nothing passes in silence.
 
-use super::{LaunchReference, Nonce, judge};
+use super::{Nonce, judge, measurement};
 use crate::chain::Leaf;
 use crate::product::Product;
+use crate::reference::ReferenceValues;
 use crate::report::{FirmwareVersion, PlatformBit, Report, ReportVersion, SnpPolicyBit};
 use crate::tcb::RawTcb;
 use crate::verify::policy::{Hex, Leave, OwnerPolicy, PolicyFile, TcbMinima, TcbMinimum};
 use crate::verify::verdict::Check;
 use std::fmt::Display;
+use std::time::SystemTime;
 
 /// What a report is held against.
 pub(super) struct Owner<'a> {
@@ -18,14 +20,15 @@ pub(super) struct Owner<'a> {
     pub(super) leaf: Option<&'a Leaf>,
     pub(super) product: Option<Product>,
     pub(super) policy: &'a OwnerPolicy,
-    pub(super) references: &'a [LaunchReference],
+    pub(super) references: &'a [ReferenceValues],
     pub(super) nonce: Option<&'a Nonce>,
+    pub(super) clock: SystemTime,
 }
 
 /// The names of the checks here, in order.
 pub(super) const NAMES: [&str; 27] = [
     REPORT_DATA,
-    MEASUREMENT,
+    measurement::MEASUREMENT,
     VMPL,
     REPORT_VERSION,
     PRODUCT_ALLOWED,
@@ -59,7 +62,7 @@ impl Owner<'_> {
         let mut checks = Vec::with_capacity(NAMES.len());
         checks.extend([
             self.report_data(),
-            self.measurement(),
+            measurement::check(self),
             self.vmpl(),
             self.report_version(),
             self.product_allowed(),
@@ -83,7 +86,7 @@ impl Owner<'_> {
         checks
     }
 
-    fn rules(&self) -> &PolicyFile {
+    pub(super) fn rules(&self) -> &PolicyFile {
         self.policy.rules()
     }
 
@@ -103,53 +106,6 @@ impl Owner<'_> {
                 REPORT_DATA,
                 "no nonce given",
                 format!("{found}; without a nonce an old report looks like a new one"),
-            ),
-        }
-    }
-
-    fn measurement(&self) -> Check {
-        let found = Hex(self.report.measurement());
-        let rules = self.rules();
-        if rules.measurements.is_none()
-            && rules.reference_signers.is_none()
-            && self.references.is_empty()
-        {
-            let expected = "neither measurements nor reference values given";
-            return Check::not_checked(MEASUREMENT, expected, found.to_string());
-        }
-        let signers = rules.reference_signers.as_deref();
-        // Reference values must not widen a list: there they count only if their signer is named.
-        let narrowing = rules.measurements.is_none() && signers.is_none();
-        let counted: Vec<_> = self
-            .references
-            .iter()
-            .filter(|value| narrowing || signers.is_some_and(|all| all.contains(&value.signer)))
-            .collect();
-        let listed = rules.measurements.iter().flatten().any(|one| *one == found);
-        let source = if listed {
-            Some("the policy's list".to_owned())
-        } else {
-            let same = counted.iter().find(|value| value.measurement == found.0);
-            same.map(|value| format!("{}, signed by {}", value.name, value.signer))
-        };
-        let ignored = self.references.len() - counted.len();
-        let expected = format!(
-            "a launch digest of the policy ({}) or of reference values ({}{})",
-            rules.measurements.as_ref().map_or(0, Vec::len),
-            counted.len(),
-            if ignored == 0 {
-                String::new()
-            } else {
-                format!("; {ignored} ignored, whose signer the policy does not name")
-            }
-        );
-        match source {
-            Some(source) => Check::accepted(MEASUREMENT, &expected, format!("{found}: {source}")),
-            None => Check::rejected(
-                MEASUREMENT,
-                &expected,
-                found.to_string(),
-                "MEASUREMENT_NOT_ALLOWED",
             ),
         }
     }
@@ -608,7 +564,6 @@ fn one_of<T: Display>(allowed: &[T]) -> String {
 const SHOWN: usize = 4;
 
 const REPORT_DATA: &str = "report_data";
-const MEASUREMENT: &str = "measurement";
 const VMPL: &str = "vmpl";
 const REPORT_VERSION: &str = "report_version";
 const PRODUCT_ALLOWED: &str = "product_allowed";

@@ -6,6 +6,7 @@ use crate::processor::snp::forge::{self, Authority, DAY, LeafSpec, Signer, ago, 
 use crate::product::Product;
 use crate::report::{PlatformInfo, ReportVersion, SigningKey, SnpPolicy};
 use crate::tcb::RawTcb;
+use crate::verify::policy::Fingerprint;
 
 const VCEK: SigningKey = SigningKey::Vcek;
 const VLEK: SigningKey = SigningKey::Vlek;

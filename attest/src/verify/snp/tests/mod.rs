@@ -25,7 +25,7 @@ struct Given {
 struct Against {
     policy: OwnerPolicy,
     nonce: Option<Nonce>,
-    references: Vec<LaunchReference>,
+    references: Vec<ReferenceValues>,
     clock: SystemTime,
 }
 

@@ -1,6 +1,7 @@
 //! What an owner can ask for, over reports from real hardware: met, and not met.
 
 use super::*;
+use crate::reference::{Signatures, SigningKey};
 
 const LAUNCH: &str = "d9912ba396ce409c2947841d93a5076b6839b898c22b4aae05edb3b2b058a99927f8cf9a4f86\
                       17ee695deb14795496c8";
@@ -125,40 +126,72 @@ fn an_empty_list_allows_nothing() {
     }
 }
 
+/// Reference values for one digest, signed by `signers`, in force in November 2026.
+fn reference(digest: &str, more: &str, signers: &[&SigningKey]) -> ReferenceValues {
+    let hash = "00".repeat(32);
+    let text = format!(
+        "version = 1\nnot_before = \"2026-11-01T00:00:00Z\"\nexpires = \"2026-12-01T00:00:00Z\"\n\
+         [[guest]]\nname = \"vault\"\ntechnology = \"snp\"\n{more}\n\
+         [guest.inputs]\nvmsa_profile = \"qemu\"\nguest_features = \"0x1\"\n\
+         firmware = {{ sha256 = \"{hash}\", size = 4096 }}\n\
+         [[guest.launch]]\ndigest = \"{digest}\"\nvcpus = 1\nvcpu_signature = \"0xa00f11\"\n"
+    );
+    let mut signatures = Signatures::default();
+    for signer in signers {
+        signatures.add(signer.sign(text.as_bytes())).unwrap();
+    }
+    let keys: Vec<_> = signers.iter().map(|key| key.public()).collect();
+    let clock = at("2026-11-22T00:00:00Z");
+    ReferenceValues::open(text.as_bytes(), &signatures, &keys, keys.len(), clock).unwrap()
+}
+
 #[test]
 fn reference_values_count_only_from_signers_that_the_policy_names() {
     let given = vector("genoa-v5");
-    let signer = Fingerprint([7; 32]);
-    let reference = |hex_digest: &str| LaunchReference {
-        name: "vault 1.4".to_owned(),
-        measurement: hex::decode(hex_digest).unwrap().try_into().unwrap(),
-        signer,
-    };
-    let judge = |policy: &str, references: &[LaunchReference]| {
+    let judge = |policy: &str, references: &[&ReferenceValues]| {
         let mut against = Against::policy(policy);
-        against.references = references.to_vec();
+        against.references = references.iter().map(|values| (*values).clone()).collect();
         given.codes(&against).join(" ")
     };
+    let key = || SigningKey::read(&SigningKey::generate().unwrap()).unwrap();
+    let (one, two, stranger) = (key(), key(), key());
     let refused = "MEASUREMENT_NOT_ALLOWED";
-    let (right, wrong) = (reference(LAUNCH), reference(&"01".repeat(48)));
-    let named = format!("reference_signers = [\"{signer}\"]");
-    let other = format!("reference_signers = [\"{}\"]", Fingerprint([8; 32]));
-    let list = format!("measurements = [\"{}\"]", "01".repeat(48));
+    let other_digest = "01".repeat(48);
+    let right = reference(LAUNCH, "", &[&one]);
+    let both = reference(LAUNCH, "", &[&one, &two]);
+    let strange = reference(LAUNCH, "", &[&stranger]);
+    let wrong = reference(&other_digest, "", &[&one]);
+    let named = format!(
+        "reference_signers = [\"{}\", \"{}\"]",
+        one.public(),
+        two.public()
+    );
+    let twice = format!("{named}\nreference_threshold = 2");
+    let list = format!("measurements = [\"{other_digest}\"]");
+    let listed = format!("measurements = [\"{LAUNCH}\"]");
     for (policy, references, expected) in [
-        (named.as_str(), &[wrong.clone(), right.clone()][..], ""),
-        (&named, &[wrong.clone()], refused),
+        (named.as_str(), &[&wrong, &right][..], ""),
+        (&named, &[&wrong], refused),
         (&named, &[], refused),
-        (&other, &[right.clone()], refused),
-        // A list without signers is not widened by a reference value ...
-        (&list, &[right.clone()], refused),
-        // ... and where the policy says nothing, one can only narrow.
-        ("", &[right.clone()], ""),
-        ("", &[wrong], refused),
+        (&named, &[&strange], refused),
+        (&twice, &[&right], refused),
+        (&twice, &[&both], ""),
+        // A list without signers is not widened by a reference value, nor is a policy that says
+        // nothing met by one.
+        (&list, &[&right], refused),
+        ("", &[&right], refused),
+        (&format!("{named}\n{list}"), &[&right], ""),
+        (&format!("{named}\n{listed}"), &[&wrong], ""),
     ] {
         assert_eq!(judge(policy, references), expected, "{policy}");
     }
-    let both = format!("{named}\n{list}");
-    assert_eq!(judge(&both, &[right]), "");
+    let key_digest = format!("id_key_digest = \"{other_digest}\"");
+    let with_key = reference(LAUNCH, &key_digest, &[&one]);
+    assert_eq!(judge(&named, &[&with_key]), "REFERENCE_KEY_MISMATCH");
+    let mut late = Against::policy(&named);
+    late.references = vec![right];
+    late.clock = at("2026-12-01T00:00:00Z");
+    assert_eq!(given.codes(&late), [refused]);
 }
 
 #[test]
