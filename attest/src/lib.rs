@@ -14,6 +14,7 @@
 //! | [`measure`] | owner | the launch digest that a description leads to |
 //! | [`reference`] | owner | launch digests that an owner signed, with their inputs |
 //! | [`verify`] | owner | evidence + expectation → [`verify::Verdict`], with every check's result |
+//! | [`token`] | owner | a verdict as a signed attestation result (EAR) for others |
 //! | [`product`], [`tcb`] | both | which processor, which patch levels |
 //! | [`processor`] | host | the software secure processor, for machines without AMD's |
 //!
@@ -38,4 +39,5 @@ pub mod product;
 pub mod reference;
 pub mod report;
 pub mod tcb;
+pub mod token;
 pub mod verify;

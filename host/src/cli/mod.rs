@@ -6,6 +6,7 @@ mod migrate;
 mod owner;
 mod render;
 mod roles;
+mod verdict;
 
 use std::io::Write;
 use std::path::Path;

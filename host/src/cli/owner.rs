@@ -11,8 +11,7 @@ use casemate_attest::legacy::{
 };
 use casemate_attest::measure::{LaunchDigest, LaunchDigester};
 use casemate_attest::verify::{
-    CheckResult, Component, Outcome, PlatformEvidence, SevLaunchEvidence, SevLaunchExpected,
-    Verdict, verify_sev_launch,
+    Component, PlatformEvidence, SevLaunchEvidence, SevLaunchExpected, Verdict, verify_sev_launch,
 };
 use serde::Serialize;
 
@@ -20,7 +19,7 @@ use crate::agent::api::{Answer, Failure, MeasurementInfo, Request};
 use crate::agent::client::ask;
 use crate::agent::evidence::write_secret;
 use crate::cli::args::OwnerCommand;
-use crate::cli::{print_bytes, print_json};
+use crate::cli::{print_bytes, print_json, verdict};
 use crate::machine::spec::{ConfidentialSpec, MachineSpec};
 use crate::vmm::boot::BootImage;
 
@@ -136,11 +135,7 @@ impl Release<'_> {
         } else {
             print_bytes(table(&verdict, released).as_bytes())?;
         }
-        Ok(match verdict.overall {
-            Outcome::Accepted => 0,
-            Outcome::Rejected => 1,
-            Outcome::CannotVerify => 2,
-        })
+        Ok(verdict::exit_status(&verdict))
     }
 
     fn verdict(
@@ -302,41 +297,13 @@ fn blob(claimed: &MeasurementInfo) -> Result<MeasureBlob, Failure> {
 }
 
 fn table(verdict: &Verdict, released: bool) -> String {
-    let mut text = String::new();
-    for check in &verdict.checks {
-        let (mark, more) = match check.result {
-            CheckResult::Accepted => ("accepted", String::new()),
-            CheckResult::Rejected => (
-                "REJECTED",
-                format!("\n             wanted {}", check.expected),
-            ),
-            CheckResult::CannotVerify => (
-                "UNVERIFIED",
-                format!("\n             wanted {}", check.expected),
-            ),
-            CheckResult::NotChecked => ("not checked", String::new()),
-        };
-        let code = check
-            .code
-            .as_ref()
-            .map(|c| format!(" [{c}]"))
-            .unwrap_or_default();
-        text.push_str(&format!(
-            "  {mark:<10} {:<20} {}{code}{more}\n",
-            check.name, check.found
-        ));
-    }
-    text.push_str(if released {
+    let outcome = if released {
         "secret released"
     } else {
         "secret NOT released"
-    });
-    text.push_str(if verdict.emulated {
-        " (emulated, NOT AMD)\n"
-    } else {
-        "\n"
-    });
-    text
+    };
+    let mark = verdict::mark(verdict);
+    format!("{}{outcome}{mark}\n", verdict::table(verdict))
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, Failure> {

@@ -5,7 +5,9 @@ mod fetch;
 mod get;
 mod platform;
 mod report;
+mod report_view;
 mod shared;
+mod verify;
 
 use clap::Subcommand;
 
@@ -25,6 +27,7 @@ pub enum AttestCommand {
     /// Fetch what the verification of reports needs from AMD's key service into a cache or a bundle; exit status 0
     /// done, 1 something did not verify, 2 something could not be had.
     Fetch(fetch::FetchArgs),
+    Verify(Box<verify::VerifyArgs>),
 }
 
 /// Runs one of them.
@@ -35,5 +38,6 @@ pub fn run(command: AttestCommand, json: bool) -> Result<u8, Failure> {
         AttestCommand::Get(args) => get::run(&args, json),
         AttestCommand::Certificate(args) => certificate::run(&args, json),
         AttestCommand::Fetch(args) => fetch::run(&args, json),
+        AttestCommand::Verify(args) => verify::run(&args, json),
     }
 }

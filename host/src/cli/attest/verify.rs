@@ -1,0 +1,289 @@
+//! `casemate attest verify`: a report against the owner's policy.
+
+use std::fs::File;
+use std::io::{ErrorKind, Read as _};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use casemate_attest::chain::{Leaf, MAX_CRL_LEN, split_pem};
+use casemate_attest::reference::{
+    MAX_DOCUMENT_LEN, MAX_SIGNATURES_LEN, ReferenceValues, Signatures,
+};
+use casemate_attest::report::Report;
+use casemate_attest::token::{Ear, EarKey};
+use casemate_attest::verify::policy::{Fingerprint, MAX_POLICY_LEN};
+use casemate_attest::verify::{Expectation, Nonce, OwnerPolicy, SnpEvidence, Verdict, verify_snp};
+use clap::Args;
+use serde::Serialize;
+use zeroize::Zeroizing;
+
+use super::report_view::ReportView;
+use crate::agent::api::Failure;
+use crate::cli::{print_bytes, print_json, verdict};
+
+/// Verify an SNP report: who signed it, on which platform, running what, against the owner's policy.
+///
+/// Every check is listed with what was expected and what was found. A floor holds whatever the policy says: one of
+/// AMD's pinned roots (or an emulated root that is named), every signature, every date, a leaf that fits the report,
+/// debugging forbidden, a guest's own request. Beyond it the policy decides; without --policy the default one does:
+/// privilege level 0, no provisional firmware, no migration agent. Without --nonce an old report cannot be told from a
+/// new one, and without measurements in the policy any guest is as good as another; the last line says so.
+///
+/// A software secure processor is refused unless --allow-emulated names its root, and with --policy unless the policy
+/// allows it besides. Everything that rests on one says "emulated".
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Exit status: 0 accepted, 1 rejected, 2 cannot verify, 64 usage or a file that cannot be read.\n\n\
+        The codes of rejected checks are stable. With --json one object is printed: `overall`, `emulated`, `checks` (each \
+        with `name`, `result`, `expected`, `found`, `code`), `policy` and the report's fields under `report`.\n\n\
+        Example: casemate attest verify --report report.bin --leaf vcek.der --policy owner.toml --nonce \"$NONCE\""
+)]
+pub struct VerifyArgs {
+    /// The report, 1184 raw bytes.
+    #[arg(long, value_name = "FILE")]
+    report: PathBuf,
+    /// The VCEK or VLEK certificate that goes with it, DER or PEM.
+    #[arg(long, value_name = "FILE")]
+    leaf: PathBuf,
+    /// Folder with ask, asvk, ark and crl, each .pem or .der (cert_chain.pem may hold several); default: AMD's own.
+    #[arg(long, value_name = "DIR")]
+    chain: Option<PathBuf>,
+    /// The owner's policy (TOML); default: the one of an empty file.
+    #[arg(long, value_name = "FILE")]
+    policy: Option<PathBuf>,
+    /// What report_data must be, 1 to 64 bytes; zeros are added behind.
+    #[arg(long, value_name = "HEX", value_parser = nonce)]
+    nonce: Option<Nonce>,
+    /// The time at which everything must be in force; default: now.
+    #[arg(long, value_name = "RFC3339", value_parser = humantime::parse_rfc3339)]
+    at: Option<SystemTime>,
+    /// A revocation list of the root, DER or PEM; goes before the one in --chain.
+    #[arg(long, value_name = "FILE")]
+    crl: Option<PathBuf>,
+    /// Signed reference values, with their signatures in FILE.sig; the policy names who may sign. Can be repeated.
+    #[arg(long, value_name = "FILE", requires = "policy")]
+    reference: Vec<PathBuf>,
+    /// Sign an attestation result (EAR, a JWT) with this PKCS#8 key, Ed25519 or P-384, DER or PEM.
+    #[arg(long, value_name = "FILE", requires = "ear_out")]
+    ear_key: Option<PathBuf>,
+    /// Where the attestation result goes; it is valid for an hour, and written for rejected evidence as well.
+    #[arg(long, value_name = "FILE", requires = "ear_key")]
+    ear_out: Option<PathBuf>,
+    /// Accept this emulated root (sha256:…).
+    #[arg(long, value_name = "SHA256", value_parser = fingerprint)]
+    allow_emulated: Option<Fingerprint>,
+}
+
+#[derive(Serialize)]
+struct Output<'a> {
+    #[serde(flatten)]
+    verdict: &'a Verdict,
+    policy: Vec<String>,
+    report: Option<ReportView>,
+}
+
+/// Everything read, nothing believed.
+struct Inputs {
+    report: Vec<u8>,
+    leaf: Vec<u8>,
+    certificates: Vec<Vec<u8>>,
+    crl: Option<Vec<u8>>,
+    policy: OwnerPolicy,
+    references: Vec<ReferenceValues>,
+    key: Option<EarKey>,
+    clock: SystemTime,
+}
+
+/// Verifies, prints the verdict and writes the attestation result.
+pub fn run(args: &VerifyArgs, json: bool) -> Result<u8, Failure> {
+    let inputs = Inputs::read(args)?;
+    let evidence = SnpEvidence {
+        report: &inputs.report,
+        leaf: &inputs.leaf,
+        certificates: &inputs.certificates,
+        crl: inputs.crl.as_deref(),
+    };
+    let expectation = Expectation {
+        nonce: args.nonce.as_ref(),
+        references: &inputs.references,
+        clock: inputs.clock,
+    };
+    let verdict = verify_snp(&evidence, &inputs.policy, &expectation);
+    if let (Some(key), Some(out)) = (&inputs.key, &args.ear_out) {
+        write_result(&inputs.policy, &verdict, args.nonce.as_ref(), key, out)?;
+    }
+    if json {
+        print_json(&Output {
+            verdict: &verdict,
+            policy: inputs.policy.ids(),
+            report: inputs.view(),
+        })?;
+    } else {
+        let text = verdict::table(&verdict) + &verdict::outcome(&verdict);
+        print_bytes(text.as_bytes())?;
+    }
+    Ok(verdict::exit_status(&verdict))
+}
+
+impl Inputs {
+    fn read(args: &VerifyArgs) -> Result<Self, Failure> {
+        let clock = args.at.unwrap_or_else(SystemTime::now);
+        let policy = policy(args)?;
+        let (certificates, listed) = match &args.chain {
+            Some(folder) => chain(folder)?,
+            None => (Vec::new(), None),
+        };
+        let crl = args.crl.as_deref().map(|path| read(path, MAX_CRL_LEN));
+        let key = args.ear_key.as_deref().map(ear_key);
+        let references = args
+            .reference
+            .iter()
+            .map(|path| reference(path, &policy, clock));
+        Ok(Self {
+            report: read(&args.report, MAX_EVIDENCE)?,
+            leaf: read(&args.leaf, MAX_EVIDENCE)?,
+            certificates,
+            crl: crl.transpose()?.or(listed),
+            references: references.collect::<Result<_, _>>()?,
+            key: key.transpose()?,
+            policy,
+            clock,
+        })
+    }
+
+    fn view(&self) -> Option<ReportView> {
+        let product = Leaf::parse(&self.leaf).ok().map(|leaf| leaf.product());
+        let report = Report::parse(&self.report).ok()?;
+        Some(ReportView::of(&report, product))
+    }
+}
+
+fn policy(args: &VerifyArgs) -> Result<OwnerPolicy, Failure> {
+    let Some(path) = &args.policy else {
+        let allowing = args.allow_emulated.map(OwnerPolicy::allowing_emulated);
+        return Ok(allowing.unwrap_or_default());
+    };
+    let policy = OwnerPolicy::parse(&read(path, MAX_POLICY_LEN)?).map_err(|e| usage(path, &e))?;
+    Ok(match args.allow_emulated {
+        Some(root) => policy.with_emulated_root(root),
+        None => policy,
+    })
+}
+
+/// The certificates of a folder, and its revocation list.
+fn chain(folder: &Path) -> Result<(Vec<Vec<u8>>, Option<Vec<u8>>), Failure> {
+    let mut certificates = Vec::new();
+    for name in ["ark", "ask", "asvk", "cert_chain"] {
+        for ending in ["pem", "der"] {
+            let path = folder.join(format!("{name}.{ending}"));
+            let Some(bytes) = read_if_there(&path, MAX_EVIDENCE)? else {
+                continue;
+            };
+            // What cannot be taken apart is given to the verifier whole, which says why it is refused.
+            match split_pem(&bytes) {
+                Ok(several) if ending == "pem" => certificates.extend(several),
+                _ => certificates.push(bytes),
+            }
+        }
+    }
+    if certificates.is_empty() {
+        let text = format!(
+            "{} holds none of ark, ask, asvk and cert_chain, as .pem or .der",
+            folder.display()
+        );
+        return Err(Failure::new("USAGE", text));
+    }
+    let pem = read_if_there(&folder.join("crl.pem"), MAX_CRL_LEN)?;
+    let der = read_if_there(&folder.join("crl.der"), MAX_CRL_LEN)?;
+    Ok((certificates, pem.or(der)))
+}
+
+fn reference(
+    path: &Path,
+    policy: &OwnerPolicy,
+    clock: SystemTime,
+) -> Result<ReferenceValues, Failure> {
+    let rules = policy.rules();
+    let signers = rules.reference_signers.as_deref().unwrap_or_default();
+    let mut name = path.as_os_str().to_owned();
+    name.push(".sig");
+    let name = PathBuf::from(name);
+    let signatures = Signatures::parse(&read(&name, MAX_SIGNATURES_LEN)?);
+    let signatures = signatures.map_err(|e| usage(&name, &e))?;
+    let document = read(path, MAX_DOCUMENT_LEN)?;
+    ReferenceValues::open(
+        &document,
+        &signatures,
+        signers,
+        rules.reference_threshold(),
+        clock,
+    )
+    .map_err(|e| usage(path, &e))
+}
+
+fn ear_key(path: &Path) -> Result<EarKey, Failure> {
+    let bytes = Zeroizing::new(read(path, MAX_KEY)?);
+    EarKey::from_pkcs8(&bytes).map_err(|e| usage(path, &e))
+}
+
+fn write_result(
+    policy: &OwnerPolicy,
+    verdict: &Verdict,
+    nonce: Option<&Nonce>,
+    key: &EarKey,
+    out: &Path,
+) -> Result<(), Failure> {
+    let token = Ear::of(verdict, policy, nonce, SystemTime::now(), RESULT_LIFETIME)
+        .and_then(|ear| ear.sign(key))
+        .map_err(|e| Failure::new("USAGE", e.to_string()))?;
+    std::fs::write(out, token).map_err(|e| {
+        Failure::new(
+            "OUTPUT",
+            format!("{} cannot be written: {e}", out.display()),
+        )
+    })
+}
+
+fn nonce(text: &str) -> Result<Nonce, String> {
+    let bytes = hex::decode(text).map_err(|e| e.to_string())?;
+    Nonce::new(&bytes).map_err(|e| e.to_string())
+}
+
+/// With or without the prefix, as `casemate owner` takes it.
+fn fingerprint(text: &str) -> Result<Fingerprint, String> {
+    let digits = text.strip_prefix("sha256:").unwrap_or(text);
+    format!("sha256:{digits}")
+        .parse()
+        .map_err(|e: casemate_attest::verify::policy::FingerprintError| e.to_string())
+}
+
+fn read_if_there(path: &Path, most: usize) -> Result<Option<Vec<u8>>, Failure> {
+    match path.symlink_metadata() {
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+        _ => read(path, most).map(Some),
+    }
+}
+
+fn read(path: &Path, most: usize) -> Result<Vec<u8>, Failure> {
+    let mut bytes = Vec::new();
+    let limit = u64::try_from(most).unwrap_or(u64::MAX).saturating_add(1);
+    File::open(path)
+        .and_then(|file| file.take(limit).read_to_end(&mut bytes))
+        .map_err(|e| Failure::new("USAGE", format!("{} cannot be read: {e}", path.display())))?;
+    if bytes.len() > most {
+        let text = format!("{} is longer than {most} bytes", path.display());
+        return Err(Failure::new("USAGE", text));
+    }
+    Ok(bytes)
+}
+
+fn usage(path: &Path, error: &dyn std::fmt::Display) -> Failure {
+    Failure::new("USAGE", format!("{}: {error}", path.display()))
+}
+
+/// Longest report, leaf or certificate file.
+const MAX_EVIDENCE: usize = 1 << 20;
+/// Longest private key file.
+const MAX_KEY: usize = 16 << 10;
+/// How long an attestation result holds.
+const RESULT_LIFETIME: Duration = Duration::from_secs(3600);
