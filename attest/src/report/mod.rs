@@ -198,8 +198,9 @@ impl Report {
         field32(&self.raw, KEY_INFO_AT) & 1 != 0
     }
 
-    /// Whether the platform hides its chip id; `chip_id` is zero then.
-    pub fn masks_chip_id(&self) -> bool {
+    /// KEY_INFO's MASK_CHIP_KEY: whether the platform keeps its VCEK from signing. It says nothing of
+    /// `chip_id`, which MASK_CHIP_ID of the platform's configuration turns to zeros.
+    pub fn masks_chip_key(&self) -> bool {
         field32(&self.raw, KEY_INFO_AT) & 2 != 0
     }
 

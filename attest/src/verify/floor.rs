@@ -355,7 +355,7 @@ fn tcb_order(report: &Report, product: Option<Product>) -> Check {
 /// Firmware whose chip key is masked (SNP_CONFIG's MASK_CHIP_KEY) signs nothing with it.
 fn chip_key_mask(report: &Report) -> Check {
     let expected = "the chip's key is not masked, where it is the one that signs";
-    match (report.masks_chip_id(), report.signing_key()) {
+    match (report.masks_chip_key(), report.signing_key()) {
         (true, SigningKey::Vcek) => Check::rejected(
             CHIP_KEY_MASK,
             expected,

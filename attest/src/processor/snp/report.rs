@@ -21,7 +21,7 @@ pub struct ReportFields {
     pub current_tcb: RawTcb,
     pub platform_info: PlatformInfo,
     pub has_author_key: bool,
-    /// KEY_INFO bit 1, MASK_CHIP_KEY; [`Report::masks_chip_id`](crate::report::Report) reads it.
+    /// KEY_INFO bit 1, MASK_CHIP_KEY; [`Report::masks_chip_key`](crate::report::Report) reads it.
     pub masks_chip_key: bool,
     pub signing_key: SigningKey,
     /// Says that no key signs, whatever `signing_key` is: the chip key is masked.

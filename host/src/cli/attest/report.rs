@@ -58,7 +58,7 @@ fn fields(report: &Report) -> Vec<(String, Value)> {
     put("platform_info", text(&report.platform_info()));
     put("signing_key", text(&report.signing_key()));
     put("author_key", report.has_author_key().into());
-    put("chip_id_masked", report.masks_chip_id().into());
+    put("chip_key_masked", report.masks_chip_key().into());
     put("report_data", hexed(&report.report_data()));
     put("measurement", hexed(&report.measurement()));
     put("host_data", hexed(&report.host_data()));
