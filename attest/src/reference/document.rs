@@ -229,6 +229,14 @@ impl ReferenceGuest {
     }
 }
 
+impl std::str::FromStr for Timestamp {
+    type Err = FieldError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Self::try_from(text.to_owned())
+    }
+}
+
 impl TryFrom<String> for Hash256 {
     type Error = FieldError;
 

@@ -2,8 +2,13 @@
 
 mod certificate;
 mod fetch;
+mod files;
 mod get;
+mod guest;
+mod id_block;
+mod measure;
 mod platform;
+mod reference;
 mod report;
 mod shared;
 
@@ -25,6 +30,20 @@ pub enum AttestCommand {
     /// Fetch what the verification of reports needs from AMD's key service into a cache or a bundle; exit status 0
     /// done, 1 something did not verify, 2 something could not be had.
     Fetch(fetch::FetchArgs),
+    /// Compute the launch digest that a guest will have, from its description.
+    Measure(measure::MeasureArgs),
+    /// Make and check ID blocks: the owner's signed word on what a guest must be.
+    IdBlock {
+        /// What to do.
+        #[command(subcommand)]
+        command: id_block::IdBlockCommand,
+    },
+    /// Make, sign and check files of reference values.
+    Reference {
+        /// What to do.
+        #[command(subcommand)]
+        command: reference::ReferenceCommand,
+    },
 }
 
 /// Runs one of them.
@@ -35,5 +54,8 @@ pub fn run(command: AttestCommand, json: bool) -> Result<u8, Failure> {
         AttestCommand::Get(args) => get::run(&args, json),
         AttestCommand::Certificate(args) => certificate::run(&args, json),
         AttestCommand::Fetch(args) => fetch::run(&args, json),
+        AttestCommand::Measure(args) => measure::run(&args, json),
+        AttestCommand::IdBlock { command } => id_block::run(command, json),
+        AttestCommand::Reference { command } => reference::run(command, json),
     }
 }
