@@ -121,10 +121,10 @@ impl ReferenceValues {
         }
         let signers = signers(document, signatures, trusted, threshold)?;
         let parsed = ReferenceDocument::parse(document)?;
-        if now < parsed.not_before.0 {
+        if now < parsed.not_before.time() {
             return Err(ReferenceError::NotYetValid(parsed.not_before));
         }
-        if now >= parsed.expires.0 {
+        if now >= parsed.expires.time() {
             return Err(ReferenceError::Expired(parsed.expires));
         }
         let mut sha256 = [0; 32];

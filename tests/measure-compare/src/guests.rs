@@ -7,7 +7,7 @@ use casemate_attest::measure::ovmf::Ovmf;
 use casemate_attest::measure::vcpu::{CpuModel, CpuSignature, VcpuCount};
 use casemate_attest::measure::vmsa::{Profile, SevFeatures};
 use serde::Serialize;
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 /// One guest, in words that both sides understand.
@@ -32,19 +32,26 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// Our digest under the QEMU profile, or why there is none.
+    /// Our digest under the QEMU profile, or why there is none. Files are read as the command does.
     pub fn measure(&self) -> Result<String, String> {
-        let read = |path: &PathBuf| FileHash::of(&fs::read(path).unwrap());
-        let image = fs::read(&self.ovmf).unwrap();
-        let firmware = Firmware::new(Ovmf::parse(&image).map_err(|e| e.to_string())?);
-        let initrd = self.initrd.as_ref().map(read);
-        let hashes = |kernel: &PathBuf| {
-            KernelHashes::new(&read(kernel), initrd.as_ref(), self.append.as_deref())
-        };
-        self.describe(&firmware, self.kernel.as_ref().map(hashes))
-            .digest()
-            .map(|digest| digest.to_string())
-            .map_err(|e| e.to_string())
+        let hash =
+            |path: &PathBuf| FileHash::read(&mut File::open(path).unwrap(), u64::MAX).unwrap();
+        std::thread::scope(|scope| {
+            let kernel = scope.spawn(|| self.kernel.as_ref().map(hash));
+            let initrd = scope.spawn(|| self.initrd.as_ref().map(hash));
+            let image = fs::read(&self.ovmf).unwrap();
+            let firmware = Firmware::new(Ovmf::parse(&image).map_err(|e| e.to_string())?);
+            if self.mode == Technology::Snp {
+                firmware.snp_digest();
+            }
+            let (kernel, initrd) = (kernel.join().unwrap(), initrd.join().unwrap());
+            let hashes =
+                |kernel| KernelHashes::new(&kernel, initrd.as_ref(), self.append.as_deref());
+            self.describe(&firmware, kernel.map(hashes))
+                .digest()
+                .map(|digest| digest.to_string())
+                .map_err(|e| e.to_string())
+        })
     }
 
     /// The description over a firmware and hashes at hand.

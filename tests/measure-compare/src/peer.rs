@@ -157,7 +157,7 @@ impl Python {
         let status = Command::new(lab)
             .args(["fetch", "--to"])
             .arg(&root)
-            .args(["python3", "python3-pip", "ca-certificates"])
+            .args(["python3", "python3-pip"])
             .status()
             .unwrap();
         assert!(status.success(), "the lab cannot fetch Python: {status}");

@@ -7,6 +7,7 @@ use std::path::Path;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use casemate_attest::measure::kernel_hashes::FileHash;
+use zeroize::Zeroizing;
 
 use crate::agent::api::Failure;
 use crate::agent::evidence::write_secret;
@@ -36,16 +37,14 @@ pub fn write(path: &Path, content: &[u8]) -> Result<(), Failure> {
 
 /// Writes a private key as PEM, mode 0600; never over another file.
 pub fn write_key(path: &Path, pkcs8: &[u8]) -> Result<(), Failure> {
-    let digits = STANDARD.encode(pkcs8);
-    let mut pem = zeroize::Zeroizing::new("-----BEGIN PRIVATE KEY-----\n".to_owned());
-    let mut rest = zeroize::Zeroizing::new(digits).to_string();
-    while !rest.is_empty() {
-        let line: String = rest.drain(..rest.len().min(64)).collect();
-        pem.push_str(&line);
-        pem.push('\n');
+    let digits = Zeroizing::new(STANDARD.encode(pkcs8));
+    let mut pem = Zeroizing::new(b"-----BEGIN PRIVATE KEY-----\n".to_vec());
+    for line in digits.as_bytes().chunks(64) {
+        pem.extend_from_slice(line);
+        pem.push(b'\n');
     }
-    pem.push_str("-----END PRIVATE KEY-----\n");
-    write_secret(path, pem.as_bytes()).map_err(|e| unwritable(path, &e))
+    pem.extend_from_slice(b"-----END PRIVATE KEY-----\n");
+    write_secret(path, &pem).map_err(|e| unwritable(path, &e))
 }
 
 fn open(path: &Path) -> Result<File, Failure> {

@@ -12,6 +12,7 @@ use casemate_attest::measure::snp::SnpLaunchDigest;
 use casemate_attest::report::SnpPolicy;
 use clap::{Args, Subcommand};
 use serde::Serialize;
+use zeroize::Zeroizing;
 
 use super::files;
 use crate::agent::api::Failure;
@@ -181,7 +182,7 @@ fn show_digest(key: &IdSigningKey, json: bool) -> Result<u8, Failure> {
 }
 
 fn read_key(path: &Path) -> Result<IdSigningKey, Failure> {
-    let bytes = zeroize::Zeroizing::new(files::read(path, files::MAX_KEY_FILE)?);
+    let bytes = Zeroizing::new(files::read(path, files::MAX_KEY_FILE)?);
     IdSigningKey::read(&bytes).map_err(|e| bad_key(path, &e))
 }
 

@@ -12,6 +12,7 @@ use casemate_attest::reference::{
 };
 use clap::{Args, Subcommand};
 use serde::Serialize;
+use zeroize::Zeroizing;
 
 use super::files;
 use super::guest::{GuestArgs, Vcpu, VcpuCounts, missing, unlaunchable};
@@ -129,12 +130,11 @@ impl MakeArgs {
         };
         guests.retain(|guest| guest.name != self.name);
         guests.push(self.measure()?);
-        let now = Timestamp(SystemTime::now());
+        let no_clock = || Failure::new("CLOCK", "the clock is outside of 1970 to 9999");
+        let now = Timestamp::new(SystemTime::now()).ok_or_else(no_clock)?;
         let document = ReferenceDocument::new(self.not_before.unwrap_or(now), self.expires, guests)
             .map_err(|e| malformed(&self.out, &e))?;
         let text = document.to_toml().map_err(|e| malformed(&self.out, &e))?;
-        // What cannot be read back, as a year that RFC 3339 cannot express, is not written.
-        ReferenceDocument::parse(text.as_bytes()).map_err(|e| malformed(&self.out, &e))?;
         files::write(&self.out, text.as_bytes())?;
         if json {
             return print_json(&document);
@@ -214,7 +214,7 @@ impl CheckArgs {
         }
         let bytes = files::read(&self.document, MAX_DOCUMENT_LEN)?;
         let signatures = read_signatures(&self.signatures)?;
-        let now = self.at.map_or_else(SystemTime::now, |at| at.0);
+        let now = self.at.map_or_else(SystemTime::now, Timestamp::time);
         let threshold = self.threshold.unwrap_or_else(|| distinct(&self.trust));
         let values = ReferenceValues::open(&bytes, &signatures, &self.trust, threshold, now)
             .map_err(|e| Failure::new(e.code(), format!("{}: {e}", self.document.display())))?;
@@ -264,7 +264,7 @@ fn sign(document: &Path, key: &Path, signatures: &Path, json: bool) -> Result<u8
     let bytes = files::read(document, MAX_DOCUMENT_LEN)?;
     // Nobody should sign what no verifier will read.
     ReferenceDocument::parse(&bytes).map_err(|e| malformed(document, &e))?;
-    let secret = zeroize::Zeroizing::new(files::read(key, files::MAX_KEY_FILE)?);
+    let secret = Zeroizing::new(files::read(key, files::MAX_KEY_FILE)?);
     let key = SigningKey::read(&secret).map_err(|e| bad_key(key, &e))?;
     let mut all = match signatures.try_exists() {
         Ok(false) => Signatures::default(),
