@@ -44,6 +44,9 @@ pub enum VcpuError {
     /// Not a number.
     #[error("`{0}` is no vCPU signature; a 32-bit number like 0x800f12 is")]
     Number(String),
+    /// Not a number.
+    #[error("`{0}` is no number of vCPUs")]
+    CountText(String),
     /// No vCPU, or too many.
     #[error("a guest has 1 to {MAX_VCPUS} vCPUs, not {0}")]
     Count(u64),
@@ -125,6 +128,23 @@ impl TryFrom<u16> for VcpuCount {
             .filter(|count| count.get() <= MAX_VCPUS)
             .map(Self)
             .ok_or(VcpuError::Count(count.into()))
+    }
+}
+
+impl FromStr for VcpuCount {
+    type Err = VcpuError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let digits = text.bytes().all(|digit| digit.is_ascii_digit());
+        let number = text.parse::<u64>().ok().filter(|_| digits);
+        let number = number.ok_or_else(|| VcpuError::CountText(text.to_owned()))?;
+        u16::try_from(number).map_or(Err(VcpuError::Count(number)), Self::try_from)
+    }
+}
+
+impl fmt::Display for VcpuCount {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
     }
 }
 
@@ -258,5 +278,9 @@ mod tests {
         assert_eq!(VcpuCount::try_from(1), Ok(VcpuCount::ONE));
         assert!(VcpuCount::try_from(MAX_VCPUS).is_ok());
         assert!(VcpuCount::try_from(MAX_VCPUS + 1).is_err());
+        assert_eq!("1".parse(), Ok(VcpuCount::ONE));
+        for text in ["", "+1", "-1", "0", "65537", "4097", "one"] {
+            assert!(text.parse::<VcpuCount>().is_err(), "{text}");
+        }
     }
 }

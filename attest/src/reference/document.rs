@@ -7,7 +7,7 @@ use crate::measure::vmsa::{Profile, SevFeatures};
 use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
 use std::fmt;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 /// Launch digests with their inputs, and when they hold.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -96,10 +96,11 @@ pub struct Launch {
 #[serde(try_from = "String", into = "String")]
 pub struct Hash256(pub [u8; 32]);
 
-/// A moment, written as in RFC 3339, in UTC: `2026-01-01T00:00:00Z`.
+/// A moment from 1970 to 9999, to the second, written as in RFC 3339, in UTC:
+/// `2026-01-01T00:00:00Z`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct Timestamp(pub SystemTime);
+pub struct Timestamp(SystemTime);
 
 /// Why a document is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -229,6 +230,14 @@ impl ReferenceGuest {
     }
 }
 
+impl std::str::FromStr for Timestamp {
+    type Err = FieldError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Self::try_from(text.to_owned())
+    }
+}
+
 impl TryFrom<String> for Hash256 {
     type Error = FieldError;
 
@@ -262,16 +271,31 @@ impl fmt::Debug for Hash256 {
     }
 }
 
+impl Timestamp {
+    /// A moment, its fraction of a second cut off; `None` outside of the years that can be
+    /// written.
+    pub fn new(time: SystemTime) -> Option<Self> {
+        let since = time.duration_since(SystemTime::UNIX_EPOCH).ok()?;
+        let whole = Duration::from_secs(since.as_secs());
+        let writable = whole.as_secs() <= END_OF_9999;
+        writable.then(|| Self(SystemTime::UNIX_EPOCH + whole))
+    }
+
+    /// The moment.
+    pub const fn time(self) -> SystemTime {
+        self.0
+    }
+}
+
 impl TryFrom<String> for Timestamp {
     type Error = FieldError;
 
     fn try_from(text: String) -> Result<Self, Self::Error> {
-        humantime::parse_rfc3339(&text)
-            .map(Self)
-            .map_err(|_| FieldError {
-                found: text,
-                wanted: "a moment like 2026-01-01T00:00:00Z",
-            })
+        let time = humantime::parse_rfc3339(&text).ok();
+        time.and_then(Self::new).ok_or(FieldError {
+            found: text,
+            wanted: "a moment like 2026-01-01T00:00:00Z",
+        })
     }
 }
 
@@ -283,7 +307,7 @@ impl From<Timestamp> for String {
 
 impl fmt::Display for Timestamp {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // The writer refuses what RFC 3339 cannot express.
+        // No `Timestamp` is outside of what the writer takes.
         write!(f, "{}", humantime::format_rfc3339_seconds(self.0))
     }
 }
@@ -300,6 +324,7 @@ fn counted(what: &str, found: usize, max: usize) -> Result<(), DocumentError> {
 }
 
 const VERSION: u32 = 1;
+const END_OF_9999: u64 = 253_402_300_799;
 const MAX_GUESTS: usize = 1024;
 const MAX_LAUNCHES: usize = 8192;
 const MAX_NAME_LEN: usize = 64;

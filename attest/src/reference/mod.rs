@@ -90,6 +90,21 @@ pub enum ReferenceError {
     Expired(Timestamp),
 }
 
+impl ReferenceError {
+    /// A stable code.
+    pub const fn code(&self) -> &'static str {
+        match self {
+            Self::Length(_) => "REFERENCE_TOO_LARGE",
+            Self::Threshold { .. } => "REFERENCE_THRESHOLD",
+            Self::BadSignature(_) => "REFERENCE_BAD_SIGNATURE",
+            Self::TooFewSigners { .. } => "REFERENCE_TOO_FEW_SIGNERS",
+            Self::Document(_) => "REFERENCE_MALFORMED",
+            Self::NotYetValid(_) => "REFERENCE_NOT_YET_VALID",
+            Self::Expired(_) => "REFERENCE_EXPIRED",
+        }
+    }
+}
+
 impl ReferenceValues {
     /// Believes `document` if at least `threshold` different keys of `trusted` signed it and
     /// `now` lies in its time. Signatures of other keys do not count, for or against; a bad one of
@@ -106,10 +121,10 @@ impl ReferenceValues {
         }
         let signers = signers(document, signatures, trusted, threshold)?;
         let parsed = ReferenceDocument::parse(document)?;
-        if now < parsed.not_before.0 {
+        if now < parsed.not_before.time() {
             return Err(ReferenceError::NotYetValid(parsed.not_before));
         }
-        if now >= parsed.expires.0 {
+        if now >= parsed.expires.time() {
             return Err(ReferenceError::Expired(parsed.expires));
         }
         let mut sha256 = [0; 32];

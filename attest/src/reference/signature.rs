@@ -164,6 +164,11 @@ impl Signatures {
         Ok(())
     }
 
+    /// Drops signatures that are not of `document`, as those of an earlier state of it.
+    pub fn retain_of(&mut self, document: &[u8]) {
+        self.0.retain(|signature| signature.is_of(document));
+    }
+
     /// The signatures.
     pub fn iter(&self) -> impl Iterator<Item = &Signature> {
         self.0.iter()

@@ -62,7 +62,7 @@ fn signed(bytes: &[u8], keys: &[&SigningKey]) -> Signatures {
 }
 
 fn mid_2026() -> SystemTime {
-    at("2026-06-01T00:00:00Z").0
+    at("2026-06-01T00:00:00Z").time()
 }
 
 #[test]
@@ -163,7 +163,7 @@ fn values_hold_for_their_time() {
     let text = document().to_toml().unwrap().into_bytes();
     let signatures = signed(&text, &[&a]);
     let open = |now| ReferenceValues::open(&text, &signatures, &[a.public()], 1, now);
-    let (from, to) = (document().not_before.0, document().expires.0);
+    let (from, to) = (document().not_before.time(), document().expires.time());
     let second = Duration::from_secs(1);
     assert!(open(from).is_ok() && open(to - second).is_ok());
     assert!(matches!(
@@ -222,6 +222,17 @@ fn a_document_is_read_strictly() {
     assert!(matches!(refused, Err(DocumentError::Technology { .. })));
     sev.id_key_digest = None;
     assert!(ReferenceDocument::new(from, to, vec![sev]).is_ok());
+}
+
+#[test]
+fn moments_are_whole_seconds_that_can_be_written() {
+    let end = at("9999-12-31T23:59:59Z");
+    assert_eq!(Timestamp::new(end.time()), Some(end));
+    assert_eq!(at("2026-01-01T00:00:00.9Z"), at("2026-01-01T00:00:00Z"));
+    let second = Duration::from_secs(1);
+    for outside in [end.time() + second, SystemTime::UNIX_EPOCH - second] {
+        assert_eq!(Timestamp::new(outside), None);
+    }
 }
 
 #[test]

@@ -75,6 +75,15 @@ enum Task {
         #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// Unpack Debian packages, and what of their dependencies this machine lacks, into a directory.
+    Fetch {
+        /// The directory; what was there goes.
+        #[arg(long, value_name = "DIR")]
+        to: PathBuf,
+        /// The packages.
+        #[arg(required = true)]
+        packages: Vec<String>,
+    },
     /// Put together the kernel and initramfs that guests boot.
     GuestImage,
     /// Get what is missing, build, and run the demo.
@@ -154,6 +163,7 @@ fn perform(task: Task) -> Result<i32> {
             request.retries = retries;
             run::run(&paths, &request)
         }
+        Task::Fetch { to, packages } => prepare::fetch_packages(&paths, &packages, &to).map(|()| 0),
         Task::GuestImage => guest_image::make(&paths).map(|()| 0),
         Task::Demo { args } => tasks::demo(&paths, args),
         Task::Verify => tasks::verify(&paths),

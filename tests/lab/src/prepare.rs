@@ -72,6 +72,19 @@ pub fn prepare_packages(paths: &Paths) -> Result<()> {
     Ok(())
 }
 
+/// Unpack `packages`, and what of their dependencies this machine lacks, into `to`.
+pub fn fetch_packages(paths: &Paths, packages: &[String], to: &Path) -> Result<()> {
+    let _lock = lock(paths)?;
+    say(&format!(
+        "fetching {} into {}",
+        packages.join(", "),
+        to.display()
+    ));
+    let apt = Apt::open(paths)?;
+    let names: Vec<&str> = packages.iter().map(String::as_str).collect();
+    unpack(&apt, &apt.with_missing_dependencies(&names)?, to)
+}
+
 /// Where the guest's kernel package is unpacked.
 pub fn guest_package(paths: &Paths) -> PathBuf {
     paths.root.join("kernel-guest")

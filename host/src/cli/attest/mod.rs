@@ -2,8 +2,13 @@
 
 mod certificate;
 mod fetch;
+mod files;
 mod get;
+mod guest;
+mod id_block;
+mod measure;
 mod platform;
+mod reference;
 mod report;
 mod report_view;
 mod shared;
@@ -27,7 +32,22 @@ pub enum AttestCommand {
     /// Fetch what the verification of reports needs from AMD's key service into a cache or a bundle; exit status 0
     /// done, 1 something did not verify, 2 something could not be had.
     Fetch(fetch::FetchArgs),
+    /// Verify an SNP report: who signed it, on which platform, running what, against the owner's policy.
     Verify(Box<verify::VerifyArgs>),
+    /// Compute the launch digest that a guest will have, from its description.
+    Measure(measure::MeasureArgs),
+    /// Make and check ID blocks: the owner's signed word on what a guest must be.
+    IdBlock {
+        /// What to do.
+        #[command(subcommand)]
+        command: id_block::IdBlockCommand,
+    },
+    /// Make, sign and check files of reference values.
+    Reference {
+        /// What to do.
+        #[command(subcommand)]
+        command: reference::ReferenceCommand,
+    },
 }
 
 /// Runs one of them.
@@ -39,5 +59,8 @@ pub fn run(command: AttestCommand, json: bool) -> Result<u8, Failure> {
         AttestCommand::Certificate(args) => certificate::run(&args, json),
         AttestCommand::Fetch(args) => fetch::run(&args, json),
         AttestCommand::Verify(args) => verify::run(&args, json),
+        AttestCommand::Measure(args) => measure::run(&args, json),
+        AttestCommand::IdBlock { command } => id_block::run(command, json),
+        AttestCommand::Reference { command } => reference::run(command, json),
     }
 }
