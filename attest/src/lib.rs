@@ -15,6 +15,7 @@
 //! | [`reference`] | owner | launch digests that an owner signed, with their inputs |
 //! | [`verify`] | owner | evidence + expectation → [`verify::Verdict`], with every check's result |
 //! | [`token`] | owner | a verdict as a signed attestation result (EAR) for others |
+//! | [`broker`] | owner | releases secrets to guests that proved themselves |
 //! | [`product`], [`tcb`] | both | which processor, which patch levels |
 //! | [`processor`] | host | the software secure processor, for machines without AMD's |
 //!
@@ -28,6 +29,7 @@
 //! 56860, "SEV Secure Nested Paging Firmware ABI".
 #![forbid(unsafe_code)]
 
+pub mod broker;
 mod bytes;
 pub mod chain;
 pub mod evidence;
