@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Parser, Subcommand, ValueEnum};
 
 use super::attest::AttestCommand;
+use super::broker::BrokerArgs;
 
 /// Casemate: a security-hardened confidential VM host.
 ///
@@ -103,6 +104,8 @@ pub enum Command {
         #[command(subcommand)]
         command: AttestCommand,
     },
+    /// Release secrets to guests that proved themselves; with a command, keep those secrets.
+    Broker(BrokerArgs),
     /// The secure processor of this host.
     Platform {
         /// What to do.

@@ -2,6 +2,7 @@
 
 mod args;
 mod attest;
+mod broker;
 mod migrate;
 mod owner;
 mod render;
@@ -90,6 +91,7 @@ fn run(cli: Cli) -> Result<u8, Failure> {
         Command::Cancel { name } => show(agent, &Request::Cancel { name }, json),
         Command::Owner { command } => owner::run(agent, command, json),
         Command::Attest { command } => attest::run(command, json),
+        Command::Broker(args) => broker::run(args, json),
         Command::Platform {
             command: PlatformCommand::Show,
         } => show(agent, &Request::Platform, json),

@@ -32,7 +32,8 @@ fn vmm() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-fn log() {
+/// Sends the log to standard error.
+pub(super) fn log() {
     let filter = EnvFilter::try_from_env("CASEMATE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     // A second initialisation cannot happen in a process of one role.
     let _ = tracing_subscriber::fmt()
