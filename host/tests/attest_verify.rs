@@ -352,6 +352,7 @@ fn fields(chip_id: [u8; 64], tcb: TcbVersion) -> ReportFields {
         platform_info: PlatformInfo(0x25),
         has_author_key: false,
         masks_chip_key: false,
+        unsigned: false,
         signing_key: KeyKind::Vcek,
         report_data: [7; 64],
         measurement: [9; 48],

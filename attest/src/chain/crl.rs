@@ -31,6 +31,7 @@ pub const MAX_CRL_LEN: usize = 1 << 20;
 /// root's. Fetch it from the distribution point of the leaf's own kind.
 #[derive(Debug, Clone)]
 pub struct Crl {
+    der: Vec<u8>,
     body: Vec<u8>,
     signature: Vec<u8>,
     issuer: Vec<u8>,
@@ -152,12 +153,18 @@ impl Crl {
             signature: signed.signature.to_vec(),
             issuer: list.issuer().as_raw().to_vec(),
             sha256: sha256(&der),
+            der: der.to_vec(),
             this_update,
             next_update,
             number,
             revoked: read_entries(&list)?,
             signed_by: OnceLock::new(),
         })
+    }
+
+    /// The list as it came, DER.
+    pub fn as_der(&self) -> &[u8] {
+        &self.der
     }
 
     /// SHA-256 of the DER.

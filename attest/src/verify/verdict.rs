@@ -65,6 +65,20 @@ impl Verdict {
         }
     }
 
+    /// This verdict with one more check, which can only make it worse.
+    #[must_use]
+    pub fn and(mut self, check: Check) -> Self {
+        self.overall = match (self.overall, check.result) {
+            (Outcome::Rejected, _) | (_, CheckResult::Rejected) => Outcome::Rejected,
+            (Outcome::CannotVerify, _) | (_, CheckResult::CannotVerify) => Outcome::CannotVerify,
+            (Outcome::Accepted, CheckResult::Accepted | CheckResult::NotChecked) => {
+                Outcome::Accepted
+            }
+        };
+        self.checks.push(check);
+        self
+    }
+
     /// Whether a secret may be released.
     pub fn accepted(&self) -> bool {
         self.overall == Outcome::Accepted
@@ -164,6 +178,30 @@ mod tests {
 
     fn check(name: &str, result: CheckResult) -> Check {
         Check::new(name, result, "", String::new(), None)
+    }
+
+    #[test]
+    fn a_further_check_never_makes_a_verdict_better() {
+        use CheckResult::{Accepted, CannotVerify, NotChecked, Rejected};
+        let rank = |outcome| match outcome {
+            Outcome::Accepted => 0,
+            Outcome::CannotVerify => 1,
+            Outcome::Rejected => 2,
+        };
+        let start = |result| Verdict::of(vec![check("a", result)], &["a"], false);
+        for first in [Accepted, CannotVerify, Rejected] {
+            for (second, at_least) in [
+                (Accepted, 0),
+                (NotChecked, 0),
+                (CannotVerify, 1),
+                (Rejected, 2),
+            ] {
+                let before = rank(start(first).overall);
+                let after = start(first).and(check("b", second));
+                assert_eq!(rank(after.overall), before.max(at_least));
+                assert_eq!(after.checks.len(), 2);
+            }
+        }
     }
 
     #[test]

@@ -243,6 +243,7 @@ fn exit_of(failure: &Failure) -> u8 {
     match failure.code.as_str() {
         "AGENT_UNAVAILABLE" => EXIT_UNAVAILABLE,
         "USAGE" => EXIT_USAGE,
+        "EVIDENCE_UNAVAILABLE" => EXIT_CANNOT_VERIFY,
         code if code.starts_with("POLICY_") => EXIT_REFUSED,
         _ => EXIT_FAILED,
     }
@@ -250,6 +251,8 @@ fn exit_of(failure: &Failure) -> u8 {
 
 /// The work failed.
 const EXIT_FAILED: u8 = 1;
+/// What would be needed to tell is not there.
+const EXIT_CANNOT_VERIFY: u8 = 2;
 /// A policy refused it.
 const EXIT_REFUSED: u8 = 3;
 /// The command line is wrong (`EX_USAGE` of sysexits.h).

@@ -1,11 +1,12 @@
 //! `casemate attest verify`: a report against the owner's policy.
 
-use std::fs::File;
-use std::io::{ErrorKind, Read as _};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use casemate_attest::chain::{Leaf, MAX_CRL_LEN, split_pem};
+use casemate_attest::chain::{Leaf, MAX_CRL_LEN, SnpTrust, split_pem};
+use casemate_attest::evidence::{AzureRuntimeData, MAX_INPUT, decode};
+use casemate_attest::kds::{Cache, KdsError, Lack, Source};
 use casemate_attest::reference::{
     MAX_DOCUMENT_LEN, MAX_SIGNATURES_LEN, ReferenceValues, Signatures,
 };
@@ -18,6 +19,7 @@ use serde::Serialize;
 use zeroize::Zeroizing;
 
 use super::report_view::ReportView;
+use super::shared::{read, read_evidence};
 use crate::agent::api::Failure;
 use crate::cli::{print_bytes, print_json, verdict};
 
@@ -39,12 +41,16 @@ use crate::cli::{print_bytes, print_json, verdict};
         Example: casemate attest verify --report report.bin --leaf vcek.der --policy owner.toml --nonce \"$NONCE\""
 )]
 pub struct VerifyArgs {
-    /// The report, 1184 raw bytes.
+    /// The report: raw, hex, base64, an Azure HCL blob or a MSG_REPORT_RSP.
     #[arg(long, value_name = "FILE")]
     report: PathBuf,
     /// The VCEK or VLEK certificate that goes with it, DER or PEM.
-    #[arg(long, value_name = "FILE")]
-    leaf: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "cache")]
+    leaf: Option<PathBuf>,
+    /// Folder that `casemate attest fetch` filled: leaf, intermediate and revocation list are taken from it where they
+    /// are not given. Everything in it is verified again.
+    #[arg(long, value_name = "DIR")]
+    cache: Option<PathBuf>,
     /// Folder with ask, asvk, ark and crl, each .pem or .der (cert_chain.pem may hold several); default: AMD's own.
     #[arg(long, value_name = "DIR")]
     chain: Option<PathBuf>,
@@ -85,13 +91,20 @@ struct Output<'a> {
 /// Everything read, nothing believed.
 struct Inputs {
     report: Vec<u8>,
-    leaf: Vec<u8>,
-    certificates: Vec<Vec<u8>>,
-    crl: Option<Vec<u8>>,
+    azure: Option<AzureRuntimeData>,
+    collateral: Collateral,
     policy: OwnerPolicy,
     references: Vec<ReferenceValues>,
     key: Option<EarKey>,
     clock: SystemTime,
+}
+
+/// What goes with a report.
+#[derive(Default)]
+struct Collateral {
+    leaf: Vec<u8>,
+    certificates: Vec<Vec<u8>>,
+    crl: Option<Vec<u8>>,
 }
 
 /// Verifies, prints the verdict and writes the attestation result.
@@ -99,16 +112,16 @@ pub fn run(args: &VerifyArgs, json: bool) -> Result<u8, Failure> {
     let inputs = Inputs::read(args)?;
     let evidence = SnpEvidence {
         report: &inputs.report,
-        leaf: &inputs.leaf,
-        certificates: &inputs.certificates,
-        crl: inputs.crl.as_deref(),
+        leaf: &inputs.collateral.leaf,
+        certificates: &inputs.collateral.certificates,
+        crl: inputs.collateral.crl.as_deref(),
     };
     let expectation = Expectation {
         nonce: args.nonce.as_ref(),
         references: &inputs.references,
         clock: inputs.clock,
     };
-    let verdict = verify_snp(&evidence, &inputs.policy, &expectation);
+    let verdict = inputs.with_azure(verify_snp(&evidence, &inputs.policy, &expectation));
     if let (Some(key), Some(out)) = (&inputs.key, &args.ear_out) {
         write_result(&inputs.policy, &verdict, args.nonce.as_ref(), key, out)?;
     }
@@ -129,32 +142,139 @@ impl Inputs {
     fn read(args: &VerifyArgs) -> Result<Self, Failure> {
         let clock = args.at.unwrap_or_else(SystemTime::now);
         let policy = policy(args)?;
-        let (certificates, listed) = match &args.chain {
-            Some(folder) => chain(folder)?,
-            None => (Vec::new(), None),
+        let bytes = read_evidence(&args.report, MAX_INPUT)?;
+        // What cannot be decoded is given to the verifier as it is, which says why it is refused.
+        let (report, azure) = match decode(&bytes) {
+            Ok(evidence) => (evidence.report.to_vec(), evidence.azure),
+            Err(_) => (bytes, None),
         };
-        let crl = args.crl.as_deref().map(|path| read(path, MAX_CRL_LEN));
         let key = args.ear_key.as_deref().map(ear_key);
         let references = args
             .reference
             .iter()
             .map(|path| reference(path, &policy, clock));
         Ok(Self {
-            report: read(&args.report, MAX_EVIDENCE)?,
-            leaf: read(&args.leaf, MAX_EVIDENCE)?,
-            certificates,
-            crl: crl.transpose()?.or(listed),
+            collateral: Collateral::read(args, &report, clock)?,
             references: references.collect::<Result<_, _>>()?,
             key: key.transpose()?,
+            report,
+            azure,
             policy,
             clock,
         })
     }
 
+    /// The verdict, and with it whether the report binds the runtime data that came along.
+    fn with_azure(&self, verdict: Verdict) -> Verdict {
+        match (&self.azure, Report::parse(&self.report)) {
+            (Some(runtime), Ok(report)) => verdict.and(runtime.check(&report)),
+            _ => verdict,
+        }
+    }
+
     fn view(&self) -> Option<ReportView> {
-        let product = Leaf::parse(&self.leaf).ok().map(|leaf| leaf.product());
+        let product = Leaf::parse(&self.collateral.leaf)
+            .ok()
+            .map(|leaf| leaf.product());
         let report = Report::parse(&self.report).ok()?;
         Some(ReportView::of(&report, product))
+    }
+}
+
+impl Collateral {
+    /// From the files that were named, and for the rest from the cache.
+    fn read(args: &VerifyArgs, report: &[u8], clock: SystemTime) -> Result<Self, Failure> {
+        let mut all = match &args.chain {
+            Some(folder) => Self::folder(folder)?,
+            None => Self::default(),
+        };
+        if let Some(path) = &args.crl {
+            all.crl = Some(read(path, MAX_CRL_LEN)?);
+        }
+        if let Some(path) = &args.leaf {
+            all.leaf = read(path, MAX_EVIDENCE)?;
+        }
+        if let Some(folder) = &args.cache {
+            all.complete(args.leaf.is_none(), folder, report, clock)?;
+        }
+        Ok(all)
+    }
+
+    /// What the cache has of this report; a report that cannot be read has nothing there.
+    fn complete(
+        &mut self,
+        with_leaf: bool,
+        folder: &Path,
+        report: &[u8],
+        clock: SystemTime,
+    ) -> Result<(), Failure> {
+        let Ok(report) = Report::parse(report) else {
+            return Ok(());
+        };
+        let (trust, cache) = (SnpTrust::amd(), Cache::at(folder));
+        let source = Source::new(&trust).with_cache(&cache);
+        let product = Leaf::parse(&self.leaf).ok().map(|leaf| leaf.product());
+        let crl = if with_leaf {
+            let kept = source.collateral(&report, product, clock);
+            let kept = kept.map_err(|e| cache_failed(&e))?;
+            self.leaf = kept.leaf.as_der().to_vec();
+            self.certificates.push(kept.intermediate.as_der().to_vec());
+            kept.crl
+        } else {
+            let Some(product) = product.or_else(|| report.product()) else {
+                return Ok(());
+            };
+            source
+                .crl(product, report.signing_key(), clock)
+                .map_err(|e| cache_failed(&e))?
+        };
+        if self.crl.is_none() {
+            self.crl = crl.map(|list| list.as_der().to_vec());
+        }
+        Ok(())
+    }
+
+    /// The certificates of a folder, and its revocation list.
+    fn folder(folder: &Path) -> Result<Self, Failure> {
+        let mut all = Self::default();
+        for name in ["ark", "ask", "asvk", "cert_chain"] {
+            for ending in ["pem", "der"] {
+                let path = folder.join(format!("{name}.{ending}"));
+                let Some(bytes) = read_if_there(&path, MAX_EVIDENCE)? else {
+                    continue;
+                };
+                // What cannot be taken apart is given to the verifier whole, which says why it is refused.
+                match split_pem(&bytes) {
+                    Ok(several) if ending == "pem" => all.certificates.extend(several),
+                    _ => all.certificates.push(bytes),
+                }
+            }
+        }
+        if all.certificates.is_empty() {
+            let text = format!(
+                "{} holds none of ark, ask, asvk and cert_chain, as .pem or .der",
+                folder.display()
+            );
+            return Err(Failure::new("USAGE", text));
+        }
+        let pem = read_if_there(&folder.join("crl.pem"), MAX_CRL_LEN)?;
+        let der = read_if_there(&folder.join("crl.der"), MAX_CRL_LEN)?;
+        all.crl = pem.or(der);
+        Ok(all)
+    }
+}
+
+/// Nothing there cannot be verified; what is there and does not verify is an answer of its own.
+fn cache_failed(error: &KdsError) -> Failure {
+    match error.lack() {
+        Lack::Unavailable => Failure::new(
+            "EVIDENCE_UNAVAILABLE",
+            format!(
+                "{error} [{}]; casemate attest fetch fills the cache",
+                error.code()
+            ),
+        ),
+        Lack::Unverified => Failure::new(error.code(), error.to_string()),
     }
 }
 
@@ -168,34 +288,6 @@ fn policy(args: &VerifyArgs) -> Result<OwnerPolicy, Failure> {
         Some(root) => policy.with_emulated_root(root),
         None => policy,
     })
-}
-
-/// The certificates of a folder, and its revocation list.
-fn chain(folder: &Path) -> Result<(Vec<Vec<u8>>, Option<Vec<u8>>), Failure> {
-    let mut certificates = Vec::new();
-    for name in ["ark", "ask", "asvk", "cert_chain"] {
-        for ending in ["pem", "der"] {
-            let path = folder.join(format!("{name}.{ending}"));
-            let Some(bytes) = read_if_there(&path, MAX_EVIDENCE)? else {
-                continue;
-            };
-            // What cannot be taken apart is given to the verifier whole, which says why it is refused.
-            match split_pem(&bytes) {
-                Ok(several) if ending == "pem" => certificates.extend(several),
-                _ => certificates.push(bytes),
-            }
-        }
-    }
-    if certificates.is_empty() {
-        let text = format!(
-            "{} holds none of ark, ask, asvk and cert_chain, as .pem or .der",
-            folder.display()
-        );
-        return Err(Failure::new("USAGE", text));
-    }
-    let pem = read_if_there(&folder.join("crl.pem"), MAX_CRL_LEN)?;
-    let der = read_if_there(&folder.join("crl.der"), MAX_CRL_LEN)?;
-    Ok((certificates, pem.or(der)))
 }
 
 fn reference(
@@ -262,19 +354,6 @@ fn read_if_there(path: &Path, most: usize) -> Result<Option<Vec<u8>>, Failure> {
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
         _ => read(path, most).map(Some),
     }
-}
-
-fn read(path: &Path, most: usize) -> Result<Vec<u8>, Failure> {
-    let mut bytes = Vec::new();
-    let limit = u64::try_from(most).unwrap_or(u64::MAX).saturating_add(1);
-    File::open(path)
-        .and_then(|file| file.take(limit).read_to_end(&mut bytes))
-        .map_err(|e| Failure::new("USAGE", format!("{} cannot be read: {e}", path.display())))?;
-    if bytes.len() > most {
-        let text = format!("{} is longer than {most} bytes", path.display());
-        return Err(Failure::new("USAGE", text));
-    }
-    Ok(bytes)
 }
 
 fn usage(path: &Path, error: &dyn std::fmt::Display) -> Failure {
