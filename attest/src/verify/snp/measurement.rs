@@ -72,7 +72,7 @@ fn counts(owner: &Owner<'_>, values: &ReferenceValues) -> bool {
     let signed = values.signers().iter().filter(|key| named.contains(key));
     let document = values.document();
     signed.count() >= rules.reference_threshold()
-        && (document.not_before.0..document.expires.0).contains(&owner.clock)
+        && (document.not_before.time()..document.expires.time()).contains(&owner.clock)
 }
 
 fn keys_fit(owner: &Owner<'_>, guest: &ReferenceGuest) -> bool {
