@@ -1,11 +1,11 @@
 //! `casemate attest verify`: a report against the owner's policy.
 
-use std::fs::File;
-use std::io::{ErrorKind, Read as _};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use casemate_attest::chain::{Leaf, MAX_CRL_LEN, split_pem};
+use casemate_attest::evidence::decode;
 use casemate_attest::reference::{
     MAX_DOCUMENT_LEN, MAX_SIGNATURES_LEN, ReferenceValues, Signatures,
 };
@@ -18,6 +18,7 @@ use serde::Serialize;
 use zeroize::Zeroizing;
 
 use super::report_view::ReportView;
+use super::shared::{read, usage};
 use crate::agent::api::Failure;
 use crate::cli::{print_bytes, print_json, verdict};
 
@@ -39,7 +40,7 @@ use crate::cli::{print_bytes, print_json, verdict};
         Example: casemate attest verify --report report.bin --leaf vcek.der --policy owner.toml --nonce \"$NONCE\""
 )]
 pub struct VerifyArgs {
-    /// The report, 1184 raw bytes.
+    /// The report: raw, hex, base64, an Azure HCL blob or a MSG_REPORT_RSP.
     #[arg(long, value_name = "FILE")]
     report: PathBuf,
     /// The VCEK or VLEK certificate that goes with it, DER or PEM.
@@ -140,7 +141,7 @@ impl Inputs {
             .iter()
             .map(|path| reference(path, &policy, clock));
         Ok(Self {
-            report: read(&args.report, MAX_EVIDENCE)?,
+            report: report(&args.report)?,
             leaf: read(&args.leaf, MAX_EVIDENCE)?,
             certificates,
             crl: crl.transpose()?.or(listed),
@@ -158,12 +159,22 @@ impl Inputs {
     }
 }
 
+/// The raw report. What is none in any encoding goes to the verifier as it is, which says why it is refused.
+fn report(path: &Path) -> Result<Vec<u8>, Failure> {
+    let bytes = read(path, MAX_EVIDENCE)?;
+    Ok(match decode(&bytes) {
+        Ok(evidence) => evidence.report.to_vec(),
+        Err(_) => bytes,
+    })
+}
+
 fn policy(args: &VerifyArgs) -> Result<OwnerPolicy, Failure> {
     let Some(path) = &args.policy else {
         let allowing = args.allow_emulated.map(OwnerPolicy::allowing_emulated);
         return Ok(allowing.unwrap_or_default());
     };
-    let policy = OwnerPolicy::parse(&read(path, MAX_POLICY_LEN)?).map_err(|e| usage(path, &e))?;
+    let policy =
+        OwnerPolicy::parse(&read(path, MAX_POLICY_LEN)?).map_err(|e| unusable(path, &e))?;
     Ok(match args.allow_emulated {
         Some(root) => policy.with_emulated_root(root),
         None => policy,
@@ -191,7 +202,7 @@ fn chain(folder: &Path) -> Result<(Vec<Vec<u8>>, Option<Vec<u8>>), Failure> {
             "{} holds none of ark, ask, asvk and cert_chain, as .pem or .der",
             folder.display()
         );
-        return Err(Failure::new("USAGE", text));
+        return Err(usage(text));
     }
     let pem = read_if_there(&folder.join("crl.pem"), MAX_CRL_LEN)?;
     let der = read_if_there(&folder.join("crl.der"), MAX_CRL_LEN)?;
@@ -209,7 +220,7 @@ fn reference(
     name.push(".sig");
     let name = PathBuf::from(name);
     let signatures = Signatures::parse(&read(&name, MAX_SIGNATURES_LEN)?);
-    let signatures = signatures.map_err(|e| usage(&name, &e))?;
+    let signatures = signatures.map_err(|e| unusable(&name, &e))?;
     let document = read(path, MAX_DOCUMENT_LEN)?;
     ReferenceValues::open(
         &document,
@@ -218,12 +229,12 @@ fn reference(
         rules.reference_threshold(),
         clock,
     )
-    .map_err(|e| usage(path, &e))
+    .map_err(|e| unusable(path, &e))
 }
 
 fn ear_key(path: &Path) -> Result<EarKey, Failure> {
     let bytes = Zeroizing::new(read(path, MAX_KEY)?);
-    EarKey::from_pkcs8(&bytes).map_err(|e| usage(path, &e))
+    EarKey::from_pkcs8(&bytes).map_err(|e| unusable(path, &e))
 }
 
 fn write_result(
@@ -235,7 +246,7 @@ fn write_result(
 ) -> Result<(), Failure> {
     let token = Ear::of(verdict, policy, nonce, SystemTime::now(), RESULT_LIFETIME)
         .and_then(|ear| ear.sign(key))
-        .map_err(|e| Failure::new("USAGE", e.to_string()))?;
+        .map_err(|e| usage(e.to_string()))?;
     std::fs::write(out, token).map_err(|e| {
         Failure::new(
             "OUTPUT",
@@ -264,21 +275,8 @@ fn read_if_there(path: &Path, most: usize) -> Result<Option<Vec<u8>>, Failure> {
     }
 }
 
-fn read(path: &Path, most: usize) -> Result<Vec<u8>, Failure> {
-    let mut bytes = Vec::new();
-    let limit = u64::try_from(most).unwrap_or(u64::MAX).saturating_add(1);
-    File::open(path)
-        .and_then(|file| file.take(limit).read_to_end(&mut bytes))
-        .map_err(|e| Failure::new("USAGE", format!("{} cannot be read: {e}", path.display())))?;
-    if bytes.len() > most {
-        let text = format!("{} is longer than {most} bytes", path.display());
-        return Err(Failure::new("USAGE", text));
-    }
-    Ok(bytes)
-}
-
-fn usage(path: &Path, error: &dyn std::fmt::Display) -> Failure {
-    Failure::new("USAGE", format!("{}: {error}", path.display()))
+fn unusable(path: &Path, error: &dyn std::fmt::Display) -> Failure {
+    usage(format!("{}: {error}", path.display()))
 }
 
 /// Longest report, leaf or certificate file.
