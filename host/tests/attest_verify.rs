@@ -184,6 +184,23 @@ fn json_has_the_verdict_each_check_and_the_report() {
 }
 
 #[test]
+fn a_report_may_come_in_hex_or_base64() {
+    use base64::Engine as _;
+    let folder = Folder::new();
+    let raw = fs::read(vectors("reports/genoa-v5/report.bin")).unwrap();
+    let leaf = vectors("reports/genoa-v5/vcek.der");
+    let base64 = base64::engine::general_purpose::STANDARD.encode(&raw);
+    for (text, status) in [
+        (hex::encode(&raw), 0),
+        (base64, 0),
+        (hex::encode(&raw[1..]), 1),
+    ] {
+        let path = folder.write("report.txt", text);
+        run(&["--report", &path, "--leaf", &leaf, "--at", THEN]).expect(status);
+    }
+}
+
+#[test]
 fn bad_evidence_is_rejected_and_never_a_crash() {
     let folder = Folder::new();
     let good = fs::read(vectors("reports/genoa-v5/report.bin")).unwrap();

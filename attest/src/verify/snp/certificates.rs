@@ -15,13 +15,14 @@ use std::fmt::Write as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// A verifier for one policy, which keeps what it has found out of certificates and lists. Dates
-/// and ages are checked anew for every verdict. One serves any number of threads.
+/// A verifier for one policy, which keeps what it has found out of certificates and lists: whose
+/// signature is good. Dates, ages and revocation are checked anew for every verdict. One serves any number of threads.
 pub struct SnpVerifier {
     policy: OwnerPolicy,
     named_roots: Vec<[u8; 32]>,
     trust: Mutex<SnpTrust>,
     intermediates: Kept<TrustedIntermediate>,
+    leaves: Kept<VerifiedLeaf>,
     lists: Kept<Arc<Crl>>,
 }
 
@@ -86,6 +87,7 @@ impl SnpVerifier {
             named_roots,
             trust: Mutex::new(SnpTrust::amd()),
             intermediates: Kept::new(),
+            leaves: Kept::new(),
             lists: Kept::new(),
         }
     }
@@ -212,6 +214,10 @@ impl SnpVerifier {
         clock: SystemTime,
     ) -> Result<VerifiedLeaf, ChainError> {
         let key = intermediate.fingerprint();
+        let path = sha256(&[leaf.fingerprint(), key].concat());
+        if let Some(verified) = self.leaves.get(&path) {
+            return verified.recheck(&ANY, clock);
+        }
         let issuer = match self.intermediates.get(&key) {
             Some(issuer) => issuer,
             None => {
@@ -221,7 +227,9 @@ impl SnpVerifier {
                 issuer
             }
         };
-        chain::verify(leaf, &issuer, &ANY, clock)
+        let verified = chain::verify(leaf, &issuer, &ANY, clock)?;
+        self.leaves.put(path, verified.clone());
+        Ok(verified)
     }
 
     /// The path at the leaf's first moment; or at its last, if what is above it came later.

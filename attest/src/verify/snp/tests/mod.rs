@@ -66,6 +66,15 @@ impl Against {
             clock: at("2026-11-22T00:00:00Z"),
         }
     }
+
+    fn with_clock(self, clock: SystemTime) -> Self {
+        Self { clock, ..self }
+    }
+
+    fn with_nonce(self, nonce: &[u8]) -> Self {
+        let nonce = Some(Nonce::new(nonce).unwrap());
+        Self { nonce, ..self }
+    }
 }
 
 impl Default for Against {

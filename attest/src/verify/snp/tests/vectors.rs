@@ -201,6 +201,13 @@ fn leaves_that_cannot_be_read_are_rejected_without_a_panic() {
         let verdict = given.verdict(&Against::default());
         assert_eq!(verdict.overall, Outcome::Rejected, "{len}");
         assert_eq!(check(&verdict, "leaf_format").result, CheckResult::Rejected);
+        for name in ["product", "report_signature", "leaf_tcb", "leaf_chip"] {
+            assert_eq!(check(&verdict, name).result, CheckResult::CannotVerify);
+            assert_eq!(
+                check(&verdict, name).code.as_deref(),
+                Some("LEAF_UNREADABLE")
+            );
+        }
         assert_eq!(verdict.checks.len(), table::CHECKS);
     }
     let mut many = good.clone();
@@ -228,8 +235,7 @@ fn dates_are_a_check_of_their_own() {
         ("2026-02-17T23:01:35Z", "LEAF_NOT_YET_VALID"),
         ("2033-02-17T23:01:37Z", "LEAF_EXPIRED"),
     ] {
-        let mut against = Against::default();
-        against.clock = at(clock);
+        let against = Against::default().with_clock(at(clock));
         let verdict = given.verdict(&against);
         assert_eq!(codes(&verdict), [code]);
         assert_eq!(
@@ -242,12 +248,11 @@ fn dates_are_a_check_of_their_own() {
         );
     }
     for clock in ["2026-02-17T23:01:36Z", "2033-02-17T23:01:36Z"] {
-        let mut against = Against::default();
-        against.clock = at(clock);
+        let against = Against::default().with_clock(at(clock));
         assert!(given.verdict(&against).accepted(), "{clock}");
     }
-    let mut against = Against::default();
-    against.clock = SystemTime::UNIX_EPOCH - Duration::from_secs(1);
+    let before = SystemTime::UNIX_EPOCH - Duration::from_secs(1);
+    let against = Against::default().with_clock(before);
     assert_eq!(given.verdict(&against).overall, Outcome::Rejected);
 }
 
@@ -255,8 +260,7 @@ fn dates_are_a_check_of_their_own() {
 fn the_nonce_is_all_of_report_data() {
     let given = vector("genoa-v5");
     let with = |nonce: &[u8]| {
-        let mut against = Against::default();
-        against.nonce = Some(Nonce::new(nonce).unwrap());
+        let against = Against::default().with_nonce(nonce);
         given.codes(&against)
     };
     assert!(with(b"hello-attestation").is_empty());
@@ -271,10 +275,9 @@ fn the_nonce_is_all_of_report_data() {
     }
     // A tail behind the nonce: the first 32 bytes are right.
     let long = vector("milan-v2-b");
-    let mut against = Against::default();
-    against.nonce = Some(Nonce::new(&long.report[0x50..0x70]).unwrap());
+    let against = Against::default().with_nonce(&long.report[0x50..0x70]);
     assert_eq!(long.codes(&against), ["REPORT_DATA_MISMATCH"]);
-    against.nonce = Some(Nonce::new(&long.report[0x50..0x90]).unwrap());
+    let against = Against::default().with_nonce(&long.report[0x50..0x90]);
     assert!(long.verdict(&against).accepted());
     assert!(Nonce::new(&[]).is_err() && Nonce::new(&[0; 65]).is_err());
 }
