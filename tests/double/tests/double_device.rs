@@ -126,8 +126,8 @@ fn every_firmware_code_of_the_device_is_said_in_plain_words() {
 fn the_snp_platform_is_shown_configured_committed_and_given_its_vlek() {
     let mut config = site_a();
     config.snp = Some(Snp {
-        current_tcb: 0xdb_0018_0000_0000_0a,
-        reported_tcb: 0xd1_0017_0000_0000_09,
+        current_tcb: 0xdb18_0000_0000_000a,
+        reported_tcb: 0xd117_0000_0000_0009,
         ..Snp::default()
     });
     let mut vmm = opened(&config);
@@ -137,13 +137,13 @@ fn the_snp_platform_is_shown_configured_committed_and_given_its_vlek() {
         "{status}"
     );
     assert!(
-        status.contains(&format!("current_tcb: {}", 0xdb_0018_0000_0000_0au64)),
+        status.contains(&format!("current_tcb: {}", 0xdb18_0000_0000_000a_u64)),
         "{status}"
     );
     assert!(status.contains("vlek: false"), "{status}");
 
     vmm.done(&Ask::Device(Device::SnpSetConfig {
-        tcb: 0xdb_0018_0000_0000_0a,
+        tcb: 0xdb18_0000_0000_000a,
         id: true,
         key: false,
     }));
@@ -153,7 +153,7 @@ fn the_snp_platform_is_shown_configured_committed_and_given_its_vlek() {
     }));
     vmm.done(&Ask::Device(Device::SnpCommit));
     let snp = vmm.double.snp().unwrap();
-    assert_eq!(snp.reported_tcb, 0xdb_0018_0000_0000_0a);
+    assert_eq!(snp.reported_tcb, 0xdb18_0000_0000_000a);
     assert_eq!((snp.flags, snp.committed), (0b101, true));
     assert_eq!(snp.vlek, wrapped);
     let status = text(&mut vmm, Device::SnpStatus);
