@@ -3,6 +3,7 @@
 pub mod control;
 pub mod kvm;
 pub mod launch;
+pub mod page_map;
 mod processor_guest;
 pub mod processor_role;
 pub mod protocol;

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
 use casemate_attest::legacy::TrustAnchors;
+use casemate_attest::processor::snp::{Personality, SnpIdentity, SnpProcessor};
 use casemate_attest::processor::{Identity, ProcessorConfig, SecureProcessor};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -16,7 +17,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::error::DoubleError;
-use crate::kernel::{Kernel, Parts, Reply};
+use crate::kernel::{Kernel, Parts, Reply, SnpParts};
 use crate::protocol::{Ask, Outcome, read_frame, write_frame};
 use crate::script::Fault;
 use crate::sys::{Call, Listener};
@@ -37,23 +38,19 @@ pub struct Config {
     pub vm_types: u32,
     /// ASIDs, and so guests at once.
     pub asids: u32,
-    /// SNP is initialised, with this configuration.
+    /// SNP is initialised; machines of its type can be made.
     pub snp: Option<Snp>,
 }
 
-/// The SNP platform's configuration, as `/dev/sev` sees and changes it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// The SNP half of the platform.
+#[derive(Clone, Debug)]
 pub struct Snp {
-    /// Bit 0: chip id masked, 1: chip key masked, 2: VLEK loaded.
-    pub flags: u32,
-    /// TCB that runs.
-    pub current_tcb: u64,
-    /// TCB that reports are signed for.
-    pub reported_tcb: u64,
-    /// The wrapped VLEK that was loaded.
-    pub vlek: Vec<u8>,
-    /// SNP_COMMIT has been given.
-    pub committed: bool,
+    /// Its identity, as `SnpIdentity` keeps it.
+    pub identity: Vec<u8>,
+    /// Which processor it passes itself off as.
+    pub personality: Personality,
+    /// Pages of a launch that Linux takes at a time.
+    pub batch: u64,
 }
 
 impl Config {
@@ -88,12 +85,27 @@ impl Config {
             processor = processor.with_sev_es();
         }
         processor.init().map_err(|e| bad(&e))?;
+        let snp = self.snp.as_ref().map(|snp| snp.parts(self.asids));
         Ok(Parts {
             processor,
             device: self.device,
-            vm_types: self.vm_types,
+            vm_types: self.vm_types | u32::from(self.snp.is_some()) << kvm_bindings::KVM_X86_SNP_VM,
             asids: self.asids,
-            snp: self.snp.clone(),
+            snp: snp.transpose()?,
+        })
+    }
+}
+
+impl Snp {
+    fn parts(&self, asids: u32) -> Result<SnpParts, DoubleError> {
+        let bad = |error: &dyn std::fmt::Display| DoubleError::Processor(error.to_string());
+        let identity = SnpIdentity::from_bytes(&self.identity).map_err(|e| bad(&e))?;
+        let processor = SnpProcessor::new(identity, self.personality.clone());
+        let mut processor = processor.map_err(|e| bad(&e))?.with_max_guests(asids);
+        processor.init().map_err(|e| bad(&e))?;
+        Ok(SnpParts {
+            processor,
+            batch: self.batch,
         })
     }
 }
@@ -170,9 +182,9 @@ impl Double {
         self.kernel().guests()
     }
 
-    /// The SNP configuration as it is now.
-    pub fn snp(&self) -> Option<Snp> {
-        self.kernel().snp()
+    /// Looks at the SNP half of the platform, or does what a guest or AMD would do there.
+    pub fn snp<T>(&self, act: impl FnOnce(&mut SnpProcessor) -> T) -> Option<T> {
+        self.kernel().snp().map(act)
     }
 
     /// Lets the child end, and tells whether it used the kernel as it should: no complaint, every fault met.

@@ -14,9 +14,15 @@ pub(crate) mod ioctl {
     pub(crate) const KVM_MEMORY_ENCRYPT_REG_REGION: u32 = 0x8010_aebb;
     pub(crate) const KVM_MEMORY_ENCRYPT_UNREG_REGION: u32 = 0x8010_aebc;
     pub(crate) const SEV_ISSUE_CMD: u32 = 0xc010_5300;
+    pub(crate) const KVM_CREATE_GUEST_MEMFD: u32 = 0xc040_aed4;
+    pub(crate) const KVM_SET_USER_MEMORY_REGION2: u32 = 0x40a0_ae49;
+    pub(crate) const KVM_SET_MEMORY_ATTRIBUTES: u32 = 0x4020_aed2;
 
     /// Those that go to the double.
-    pub(super) const NOTIFIED: [u32; 6] = [
+    pub(super) const NOTIFIED: [u32; 9] = [
+        KVM_CREATE_GUEST_MEMFD,
+        KVM_SET_USER_MEMORY_REGION2,
+        KVM_SET_MEMORY_ATTRIBUTES,
         KVM_CHECK_EXTENSION,
         KVM_CREATE_VCPU,
         KVM_MEMORY_ENCRYPT_OP,

@@ -19,6 +19,13 @@ pub enum Ask {
         /// What the child does wrong, if it shall.
         wrong: Option<Wrong>,
     },
+    /// Makes an SNP guest's machine and memory.
+    SnpAttach {
+        /// Pages of memory.
+        pages: u64,
+    },
+    /// A step of an SNP guest's life.
+    Snp(SnpStep),
     /// Opens `/dev/sev` only.
     Open,
     /// Adds the vCPU, in real mode at [`START`].
@@ -114,6 +121,41 @@ pub enum Step {
     },
     ReceiveFinish,
     Decommission,
+}
+
+/// Steps of an SNP guest's life.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "named as in the host's `kvm` module")]
+pub enum SnpStep {
+    Start {
+        policy: u64,
+        gosvw: [u8; 16],
+    },
+    /// `page`: normal 0, zero 1, unmeasured 2, secrets 3, CPUID 4.
+    Update {
+        gpa: u64,
+        #[serde(with = "serde_bytes")]
+        content: Vec<u8>,
+        page: u8,
+    },
+    Finish {
+        id: Option<(Vec<u8>, Vec<u8>, bool)>,
+        host_data: [u8; 32],
+        vcek_disabled: bool,
+    },
+    /// As an exit for `KVM_HC_MAP_GPA_RANGE` brings it.
+    Hypercall {
+        number: u64,
+        arguments: [u64; 6],
+    },
+    /// As an exit for `KVM_EXIT_MEMORY_FAULT` brings it.
+    MemoryFault {
+        flags: u64,
+        gpa: u64,
+        size: u64,
+    },
+    /// Numbers of the private pages, as little-endian words.
+    PrivatePages,
 }
 
 /// What a child may do wrong before it makes its machine a SEV one.

@@ -11,9 +11,12 @@ mod common;
 
 use casemate::confidential::kvm::{ATTEMPTS, FirmwareCode};
 use casemate_attest::processor::Identity;
+use casemate_attest::processor::snp::{Personality, SnpIdentity};
+use casemate_attest::product::Product;
+use casemate_attest::tcb::TcbVersion;
 use casemate_double::protocol::{Answer, Ask, Device};
-use casemate_double::{Config, Fault, Snp};
-use common::{SEV, SITE_A, Vmm, site_a};
+use casemate_double::{Config, Fault};
+use common::{SEV, SITE_A, SNP, Vmm, site_a, snp_machine};
 use nix::errno::Errno;
 
 fn opened(config: &Config) -> Vmm {
@@ -81,9 +84,7 @@ fn what_the_software_processor_has_not_is_refused_by_name() {
 
 #[test]
 fn every_firmware_code_of_the_device_is_said_in_plain_words() {
-    let mut config = site_a();
-    config.snp = Some(Snp::default());
-    let mut vmm = opened(&config);
+    let mut vmm = opened(&snp_machine());
     let wrapped = vec![7; 432];
     let set = Device::SnpSetConfig {
         tcb: 0,
@@ -124,43 +125,62 @@ fn every_firmware_code_of_the_device_is_said_in_plain_words() {
 
 #[test]
 fn the_snp_platform_is_shown_configured_committed_and_given_its_vlek() {
-    let mut config = site_a();
-    config.snp = Some(Snp {
-        current_tcb: 0xdb18_0000_0000_000a,
-        reported_tcb: 0xd117_0000_0000_0009,
-        ..Snp::default()
-    });
-    let mut vmm = opened(&config);
+    let mut vmm = opened(&snp_machine());
+    let milan = Personality::milan();
+    let tcb = milan.firmware.tcb;
+    let number = |tcb: TcbVersion| u64::from_le_bytes(tcb.to_raw(Product::Milan).unwrap().0);
     let status = text(&mut vmm, Device::SnpStatus);
-    assert!(
-        status.contains("api: (1, 55), build: 21, initialised: true, rmp: true"),
-        "{status}"
-    );
-    assert!(
-        status.contains(&format!("current_tcb: {}", 0xdb18_0000_0000_000a_u64)),
-        "{status}"
-    );
+    let expected = format!("current_tcb: {0}, reported_tcb: {0}", number(tcb));
+    assert!(status.contains(&expected), "{status}");
+    assert!(status.contains("initialised: true, rmp: true"), "{status}");
     assert!(status.contains("vlek: false"), "{status}");
 
+    let mut lower = tcb;
+    lower.snp -= 1;
     vmm.done(&Ask::Device(Device::SnpSetConfig {
-        tcb: 0xdb18_0000_0000_000a,
+        tcb: number(lower),
         id: true,
         key: false,
     }));
-    let wrapped: Vec<u8> = (0..432u32).map(|i| i as u8).collect();
+    let identity = SnpIdentity::from_bytes(&SNP).unwrap();
+    let wrapped = identity
+        .wrap_vlek(Product::Milan, tcb, "emulated-csp")
+        .unwrap();
     vmm.done(&Ask::Device(Device::SnpVlekLoad {
-        wrapped: wrapped.clone(),
+        wrapped: wrapped.to_vec(),
     }));
-    vmm.done(&Ask::Device(Device::SnpCommit));
-    let snp = vmm.double.snp().unwrap();
-    assert_eq!(snp.reported_tcb, 0xdb18_0000_0000_000a);
-    assert_eq!((snp.flags, snp.committed), (0b101, true));
-    assert_eq!(snp.vlek, wrapped);
     let status = text(&mut vmm, Device::SnpStatus);
+    let expected = format!(
+        "current_tcb: {}, reported_tcb: {}",
+        number(tcb),
+        number(lower)
+    );
+    assert!(status.contains(&expected), "{status}");
     assert!(
         status.contains("masks_chip_id: true, masks_chip_key: false, vlek: true"),
         "{status}"
     );
+    vmm.done(&Ask::Device(Device::SnpCommit));
+    let reported = vmm.double.snp(|snp| snp.status().reported_tcb).unwrap();
+    assert_eq!(
+        u64::from_le_bytes(reported.0),
+        number(tcb),
+        "a commit reports what it commits"
+    );
+
+    // A TCB above the committed one, and a hash stick of another chip.
+    let mut higher = tcb;
+    higher.snp += 1;
+    let refused = vmm.device(Device::SnpSetConfig {
+        tcb: number(higher),
+        id: false,
+        key: false,
+    });
+    assert_eq!(refused.unwrap_err().0, "INVALID_PARAM");
+    let refused = vmm.device(Device::SnpVlekLoad {
+        wrapped: vec![1; 432],
+    });
+    assert!(refused.is_err());
     vmm.finish();
 }
 

@@ -48,7 +48,8 @@ pub(super) struct Command {
 /// Whether a command that was put off (EAGAIN) or interrupted (EINTR) may be given once more as it stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Again {
-    /// The firmware has not seen it: the kernel puts it off before it asks, or it asks once and in whole.
+    /// The firmware has not seen it: the kernel puts it off before it asks, it asks once and in whole, or (SNP
+    /// pages) it says in the structure how far it came, and fails only where it took nothing.
     Yes,
     /// The kernel asks the firmware several times for one ioctl; a part may be measured already, and twice
     /// measured is another digest.
@@ -96,7 +97,7 @@ parameters! {
     kvm_sev_receive_start => sev_cmd_id_KVM_SEV_RECEIVE_START, "RECEIVE_START", Yes;
     kvm_sev_receive_update_data => sev_cmd_id_KVM_SEV_RECEIVE_UPDATE_DATA, "RECEIVE_UPDATE_DATA", Yes;
     kvm_sev_snp_launch_start => sev_cmd_id_KVM_SEV_SNP_LAUNCH_START, "SNP_LAUNCH_START", Yes;
-    kvm_sev_snp_launch_update => sev_cmd_id_KVM_SEV_SNP_LAUNCH_UPDATE, "SNP_LAUNCH_UPDATE", No;
+    kvm_sev_snp_launch_update => sev_cmd_id_KVM_SEV_SNP_LAUNCH_UPDATE, "SNP_LAUNCH_UPDATE", Yes;
     kvm_sev_snp_launch_finish => sev_cmd_id_KVM_SEV_SNP_LAUNCH_FINISH, "SNP_LAUNCH_FINISH", No;
 }
 
@@ -150,6 +151,11 @@ impl<V: SevVm> Commands<V> {
     /// `device` must stay open as long as this lives.
     pub(super) fn new(vm: V, device: RawFd) -> Self {
         Self { vm, device }
+    }
+
+    /// The virtual machine, for what is no command.
+    pub(super) fn vm(&mut self) -> &mut V {
+        &mut self.vm
     }
 
     /// A command with its structure, which has the kernel's answer afterwards.

@@ -68,6 +68,10 @@ fn numbers() -> Vec<(&'static str, u64)> {
     let mut numbers: Vec<(&'static str, u64)> = vec![
         ("SEV_ISSUE_CMD", u64::from(nix::request_code_readwrite!(b'S', 0, size_of::<SevIssue>()))),
         ("KVM_MEMORY_ENCRYPT_OP", u64::from(nix::request_code_readwrite!(0xae, 0xba, size_of::<u64>()))),
+        ("KVM_CREATE_GUEST_MEMFD", u64::from(nix::request_code_readwrite!(0xae, 0xd4, size_of::<kvm::kvm_create_guest_memfd>()))),
+        ("KVM_SET_USER_MEMORY_REGION2", u64::from(nix::request_code_write!(0xae, 0x49, size_of::<kvm::kvm_userspace_memory_region2>()))),
+        ("KVM_SET_MEMORY_ATTRIBUTES", u64::from(nix::request_code_write!(0xae, 0xd2, size_of::<kvm::kvm_memory_attributes>()))),
+        ("KVM_HC_MAP_GPA_RANGE", crate::confidential::page_map::KVM_HC_MAP_GPA_RANGE),
         ("KVM_MEMORY_ENCRYPT_REG_REGION", u64::from(nix::request_code_read!(0xae, 0xbb, size_of::<kvm::kvm_enc_region>()))),
     ];
     for (name, number) in [
@@ -106,6 +110,15 @@ fn numbers() -> Vec<(&'static str, u64)> {
         ("KVM_X86_SEV_VM", kvm::KVM_X86_SEV_VM),
         ("KVM_X86_SEV_ES_VM", kvm::KVM_X86_SEV_ES_VM),
         ("KVM_X86_SNP_VM", kvm::KVM_X86_SNP_VM),
+        ("KVM_MEM_GUEST_MEMFD", kvm::KVM_MEM_GUEST_MEMFD),
+        ("KVM_MEMORY_ATTRIBUTE_PRIVATE", kvm::KVM_MEMORY_ATTRIBUTE_PRIVATE),
+        ("KVM_MEMORY_EXIT_FLAG_PRIVATE", kvm::KVM_MEMORY_EXIT_FLAG_PRIVATE),
+        ("KVM_EXIT_MEMORY_FAULT", kvm::KVM_EXIT_MEMORY_FAULT),
+        ("KVM_SEV_SNP_PAGE_TYPE_NORMAL", kvm::KVM_SEV_SNP_PAGE_TYPE_NORMAL),
+        ("KVM_SEV_SNP_PAGE_TYPE_ZERO", kvm::KVM_SEV_SNP_PAGE_TYPE_ZERO),
+        ("KVM_SEV_SNP_PAGE_TYPE_UNMEASURED", kvm::KVM_SEV_SNP_PAGE_TYPE_UNMEASURED),
+        ("KVM_SEV_SNP_PAGE_TYPE_SECRETS", kvm::KVM_SEV_SNP_PAGE_TYPE_SECRETS),
+        ("KVM_SEV_SNP_PAGE_TYPE_CPUID", kvm::KVM_SEV_SNP_PAGE_TYPE_CPUID),
         ("KVM_CAP_VM_TYPES", kvm::KVM_CAP_VM_TYPES),
         ("SEV_STATUS_FLAGS_CONFIG_ES", 0x100),
     ] {
@@ -146,7 +159,7 @@ fn table() -> String {
 /// The C program. It takes names from here and everything else from the headers.
 fn probe() -> String {
     let mut out = String::from(
-        "#include <stdio.h>\n#include <stddef.h>\n#include <linux/kvm.h>\n#include <linux/psp-sev.h>\nint main(void) {\n",
+        "#include <stdio.h>\n#include <stddef.h>\n#include <linux/kvm.h>\n#include <linux/psp-sev.h>\n#include <linux/kvm_para.h>\nint main(void) {\n",
     );
     for Layout(name, _, fields) in layouts() {
         writeln!(out, "printf(\"{name} %zu\\n\", sizeof(struct {name}));").unwrap();

@@ -14,6 +14,7 @@ mod error;
 #[cfg(test)]
 mod layout;
 mod sev;
+mod snp;
 mod structs;
 mod vm;
 
@@ -22,5 +23,9 @@ pub use command::{ATTEMPTS, SevVm};
 pub use device::{DeviceStatus, PlatformCertificates, SevDevice, SnpConfig, SnpStatus};
 pub use error::SevError;
 pub use sev::{GuestStatus, KvmSev, RealSev};
+pub use snp::{
+    RealSnp, SnpFinish, SnpIdBlock, SnpInitialised, SnpLaunching, SnpPage, SnpRefused, SnpRunning,
+    SnpVm,
+};
 pub use structs::VLEK_WRAPPED;
 pub use vm::{GuestKind, Initialise, create_vm};

@@ -141,14 +141,16 @@ impl<V: SevVm> KvmSev<V> {
             // No VMSA features, and for SEV-ES the newest GHCB protocol that the kernel has.
             (Initialise::Typed, _) => self.commands.give(&mut kvm_sev_init::default()),
             (Initialise::Older, GuestKind::Sev) => self.commands.give_plain(Command::INIT),
-            (Initialise::Older, GuestKind::SevEs) => self.commands.give_plain(Command::ES_INIT),
+            (Initialise::Older, GuestKind::SevEs | GuestKind::Snp) => {
+                self.commands.give_plain(Command::ES_INIT)
+            }
         }
     }
 
     fn require_movable(&self) -> Result<(), SevError> {
         match self.kind {
             GuestKind::Sev => Ok(()),
-            GuestKind::SevEs => Err(SevError::Unsupported(
+            GuestKind::SevEs | GuestKind::Snp => Err(SevError::Unsupported(
                 "no Linux kernel can send or receive the registers of a SEV-ES guest; launch it anew at the other \
                  host and let its owner release the key there, or describe it with technology `sev`",
             )),

@@ -12,6 +12,8 @@ pub enum GuestKind {
     Sev,
     /// Registers too.
     SevEs,
+    /// And memory that the host cannot change behind the guest's back.
+    Snp,
 }
 
 /// How a virtual machine becomes a SEV one.
@@ -24,7 +26,7 @@ pub enum Initialise {
 }
 
 impl GuestKind {
-    /// The kind that a guest policy asks for (bit 2: ES).
+    /// The kind that the 32-bit policy of SEV asks for (bit 2: ES); SNP has policies of its own.
     pub fn of_policy(policy: u32) -> Self {
         if policy & POLICY_ES == 0 {
             Self::Sev
@@ -37,6 +39,7 @@ impl GuestKind {
         match self {
             Self::Sev => kvm_bindings::KVM_X86_SEV_VM,
             Self::SevEs => kvm_bindings::KVM_X86_SEV_ES_VM,
+            Self::Snp => kvm_bindings::KVM_X86_SNP_VM,
         }
     }
 }
@@ -46,6 +49,12 @@ pub fn create_vm(kvm: &Kvm, kind: GuestKind) -> Result<(VmFd, Initialise), SevEr
     let types = kvm.check_extension_raw(CAP_VM_TYPES);
     let (vm_type, initialise) = match u32::try_from(types) {
         Ok(types) if types & (1 << kind.vm_type()) != 0 => (kind.vm_type(), Initialise::Typed),
+        _ if kind == GuestKind::Snp => {
+            return Err(SevError::Unsupported(
+                "this kernel makes no machines for SNP guests; use Linux 6.11 or later with kvm_amd.sev_snp=1 on a \
+                 processor with SNP enabled in its BIOS settings",
+            ));
+        }
         _ => (kvm_bindings::KVM_X86_DEFAULT_VM, Initialise::Older),
     };
     let vm = kvm

@@ -5,14 +5,16 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use casemate::confidential::kvm::{
-    GuestKind, RealSev, SevDevice, SevError, SnpConfig, VLEK_WRAPPED, create_vm,
+    GuestKind, RealSev, RealSnp, SevDevice, SevError, SnpConfig, SnpFinish, SnpIdBlock,
+    SnpInitialised, SnpLaunching, SnpPage, SnpRefused, SnpRunning, VLEK_WRAPPED, create_vm,
 };
+use casemate::confidential::page_map::Conversion;
 use casemate::confidential::shared::{Access, SharedMemory};
 use casemate::confidential::{GuestMemoryView, open_real};
 use casemate::vmm::confidential_hook::GuestProtection;
 use casemate::vmm::protocol::{EXCHANGE_SIZE, OwnerSession, PACKET_STRIDE, RoleError};
 use casemate_double::protocol::{
-    Answer, Ask, Device, Outcome, START, Step, Wrong, read_frame, write_frame,
+    Answer, Ask, Device, Outcome, START, SnpStep, Step, Wrong, read_frame, write_frame,
 };
 use kvm_bindings::{kvm_regs, kvm_sev_cmd, kvm_sregs, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
@@ -40,9 +42,17 @@ struct Child {
     device: Option<SevDevice>,
 }
 
+/// An SNP guest's life; nothing is left of a step that failed.
+enum Snp {
+    Initialised(SnpInitialised<Arc<VmFd>>),
+    Launching(SnpLaunching<Arc<VmFd>>),
+    Running(SnpRunning<Arc<VmFd>>),
+}
+
 /// Fields go in this order: the vCPU and the protection before the virtual machine.
 struct Guest {
     vcpu: Option<VcpuFd>,
+    snp: Option<Snp>,
     protection: Option<Box<dyn GuestProtection>>,
     vm: Arc<VmFd>,
     memory: SharedMemory,
@@ -60,6 +70,7 @@ impl Child {
             } => self
                 .attach(policy, pages * 4096, amd, wrong)
                 .map(|()| Answer::Done),
+            Ask::SnpAttach { pages } => self.attach_snp(pages * 4096).map(|()| Answer::Done),
             Ask::Open => {
                 self.device = Some(SevDevice::open()?);
                 Ok(Answer::Done)
@@ -96,6 +107,7 @@ impl Child {
         let (memory, exchange) = (sealed(length)?, sealed(EXCHANGE_SIZE as u64)?);
         let mut guest = Guest {
             vcpu: None,
+            snp: None,
             protection: None,
             vm: vm.clone(),
             memory: SharedMemory::map(memory.as_fd(), length, Access::ReadWrite)?,
@@ -133,7 +145,79 @@ impl Child {
     }
 }
 
+impl Child {
+    fn attach_snp(&mut self, length: u64) -> Result<(), RoleError> {
+        let kvm = Kvm::new().map_err(fault)?;
+        let (vm, _) = create_vm(&kvm, GuestKind::Snp)?;
+        let vm = Arc::new(vm);
+        let shared = sealed(length)?;
+        let exchange = sealed(EXCHANGE_SIZE as u64)?;
+        let memory = SharedMemory::map(shared.as_fd(), length, Access::ReadWrite)?;
+        let device = std::fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open("/dev/sev")
+            .map_err(|e| RoleError::new("NO_PROCESSOR", e))?;
+        let snp = SnpInitialised::attach(RealSnp {
+            vm: vm.clone(),
+            device: device.into(),
+            shared,
+            length,
+        })?;
+        self.guest = Some(Guest {
+            vcpu: None,
+            snp: Some(Snp::Initialised(snp)),
+            protection: None,
+            vm,
+            memory,
+            exchange: SharedMemory::map(exchange.as_fd(), EXCHANGE_SIZE as u64, Access::ReadWrite)?,
+        });
+        Ok(())
+    }
+}
+
 impl Guest {
+    fn snp(&mut self, step: SnpStep) -> Result<Answer, RoleError> {
+        let at = self
+            .snp
+            .take()
+            .ok_or_else(|| fault("the launch has failed"))?;
+        self.snp = Some(match (at, step) {
+            (Snp::Initialised(guest), SnpStep::Start { policy, gosvw }) => {
+                Snp::Launching(guest.start(policy, gosvw)?)
+            }
+            (Snp::Launching(guest), SnpStep::Update { gpa, content, page }) => {
+                match guest.update(gpa, &content, page_kind(page)) {
+                    Ok(guest) => Snp::Launching(guest),
+                    Err(SnpRefused::Cpuid { corrected, .. }) => {
+                        return Ok(Answer::Bytes(corrected));
+                    }
+                    Err(SnpRefused::Other(error)) => return Err(error.into()),
+                }
+            }
+            (
+                Snp::Launching(guest),
+                SnpStep::Finish {
+                    id,
+                    host_data,
+                    vcek_disabled,
+                },
+            ) => Snp::Running(guest.finish(&SnpFinish {
+                id: id.map(id_block).transpose()?,
+                host_data,
+                vcek_disabled,
+            })?),
+            (Snp::Running(mut guest), step) => {
+                let outcome = running(&mut guest, step);
+                // A wish that is refused does not harm the guest.
+                self.snp = Some(Snp::Running(guest));
+                return outcome;
+            }
+            _ => return Err(fault("not this step's turn")),
+        });
+        Ok(Answer::Done)
+    }
+
     fn serve(&mut self, ask: Ask) -> Result<Answer, RoleError> {
         match ask {
             Ask::AddVcpu => self.add_vcpu().map(|()| Answer::Done),
@@ -148,6 +232,7 @@ impl Guest {
             }
             Ask::Step(step) => self.step(step),
             Ask::Run { outputs } => self.run(outputs),
+            Ask::Snp(step) => self.snp(step),
             Ask::HostAddress { gpa } => {
                 let address = self.memory.host_address(gpa, 1)?;
                 Ok(Answer::Bytes(address.to_le_bytes().to_vec()))
@@ -332,6 +417,39 @@ fn device(device: &SevDevice, command: &Device) -> Result<Answer, RoleError> {
                 .map_err(|_| fault("a wrapped VLEK has 432 bytes"))?;
             done(device.snp_vlek_load(&wrapped))?
         }
+    })
+}
+
+fn running(guest: &mut SnpRunning<Arc<VmFd>>, step: SnpStep) -> Result<Answer, RoleError> {
+    let wish = match step {
+        SnpStep::Hypercall { number, arguments } => Conversion::of_hypercall(number, &arguments),
+        SnpStep::MemoryFault { flags, gpa, size } => Conversion::of_memory_fault(flags, gpa, size),
+        SnpStep::PrivatePages => {
+            let pages = guest.pages().private_pages();
+            return Ok(Answer::Bytes(pages.flat_map(u64::to_le_bytes).collect()));
+        }
+        _ => return Err(fault("the guest runs already")),
+    };
+    let wish = wish.map_err(|error| RoleError::new("BAD_CONVERSION", error))?;
+    done(guest.convert(wish))
+}
+
+fn page_kind(page: u8) -> SnpPage {
+    match page {
+        0 => SnpPage::Normal,
+        1 => SnpPage::Zero,
+        2 => SnpPage::Unmeasured,
+        3 => SnpPage::Secrets,
+        _ => SnpPage::Cpuid,
+    }
+}
+
+fn id_block((block, auth, author_key): (Vec<u8>, Vec<u8>, bool)) -> Result<SnpIdBlock, RoleError> {
+    let wrong = |_| fault("an ID block has 96 bytes, its authentication 4096");
+    Ok(SnpIdBlock {
+        block: block.try_into().map_err(wrong)?,
+        auth: Box::new(auth.try_into().map_err(wrong)?),
+        author_key,
     })
 }
 

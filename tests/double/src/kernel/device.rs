@@ -1,6 +1,8 @@
 //! `/dev/sev`, with the checks of Linux 6.12's `sev_ioctl` in its order.
 
 use casemate_attest::processor::FirmwareError;
+use casemate_attest::processor::snp::{SnpConfig, SnpProcessor};
+use casemate_attest::tcb::RawTcb;
 use nix::errno::Errno;
 
 use super::fields::Fields;
@@ -118,13 +120,14 @@ impl Kernel {
         Ok(caller.write(chain, &certificates.1)?)
     }
 
-    /// The SNP commands, by a model of the platform's configuration.
+    /// The SNP commands.
     fn snp_command(&mut self, number: u32, caller: Caller, data: u64, writable: bool) -> Outcome {
         let name = name(number).unwrap_or_default();
         if number == 9 {
             return self.snp_status(caller, data);
         }
-        if self.parts.snp.is_none() || (number != 10 && data == 0) {
+        // SNP is not initialised, or there is no structure.
+        if self.snp().is_none() || (number != 10 && data == 0) {
             return Err(Errno::EINVAL.into());
         }
         if number != 10 && !writable {
@@ -136,13 +139,12 @@ impl Kernel {
                 if !config.is_zero(12, 52) || config.u32(8) & !3 != 0 {
                     self.complain(name, "reserved fields are not zero");
                 }
-                self.script.firmware(name).map_err(Refusal::Firmware)?;
-                self.with_snp(|snp| {
-                    if config.u64(0) != 0 {
-                        snp.reported_tcb = config.u64(0);
-                    }
-                    snp.flags = snp.flags & !3 | config.u32(8);
-                });
+                let config = SnpConfig {
+                    reported_tcb: RawTcb(config.bytes(0)),
+                    mask_chip_id: config.u32(8) & 1 != 0,
+                    mask_chip_key: config.u32(8) & 2 != 0,
+                };
+                self.snp_firmware(name, |snp| snp.configure(&config))
             }
             12 => {
                 let load = Fields::read(caller, data, 16)?;
@@ -153,42 +155,34 @@ impl Kernel {
                     self.complain(name, "reserved fields are not zero");
                 }
                 let wrapped = blob(caller, load.u64(8), VLEK_WRAPPED)?;
-                self.script.firmware(name).map_err(Refusal::Firmware)?;
-                self.with_snp(|snp| {
-                    snp.flags |= 4;
-                    snp.vlek = wrapped;
-                });
+                self.snp_firmware(name, |snp| snp.vlek_load(&wrapped))
             }
-            _ => {
-                self.script.firmware(name).map_err(Refusal::Firmware)?;
-                self.with_snp(|snp| snp.committed = true);
-            }
+            _ => self.snp_firmware(name, SnpProcessor::commit),
         }
-        Ok(())
     }
 
     fn snp_status(&mut self, caller: Caller, data: u64) -> Outcome {
         if data == 0 {
             return Err(Errno::EINVAL.into());
         }
-        self.script
-            .firmware("SNP_PLATFORM_STATUS")
-            .map_err(Refusal::Firmware)?;
-        let up = self.parts.snp.is_some();
-        let snp = self.parts.snp.clone().unwrap_or_default();
-        let mut bytes = vec![1, 55, u8::from(up), u8::from(up)];
-        bytes.extend_from_slice(&21u32.to_le_bytes());
-        bytes.extend_from_slice(&snp.flags.to_le_bytes());
-        bytes.extend_from_slice(&0u32.to_le_bytes());
-        bytes.extend_from_slice(&snp.current_tcb.to_le_bytes());
-        bytes.extend_from_slice(&snp.reported_tcb.to_le_bytes());
-        Ok(caller.write(data, &bytes)?)
-    }
-
-    fn with_snp(&mut self, act: impl FnOnce(&mut crate::child::Snp)) {
-        if let Some(snp) = &mut self.parts.snp {
-            act(snp);
+        if self.snp().is_none() {
+            self.script
+                .firmware("SNP_PLATFORM_STATUS")
+                .map_err(Refusal::Firmware)?;
+            return Ok(caller.write(data, &[0; 32])?);
         }
+        let status = self.snp_firmware("SNP_PLATFORM_STATUS", |snp| Ok(snp.status()))?;
+        let flags = u32::from(status.mask_chip_id)
+            | u32::from(status.mask_chip_key) << 1
+            | u32::from(status.vlek_loaded) << 2;
+        let firmware = status.firmware;
+        let mut bytes = vec![firmware.major, firmware.minor, status.state as u8, 1];
+        bytes.extend_from_slice(&u32::from(firmware.build).to_le_bytes());
+        bytes.extend_from_slice(&flags.to_le_bytes());
+        bytes.extend_from_slice(&status.guest_count.to_le_bytes());
+        bytes.extend_from_slice(&status.current_tcb.0);
+        bytes.extend_from_slice(&status.reported_tcb.0);
+        Ok(caller.write(data, &bytes)?)
     }
 
     /// What the software processor has not.

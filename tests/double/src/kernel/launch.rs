@@ -57,7 +57,17 @@ impl Kernel {
     }
 
     fn dispatch(&mut self, vm: &mut Vm, id: u32, op: &Op, detail: &mut String) -> Outcome {
+        let snp = vm.active && vm.vm_type == kvm::KVM_X86_SNP_VM;
         match id {
+            // An SNP guest has commands of its own only.
+            _ if snp && id < kvm::sev_cmd_id_KVM_SEV_SNP_LAUNCH_START => Err(Errno::EPERM.into()),
+            kvm::sev_cmd_id_KVM_SEV_SNP_LAUNCH_UPDATE if !snp => Err(Errno::EINVAL.into()),
+            _ if !snp && id >= kvm::sev_cmd_id_KVM_SEV_SNP_LAUNCH_START => {
+                Err(Errno::ENOTTY.into())
+            }
+            kvm::sev_cmd_id_KVM_SEV_SNP_LAUNCH_START => self.snp_start(vm, op),
+            kvm::sev_cmd_id_KVM_SEV_SNP_LAUNCH_UPDATE => self.snp_update(vm, op, detail),
+            kvm::sev_cmd_id_KVM_SEV_SNP_LAUNCH_FINISH => self.snp_finish(vm, op, detail),
             kvm::sev_cmd_id_KVM_SEV_INIT => self.init(vm, false),
             kvm::sev_cmd_id_KVM_SEV_ES_INIT => self.init(vm, true),
             kvm::sev_cmd_id_KVM_SEV_INIT2 => self.init2(vm, op),
@@ -382,6 +392,9 @@ fn name(id: u32) -> Option<&'static str> {
         kvm::sev_cmd_id_KVM_SEV_GET_ATTESTATION_REPORT => "ATTESTATION_REPORT",
         kvm::sev_cmd_id_KVM_SEV_SEND_CANCEL => "SEND_CANCEL",
         kvm::sev_cmd_id_KVM_SEV_INIT2 => "INIT2",
+        kvm::sev_cmd_id_KVM_SEV_SNP_LAUNCH_START => "SNP_LAUNCH_START",
+        kvm::sev_cmd_id_KVM_SEV_SNP_LAUNCH_UPDATE => "SNP_LAUNCH_UPDATE",
+        kvm::sev_cmd_id_KVM_SEV_SNP_LAUNCH_FINISH => "SNP_LAUNCH_FINISH",
         _ => return None,
     })
 }

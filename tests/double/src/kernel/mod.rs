@@ -4,6 +4,7 @@ mod device;
 mod fields;
 mod launch;
 mod migrate;
+mod snp;
 mod vm;
 
 pub use launch::vmsa;
@@ -12,11 +13,11 @@ use std::collections::BTreeMap;
 use std::fs::OpenOptions;
 use std::os::fd::{AsRawFd, OwnedFd};
 
+use casemate_attest::processor::snp::SnpProcessor;
 use casemate_attest::processor::{FirmwareError, SecureProcessor};
 use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
-use crate::child::Snp;
 use crate::error::DoubleError;
 use crate::filter::ioctl;
 use crate::memory::{Caller, PAGE, pages};
@@ -30,7 +31,14 @@ pub(crate) struct Parts {
     pub(crate) device: bool,
     pub(crate) vm_types: u32,
     pub(crate) asids: u32,
-    pub(crate) snp: Option<Snp>,
+    pub(crate) snp: Option<SnpParts>,
+}
+
+/// SNP's half of the processor.
+pub(crate) struct SnpParts {
+    pub(crate) processor: SnpProcessor,
+    /// Pages that Linux takes at a time.
+    pub(crate) batch: u64,
 }
 
 /// The kernel that a child sees.
@@ -59,6 +67,8 @@ pub(crate) enum Reply {
 enum Refusal {
     Kernel(Errno),
     Firmware(u32),
+    /// The firmware, at SNP_GCTX_CREATE, of which Linux makes ENOTTY.
+    NoContext(u32),
 }
 
 type Outcome = Result<(), Refusal>;
@@ -68,13 +78,14 @@ impl Refusal {
         match self {
             Self::Kernel(errno) => errno,
             Self::Firmware(_) => Errno::EIO,
+            Self::NoContext(_) => Errno::ENOTTY,
         }
     }
 
     fn code(self) -> u32 {
         match self {
             Self::Kernel(_) => 0,
-            Self::Firmware(code) => code,
+            Self::Firmware(code) | Self::NoContext(code) => code,
         }
     }
 }
@@ -107,12 +118,14 @@ impl Kernel {
 
     /// Guests that the firmware holds.
     pub(crate) fn guests(&self) -> u32 {
-        self.parts.processor.status().guest_count
+        let snp = self.parts.snp.as_ref();
+        let snp = snp.map_or(0, |snp| snp.processor.status().guest_count);
+        self.parts.processor.status().guest_count + snp
     }
 
-    /// The SNP configuration as it is now.
-    pub(crate) fn snp(&self) -> Option<Snp> {
-        self.parts.snp.clone()
+    /// SNP's half of the processor.
+    pub(crate) fn snp(&mut self) -> Option<&mut SnpProcessor> {
+        self.parts.snp.as_mut().map(|snp| &mut snp.processor)
     }
 
     /// `KVM_CREATE_VM` of a type that is not the default one.
@@ -203,6 +216,10 @@ impl Kernel {
             ioctl::KVM_MEMORY_ENCRYPT_UNREG_REGION => {
                 end(self.unregister(&mut vm, caller, argument))
             }
+            _ if vm.vm_type != kvm_bindings::KVM_X86_SNP_VM => Reply::Pass,
+            ioctl::KVM_CREATE_GUEST_MEMFD => self.create_guest_memfd(caller, argument),
+            ioctl::KVM_SET_USER_MEMORY_REGION2 => self.set_region(&mut vm, caller, argument),
+            ioctl::KVM_SET_MEMORY_ATTRIBUTES => end(self.set_attributes(&mut vm, caller, argument)),
             _ => Reply::Pass,
         };
         self.vms.insert(descriptor, vm);
@@ -267,11 +284,16 @@ impl Kernel {
         {
             return;
         }
-        if let Some(vm) = self.vms.remove(&descriptor)
-            && let Some(handle) = vm.handle
-        {
+        let Some(vm) = self.vms.remove(&descriptor) else {
+            return;
+        };
+        if let Some(handle) = vm.handle {
             let gone = self.parts.processor.decommission(handle);
             self.note("close vm: DECOMMISSION", &gone.map_err(Refusal::from));
+        }
+        if let Some(handle) = vm.snp.handle {
+            self.snp_decommission(handle);
+            self.note("close vm: SNP_DECOMMISSION", &Ok(()));
         }
     }
 
@@ -289,7 +311,10 @@ impl Kernel {
         self.log.push(match outcome {
             Ok(()) => what.to_owned(),
             Err(Refusal::Kernel(errno)) => format!("{what} -> {errno:?}"),
-            Err(Refusal::Firmware(code)) => format!("{what} -> EIO, firmware {code:#x}"),
+            Err(refusal) => {
+                let (errno, code) = (refusal.errno(), refusal.code());
+                format!("{what} -> {errno:?}, firmware {code:#x}")
+            }
         });
     }
 

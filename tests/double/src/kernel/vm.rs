@@ -4,6 +4,7 @@ use casemate_attest::processor::GuestHandle;
 use nix::errno::Errno;
 
 use super::Refusal;
+use super::snp::SnpVm;
 use crate::memory::{Caller, pages};
 
 /// One virtual machine.
@@ -22,6 +23,8 @@ pub(super) struct Vm {
     pub(super) regions: Vec<(u64, u64)>,
     /// Pages pinned.
     pub(super) locked: u64,
+    /// What an SNP machine has besides.
+    pub(super) snp: SnpVm,
 }
 
 impl Vm {
@@ -36,6 +39,7 @@ impl Vm {
             device: 0,
             regions: Vec::new(),
             locked: 0,
+            snp: SnpVm::default(),
         }
     }
 

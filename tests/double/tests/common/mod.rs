@@ -8,8 +8,9 @@ use casemate_attest::legacy::{
     GuestPolicy, LegacyChain, OwnerSession, SessionBlob, SevCertificate, TrustAnchors,
 };
 use casemate_attest::processor::Identity;
+use casemate_attest::processor::snp::{CaKeySize, Personality, SnpIdentity};
 use casemate_double::protocol::{Answer, Ask, Certificates, Device, Outcome, START, Step, Wrong};
-use casemate_double::{Config, Double};
+use casemate_double::{Config, Double, Snp};
 
 /// Policies: NODBG; with ES; with NOSEND.
 pub const SEV: u32 = 1;
@@ -30,10 +31,29 @@ pub const CODE: &[u8] = &[
 
 pub static SITE_A: LazyLock<Vec<u8>> = LazyLock::new(|| identity("a"));
 pub static SITE_B: LazyLock<Vec<u8>> = LazyLock::new(|| identity("b"));
+pub static SNP: LazyLock<Vec<u8>> = LazyLock::new(|| {
+    let make = || SnpIdentity::generate_with(CaKeySize::Rsa2048).unwrap();
+    kept(
+        "snp",
+        |bytes| SnpIdentity::from_bytes(bytes).is_ok(),
+        || make().to_bytes().unwrap().to_vec(),
+    )
+});
 
 /// A machine of site A that trusts nobody else.
 pub fn site_a() -> Config {
     Config::new(&SITE_A)
+}
+
+/// A machine of site A with SNP, a Milan, of which Linux takes two pages of a launch at a time.
+pub fn snp_machine() -> Config {
+    let mut config = site_a();
+    config.snp = Some(Snp {
+        identity: SNP.clone(),
+        personality: Personality::milan(),
+        batch: 2,
+    });
+    config
 }
 
 pub fn root(identity: &[u8]) -> [u8; 32] {
@@ -184,22 +204,30 @@ pub fn golden(name: &str, log: &[String]) {
     assert_eq!(log, expected, "{}:\n{}", path.display(), log.join("\n"));
 }
 
-/// An identity, made once for all test processes: RSA keys take a while.
 fn identity(name: &str) -> Vec<u8> {
+    kept(
+        name,
+        |bytes| Identity::from_bytes(bytes).is_ok(),
+        || Identity::generate().unwrap().to_bytes().to_vec(),
+    )
+}
+
+/// An identity, made once for all test processes: RSA keys take a while.
+fn kept(name: &str, good: fn(&[u8]) -> bool, make: impl FnOnce() -> Vec<u8>) -> Vec<u8> {
     let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
     let path = dir.join(format!("double-identity-{name}"));
-    let known = || {
-        let bytes = std::fs::read(&path).ok()?;
-        Identity::from_bytes(&bytes).is_ok().then_some(bytes)
-    };
+    let known = || std::fs::read(&path).ok().filter(|bytes| good(bytes));
     known().unwrap_or_else(|| {
-        let bytes = Identity::generate().unwrap().to_bytes().to_vec();
+        let bytes = make();
         let mut file = tempfile::NamedTempFile::new_in(dir).unwrap();
         std::io::Write::write_all(&mut file, &bytes).unwrap();
-        // Whoever comes second takes what is there.
-        if file.persist_noclobber(&path).is_ok() {
-            return bytes;
+        // Whoever comes second takes what is there, unless an older format left it.
+        match file.persist_noclobber(&path) {
+            Ok(_) => bytes,
+            Err(error) => known().unwrap_or_else(|| {
+                error.file.persist(&path).unwrap();
+                bytes
+            }),
         }
-        known().unwrap_or(bytes)
     })
 }
