@@ -66,13 +66,13 @@ fn layouts() -> Vec<Layout> {
 #[rustfmt::skip]
 fn numbers() -> Vec<(&'static str, u64)> {
     let mut numbers: Vec<(&'static str, u64)> = vec![
-        ("SEV_ISSUE_CMD", u64::from(nix::request_code_readwrite!(b'S', 0, size_of::<SevIssue>()))),
-        ("KVM_MEMORY_ENCRYPT_OP", u64::from(nix::request_code_readwrite!(0xae, 0xba, size_of::<u64>()))),
-        ("KVM_CREATE_GUEST_MEMFD", u64::from(nix::request_code_readwrite!(0xae, 0xd4, size_of::<kvm::kvm_create_guest_memfd>()))),
-        ("KVM_SET_USER_MEMORY_REGION2", u64::from(nix::request_code_write!(0xae, 0x49, size_of::<kvm::kvm_userspace_memory_region2>()))),
-        ("KVM_SET_MEMORY_ATTRIBUTES", u64::from(nix::request_code_write!(0xae, 0xd2, size_of::<kvm::kvm_memory_attributes>()))),
+        ("SEV_ISSUE_CMD", nix::request_code_readwrite!(b'S', 0, size_of::<SevIssue>())),
+        ("KVM_MEMORY_ENCRYPT_OP", nix::request_code_readwrite!(0xae, 0xba, size_of::<u64>())),
+        ("KVM_CREATE_GUEST_MEMFD", nix::request_code_readwrite!(0xae, 0xd4, size_of::<kvm::kvm_create_guest_memfd>())),
+        ("KVM_SET_USER_MEMORY_REGION2", nix::request_code_write!(0xae, 0x49, size_of::<kvm::kvm_userspace_memory_region2>())),
+        ("KVM_SET_MEMORY_ATTRIBUTES", nix::request_code_write!(0xae, 0xd2, size_of::<kvm::kvm_memory_attributes>())),
         ("KVM_HC_MAP_GPA_RANGE", crate::confidential::page_map::KVM_HC_MAP_GPA_RANGE),
-        ("KVM_MEMORY_ENCRYPT_REG_REGION", u64::from(nix::request_code_read!(0xae, 0xbb, size_of::<kvm::kvm_enc_region>()))),
+        ("KVM_MEMORY_ENCRYPT_REG_REGION", nix::request_code_read!(0xae, 0xbb, size_of::<kvm::kvm_enc_region>())),
     ];
     for (name, number) in [
         ("SEV_PLATFORM_STATUS", command::PLATFORM_STATUS),
@@ -210,7 +210,7 @@ fn compiled_and_run(headers: &Path) -> Result<String, String> {
 fn structures_and_numbers_are_those_of_linux_6_12() {
     let ours = table();
     assert_eq!(ours, COMMITTED, "the committed table of 6.12.95");
-    assert!(BLOB_MAX >= 3 * super::structs::CERTIFICATE);
+    const { assert!(BLOB_MAX >= 3 * super::structs::CERTIFICATE) };
     match headers() {
         Some(dir) => {
             let theirs = compiled_and_run(&dir).unwrap();
