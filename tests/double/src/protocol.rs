@@ -19,6 +19,11 @@ pub enum Ask {
         /// What the child does wrong, if it shall.
         wrong: Option<Wrong>,
     },
+    /// Launches a SEV guest of one empty page, and asks for its attestation report.
+    Report {
+        /// The asker's nonce.
+        mnonce: [u8; 16],
+    },
     /// Makes an SNP guest's machine and memory.
     SnpAttach {
         /// Pages of memory.

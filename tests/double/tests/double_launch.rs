@@ -9,11 +9,13 @@
 
 mod common;
 
-use casemate_attest::legacy::{ApiVersion, MeasureBlob};
+use casemate::confidential::kvm::FirmwareCode;
+use casemate_attest::legacy::{ApiVersion, MeasureBlob, SevReport};
 use casemate_attest::measure::LaunchDigest;
+use casemate_attest::processor::Identity;
 use casemate_double::protocol::{Answer, Ask, Step};
-use casemate_double::vmsa;
-use common::{COUNTER, SEV, SEV_ES, Vmm, code_page, golden, launch_steps, owner, site_a};
+use casemate_double::{Fault, vmsa};
+use common::{COUNTER, SEV, SEV_ES, SITE_A, Vmm, code_page, golden, launch_steps, owner, site_a};
 
 /// Measures, lets the owner check it against `loaded`, brings the secret in and finishes.
 fn prove_and_finish(vmm: &mut Vmm, policy: u32, loaded: &[u8]) {
@@ -71,6 +73,38 @@ fn a_sev_es_guest_has_its_registers_measured() {
     assert_eq!(vmm.bytes(&Ask::Run { outputs: 2 }), [1, 2]);
     vmm.close();
     golden("sev-es-launch.txt", &vmm.double.log());
+    vmm.finish();
+}
+
+#[test]
+fn an_attestation_report_is_asked_for_by_its_length_and_signed_by_the_platform() {
+    let mut vmm = Vmm::start(&site_a());
+    let report = vmm.bytes(&Ask::Report { mnonce: [7; 16] });
+    let report = SevReport::parse(&report).unwrap();
+    assert_eq!(report.mnonce(), [7; 16]);
+    assert_eq!(report.digest(), LaunchDigest::of(&[0; 4096]));
+    let identity = Identity::from_bytes(&SITE_A).unwrap();
+    report.verify_signed_by(&identity.chain().pek).unwrap();
+    let asked = |log: &[String]| {
+        let report = |call: &&String| call.starts_with("KVM_SEV_ATTESTATION_REPORT");
+        log.iter().filter(report).cloned().collect::<Vec<_>>()
+    };
+    let name = "KVM_SEV_ATTESTATION_REPORT".to_owned();
+    let query = format!("{name} -> EIO, firmware 0x4");
+    assert_eq!(asked(&vmm.double.log()), [query, name]);
+    for code in FirmwareCode::all().filter(|code| code.0 != 4) {
+        vmm.double
+            .fail("ATTESTATION_REPORT", 1, Fault::Firmware(code.0));
+        let (found, text) = vmm.ask(&Ask::Report { mnonce: [7; 16] }).unwrap_err();
+        assert_eq!(found, code.name());
+        assert!(text.starts_with("ATTESTATION_REPORT"), "{text}");
+        // At the second turn, when the length is known.
+        vmm.double
+            .fail_later("ATTESTATION_REPORT", 1, 1, Fault::Firmware(code.0));
+        let (found, _) = vmm.ask(&Ask::Report { mnonce: [7; 16] }).unwrap_err();
+        assert_eq!(found, code.name());
+    }
+    assert_eq!(vmm.double.guests(), 0);
     vmm.finish();
 }
 

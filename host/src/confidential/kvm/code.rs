@@ -12,6 +12,8 @@ pub struct FirmwareCode(pub u32);
 impl FirmwareCode {
     /// The kernel's own: the secure processor was never asked.
     pub const NOT_CALLED: Self = Self(u32::MAX);
+    /// A buffer is too short; the length that is needed comes back.
+    pub const INVALID_LEN: Self = Self(0x04);
     /// A parameter is not valid; of a CPUID page: the firmware has put the right values in it.
     pub const INVALID_PARAM: Self = Self(0x16);
 

@@ -13,10 +13,11 @@ use kvm_bindings::{
     kvm_sev_send_start, kvm_sev_send_update_data,
 };
 
+use super::code::FirmwareCode;
 use super::command::{Command, Commands, SevVm};
 use super::device::{SevDevice, address, address_mut, cut};
 use super::error::SevError;
-use super::structs::{MEASURE, SESSION};
+use super::structs::{BLOB_MAX, MEASURE, SESSION};
 use super::vm::{GuestKind, Initialise};
 use crate::confidential::launch::Firmware;
 use crate::confidential::protocol::PlatformEvidence;
@@ -103,19 +104,19 @@ impl<V: SevVm> KvmSev<V> {
     pub fn attestation_report(&mut self, mnonce: [u8; 16]) -> Result<Vec<u8>, SevError> {
         let mut query = kvm_sev_attestation_report::default();
         match self.commands.give(&mut query) {
-            // The firmware answers a length of 0 with INVALID_LEN and the right one.
-            Ok(()) | Err(SevError::Firmware { .. }) if query.len > 0 => {}
+            // The firmware refuses a length of 0, and says which is right.
+            Err(SevError::Firmware { code, .. }) if code == FirmwareCode::INVALID_LEN => {}
             Err(error) => return Err(error),
             Ok(()) => {
                 return Err(SevError::Answer {
                     command: "ATTESTATION_REPORT",
-                    what: "no length",
+                    what: "a report of no length",
                 });
             }
         }
         let length = usize::try_from(query.len)
             .ok()
-            .filter(|length| *length <= super::structs::BLOB_MAX)
+            .filter(|length| (1..=BLOB_MAX).contains(length))
             .ok_or(SevError::Answer {
                 command: "ATTESTATION_REPORT",
                 what: "a length that the kernel does not copy",

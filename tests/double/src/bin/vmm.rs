@@ -5,11 +5,12 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use casemate::confidential::kvm::{
-    GuestKind, RealSev, RealSnp, SevDevice, SevError, SnpConfig, SnpFinish, SnpIdBlock,
+    GuestKind, KvmSev, RealSev, RealSnp, SevDevice, SevError, SnpConfig, SnpFinish, SnpIdBlock,
     SnpInitialised, SnpLaunching, SnpPage, SnpRefused, SnpRunning, VLEK_WRAPPED, create_vm,
 };
+use casemate::confidential::launch::Firmware;
 use casemate::confidential::page_map::Conversion;
-use casemate::confidential::shared::{Access, SharedMemory};
+use casemate::confidential::shared::{Access, MemoryLayout, SharedMemory};
 use casemate::confidential::{GuestMemoryView, open_real};
 use casemate::vmm::confidential_hook::GuestProtection;
 use casemate::vmm::protocol::{EXCHANGE_SIZE, OwnerSession, PACKET_STRIDE, RoleError};
@@ -70,6 +71,7 @@ impl Child {
             } => self
                 .attach(policy, pages * 4096, amd, wrong)
                 .map(|()| Answer::Done),
+            Ask::Report { mnonce } => report(mnonce).map(Answer::Bytes),
             Ask::SnpAttach { pages } => self.attach_snp(pages * 4096).map(|()| Answer::Done),
             Ask::Open => {
                 self.device = Some(SevDevice::open()?);
@@ -418,6 +420,31 @@ fn device(device: &SevDevice, command: &Device) -> Result<Answer, RoleError> {
             done(device.snp_vlek_load(&wrapped))?
         }
     })
+}
+
+/// The one thing that the VMM's own interface has no word for: SEV's attestation report.
+fn report(mnonce: [u8; 16]) -> Result<Vec<u8>, RoleError> {
+    let kvm = Kvm::new().map_err(fault)?;
+    let (vm, initialise) = create_vm(&kvm, GuestKind::Sev)?;
+    let (memory, exchange) = (sealed(4096)?, sealed(EXCHANGE_SIZE as u64)?);
+    let device = std::fs::File::open("/dev/sev").map_err(fault)?;
+    let real = RealSev {
+        vm: Arc::new(vm),
+        initialise,
+        device: device.into(),
+        amd: Vec::new(),
+    };
+    let layout = MemoryLayout::packed(&[(0, 4096)])?;
+    let mut sev = KvmSev::attach(real, 1, memory.as_fd(), layout, exchange.as_fd())?;
+    sev.launch_start(None)?;
+    sev.launch_update(0, 4096)?;
+    sev.launch_measure()?;
+    sev.launch_finish()?;
+    let status = sev.guest_status()?;
+    if (status.policy, status.state) != (1, 3) {
+        return Err(fault(format!("{status:?}")));
+    }
+    Ok(sev.attestation_report(mnonce)?)
 }
 
 fn running(guest: &mut SnpRunning<Arc<VmFd>>, step: SnpStep) -> Result<Answer, RoleError> {

@@ -239,7 +239,7 @@ impl Kernel {
             }
             guest.launch_measure()
         });
-        if length == 0 {
+        if length == 0 && measured == Err(Refusal::Firmware(INVALID_LEN)) {
             measure.set(8, &MEASURE.to_le_bytes());
             measure.write_back()?;
         }
@@ -305,19 +305,34 @@ impl Kernel {
             .write(op.data, &words.map(u32::to_le_bytes).concat())?)
     }
 
-    /// `sev_get_attestation_report`. The software processor signs no such report, which is a firmware that does
-    /// not know the command; the kernel's own checks come first all the same.
+    /// `sev_get_attestation_report`.
     fn report(&mut self, vm: &mut Vm, op: &Op) -> Outcome {
-        let request = Fields::read(op.caller, op.data, 32)?;
+        let mut request = Fields::read(op.caller, op.data, 32)?;
         let (address, length) = (request.u64(16), request.u32(24));
         if length > 0 && address != 0 && length > BLOB_MAX {
             return Err(Errno::EINVAL.into());
         }
+        if !request.is_zero(28, 4) {
+            self.complain("ATTESTATION_REPORT", "padding is not zero");
+        }
         self.require_device(op.caller, vm.device)?;
-        self.script
-            .firmware("ATTESTATION_REPORT")
-            .map_err(Refusal::Firmware)?;
-        Err(Refusal::Firmware(INVALID_COMMAND))
+        let guest = vm.guest();
+        let enough = address != 0 && length >= REPORT;
+        let mnonce = request.bytes(0);
+        let report = self.firmware("ATTESTATION_REPORT", |processor| {
+            processor.guest(guest)?;
+            if !enough {
+                return Err(FirmwareError::InvalidLength { needed: REPORT });
+            }
+            processor.attestation_report(guest, &mnonce)
+        });
+        if length == 0 && report == Err(Refusal::Firmware(INVALID_LEN)) {
+            request.set(24, &REPORT.to_le_bytes());
+            request.write_back()?;
+        }
+        op.caller.write(address, report?.as_bytes())?;
+        request.set(24, &REPORT.to_le_bytes());
+        Ok(request.write_back()?)
     }
 
     /// `sev_issue_cmd`: the descriptor must be `/dev/sev`.
@@ -403,7 +418,9 @@ fn name(id: u32) -> Option<&'static str> {
 pub(super) const BLOB_MAX: u32 = 0x4000;
 /// Bytes of a SEV certificate.
 pub(super) const CERTIFICATE: usize = 2084;
+/// Bytes of an attestation report.
+const REPORT: u32 = 208;
 /// Measure and nonce.
 const MEASURE: u32 = 48;
+const INVALID_LEN: u32 = 0x04;
 const INVALID_ADDRESS: u32 = 0x09;
-const INVALID_COMMAND: u32 = 0x11;
