@@ -160,6 +160,41 @@ fn what_is_not_emulated_is_refused_at_the_start() {
 }
 
 #[test]
+fn the_registers_of_a_sev_es_guest_are_measured_in_order_and_it_stays_where_it_is() {
+    let mut platform = processor(&SITE_A, &[]).with_sev_es();
+    assert!(platform.status().config_es);
+    let plain = platform.launch_start(policy(&[]), None).unwrap();
+    platform.activate(plain, 1).unwrap();
+    let refused = platform
+        .guest(plain)
+        .unwrap()
+        .launch_update_vmsa(&[0; 4096]);
+    assert_eq!(refused, Err(FirmwareError::Unsupported));
+
+    let es = policy(&[PolicyFlag::EncryptedState]);
+    let (public, session) = owner(&platform, es);
+    let handle = platform
+        .launch_start(es, Some((&public.dh_cert, &public.session)))
+        .unwrap();
+    platform.activate(handle, 2).unwrap();
+    let guest = platform.guest(handle).unwrap();
+    guest.launch_update_data(&[1; 64]).unwrap();
+    let short = guest.launch_update_vmsa(&[2; 2048]);
+    assert_eq!(short, Err(FirmwareError::InvalidLength { needed: 4096 }));
+    guest.launch_update_vmsa(&[2; 4096]).unwrap();
+    let blob = guest.launch_measure().unwrap();
+    guest.launch_finish().unwrap();
+    let (api, build) = (platform.status().api, platform.status().build);
+    let loaded = [&[1u8; 64][..], &[2; 4096]].concat();
+    assert!(session.measure_fits(&LaunchDigest::of(&loaded), api, build, &blob));
+    let swapped = [&[2u8; 4096][..], &[1; 64]].concat();
+    assert!(!session.measure_fits(&LaunchDigest::of(&swapped), api, build, &blob));
+    let target = platform.pdh_cert_export().unwrap().clone();
+    let sent = platform.send_start(handle, &target).map(|_| ());
+    assert_eq!(sent, Err(FirmwareError::Unsupported));
+}
+
+#[test]
 fn handles_asids_and_room_are_watched() {
     let mut platform = processor(&SITE_A, &[]);
     assert_eq!(platform.status().state, PlatformState::Init);

@@ -7,7 +7,7 @@ use super::identity::API;
 use super::platform::BUILD;
 use crate::legacy::measure::{MeasureBlob, launch_measure};
 use crate::legacy::packet::{PacketCipher, PacketHeader, TransportKeys, random};
-use crate::legacy::policy::GuestPolicy;
+use crate::legacy::policy::{GuestPolicy, PolicyFlag};
 use crate::legacy::secret::SecretPacket;
 use crate::measure::{LaunchDigest, LaunchDigester};
 use serde::{Deserialize, Serialize};
@@ -42,6 +42,7 @@ pub enum GuestState {
 pub enum Command {
     LaunchStart,
     LaunchUpdateData,
+    LaunchUpdateVmsa,
     LaunchMeasure,
     LaunchSecret,
     LaunchFinish,
@@ -92,7 +93,7 @@ impl GuestState {
         use Command::*;
         match command {
             LaunchStart | ReceiveStart => matches!(self, Self::Uninit),
-            LaunchUpdateData | LaunchMeasure => matches!(self, Self::LUpdate),
+            LaunchUpdateData | LaunchUpdateVmsa | LaunchMeasure => matches!(self, Self::LUpdate),
             LaunchSecret | LaunchFinish => matches!(self, Self::LSecret),
             SendStart | AttestationReport => matches!(self, Self::Running),
             SendUpdateData | SendFinish | SendCancel => matches!(self, Self::SUpdate),
@@ -138,6 +139,21 @@ impl Guest {
         self.require_active(Command::LaunchUpdateData)?;
         whole_blocks(data.len(), u32::MAX as usize)?;
         self.digester.update(data);
+        Ok(())
+    }
+
+    /// LAUNCH_UPDATE_VMSA: measures one vCPU's save area, a page of a SEV-ES guest, as what comes next.
+    pub fn launch_update_vmsa(&mut self, vmsa: &[u8]) -> Result<(), FirmwareError> {
+        self.require_active(Command::LaunchUpdateVmsa)?;
+        if !self.policy.has(PolicyFlag::EncryptedState) {
+            return Err(FirmwareError::Unsupported);
+        }
+        if vmsa.len() != VMSA {
+            return Err(FirmwareError::InvalidLength {
+                needed: VMSA as u32,
+            });
+        }
+        self.digester.update(vmsa);
         Ok(())
     }
 
@@ -224,6 +240,9 @@ pub(super) fn whole_blocks(len: usize, most: usize) -> Result<(), FirmwareError>
     Ok(())
 }
 
+/// A save area fills a page.
+const VMSA: usize = 4096;
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -237,7 +256,11 @@ mod tests {
             (GuestState::Uninit, vec![LaunchStart, ReceiveStart]),
             (
                 GuestState::LUpdate,
-                [vec![LaunchUpdateData, LaunchMeasure], always.into()].concat(),
+                [
+                    vec![LaunchUpdateData, LaunchUpdateVmsa, LaunchMeasure],
+                    always.into(),
+                ]
+                .concat(),
             ),
             (
                 GuestState::LSecret,
@@ -260,6 +283,7 @@ mod tests {
         let commands = [
             LaunchStart,
             LaunchUpdateData,
+            LaunchUpdateVmsa,
             LaunchMeasure,
             LaunchSecret,
             LaunchFinish,

@@ -31,6 +31,10 @@ pub(super) fn send_start(
     if guest.policy.has(PolicyFlag::NoSend) {
         return Err(FirmwareError::PolicyFailure);
     }
+    // Registers would stay behind: no kernel has the commands that carry them.
+    if guest.policy.has(PolicyFlag::EncryptedState) {
+        return Err(FirmwareError::Unsupported);
+    }
     // Stricter than the SEV policy bit asks: no guest goes to a platform without a chain.
     let target = target.verify(peers)?;
     let same_owner = target.oca().public_key() == identity.chain().oca.public_key();

@@ -45,7 +45,7 @@ pub struct PlatformStatus {
     pub state: PlatformState,
     /// Whether an outside owner signed the platform.
     pub owned: bool,
-    /// Whether SEV-ES is initialised; never, here.
+    /// Whether SEV-ES is initialised.
     pub config_es: bool,
     /// How many guests it holds.
     pub guest_count: u32,
@@ -59,6 +59,7 @@ pub struct SecureProcessor {
     pub(super) peers: TrustAnchors,
     max_guests: u32,
     initialised: bool,
+    es: bool,
     guests: BTreeMap<GuestHandle, Guest>,
     last_handle: u32,
 }
@@ -78,9 +79,16 @@ impl SecureProcessor {
             peers,
             max_guests: config.max_guests,
             initialised: false,
+            es: false,
             guests: BTreeMap::new(),
             last_handle: 0,
         }
+    }
+
+    /// The same platform with SEV-ES configured; before INIT. Its guests cannot be sent.
+    pub fn with_sev_es(mut self) -> Self {
+        self.es = true;
+        self
     }
 
     /// INIT.
@@ -110,7 +118,7 @@ impl SecureProcessor {
             build: BUILD,
             state,
             owned: self.identity.owned(),
-            config_es: false,
+            config_es: self.es && self.initialised,
             guest_count: u32::try_from(self.guests.len()).unwrap_or(u32::MAX),
             emulated: true,
         }
@@ -146,6 +154,9 @@ impl SecureProcessor {
         session: &SessionBlob,
     ) -> Result<GuestHandle, FirmwareError> {
         self.require_startable(policy)?;
+        if policy.has(PolicyFlag::EncryptedState) {
+            return Err(FirmwareError::Unsupported);
+        }
         let keys = self.unwrap_session(policy, sender, session)?;
         self.add(policy, GuestState::RUpdate, &keys)
     }
@@ -236,7 +247,7 @@ impl SecureProcessor {
         if policy.min_api() > API {
             return Err(FirmwareError::PolicyFailure);
         }
-        if policy.has(PolicyFlag::EncryptedState) {
+        if policy.has(PolicyFlag::EncryptedState) && !self.es {
             return Err(FirmwareError::Unsupported);
         }
         Ok(())

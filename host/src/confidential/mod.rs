@@ -1,8 +1,9 @@
 //! Confidential technologies: the launch as a typestate, the software secure processor and its role.
 
 pub mod control;
-pub mod kvm_sev;
+pub mod kvm;
 pub mod launch;
+pub mod page_map;
 mod processor_guest;
 pub mod processor_role;
 pub mod protocol;
@@ -11,7 +12,7 @@ pub mod software;
 
 use std::os::fd::BorrowedFd;
 
-use crate::confidential::kvm_sev::{KvmSev, RealSev, SevVm};
+use crate::confidential::kvm::{KvmSev, RealSev, SevVm};
 use crate::confidential::launch::Guarded;
 use crate::confidential::shared::MemoryLayout;
 use crate::confidential::software::SoftwareFirmware;
@@ -80,7 +81,7 @@ pub fn open(
     }
 }
 
-/// Opens AMD's own secure processor for a VMM that can boot such a guest; see [`kvm_sev`] for what is untested.
+/// Opens AMD's own secure processor for a VMM that can boot such a guest; see [`kvm`] for what is untested.
 pub fn open_real<V: SevVm + 'static>(
     policy: u32,
     memory: GuestMemoryView<'_>,

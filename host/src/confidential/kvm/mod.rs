@@ -1,0 +1,31 @@
+//! AMD's secure processor behind Linux: KVM's encryption commands for a guest, `/dev/sev` for the platform.
+//!
+//! **Not yet met silicon.** No machine with an AMD secure processor was at hand. Layouts are compared with
+//! Linux 6.12's headers, and `tests/double` plays the kernel for this very code, with the software secure
+//! processor behind it; what only the hardware decides (encrypted page tables, caches, the RMP) is untested.
+//!
+//! Numbers and rules are Linux's `include/uapi/linux/psp-sev.h`, `arch/x86/include/uapi/asm/kvm.h` and
+//! `arch/x86/kvm/svm/sev.c` of 6.12, with the older INIT for kernels before 6.10.
+
+mod code;
+mod command;
+mod device;
+mod error;
+#[cfg(test)]
+mod layout;
+mod sev;
+mod snp;
+mod structs;
+mod vm;
+
+pub use code::FirmwareCode;
+pub use command::{ATTEMPTS, SevVm};
+pub use device::{DeviceStatus, PlatformCertificates, SevDevice, SnpConfig, SnpStatus};
+pub use error::SevError;
+pub use sev::{GuestStatus, KvmSev, RealSev};
+pub use snp::{
+    RealSnp, SnpFinish, SnpIdBlock, SnpInitialised, SnpLaunching, SnpPage, SnpRefused, SnpRunning,
+    SnpVm,
+};
+pub use structs::VLEK_WRAPPED;
+pub use vm::{GuestKind, Initialise, create_vm};
