@@ -55,7 +55,8 @@ pub fn parse_chain(body: &[u8]) -> Result<ChainBody, ResponseError> {
         if kind != SectionKind::Certificate {
             return Err(ResponseError::NotCertificates);
         }
-        one_sequence(&der)?;
+        // Bounded like a leaf, so that the chain written again is no longer than one may be.
+        parse_leaf(&der)?;
         certificates.push(der);
     }
     if certificates.is_empty() {
@@ -155,6 +156,28 @@ mod tests {
             code(&vec![b'\n'; MAX_CHAIN_LEN + 1]),
             Err("KDS_ANSWER_TOO_LONG")
         );
+    }
+
+    #[test]
+    fn a_chain_that_is_taken_can_be_read_again() {
+        use base64::Engine as _;
+        let one_line = |len: u16| {
+            let mut der = vec![0x30, 0x82];
+            der.extend(len.to_be_bytes());
+            der.resize(usize::from(len) + 4, 0);
+            let text = base64::engine::general_purpose::STANDARD.encode(der);
+            format!("-----BEGIN CERTIFICATE-----\n{text}\n-----END CERTIFICATE-----\n").repeat(2)
+        };
+        // Below the limit on one line each, above it in lines of 64.
+        let long = one_line(12_200);
+        assert!(long.len() < MAX_CHAIN_LEN);
+        assert_eq!(
+            parse_chain(long.as_bytes()).map(drop).map_err(|e| e.code()),
+            Err("KDS_ANSWER_TOO_LONG")
+        );
+        let fits = one_line(u16::try_from(MAX_LEAF_LEN).unwrap() - 4);
+        let chain = parse_chain(fits.as_bytes()).unwrap();
+        assert_eq!(parse_chain(chain.to_pem().as_bytes()), Ok(chain));
     }
 
     #[test]

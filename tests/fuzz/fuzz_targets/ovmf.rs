@@ -20,7 +20,10 @@ fuzz_target!(|bytes: &[u8]| {
     }
     let firmware = Firmware::new(ovmf);
     for technology in [Technology::Sev, Technology::SevEs, Technology::Snp] {
-        for kernel in [None, Some(KernelHashes::new(&FileHash::of(b""), None, None))] {
+        for kernel in [
+            None,
+            Some(KernelHashes::new(&FileHash::of(b""), None, None)),
+        ] {
             let description = GuestDescription {
                 technology,
                 firmware: &firmware,
