@@ -8,7 +8,9 @@ use casemate_attest::broker::evidence::CertificateKind;
 use casemate_attest::broker::{Appraiser, GuestEvidence, ResourcePath, Scope};
 use casemate_attest::chain::split_pem;
 use casemate_attest::verify::policy::PolicyError;
-use casemate_attest::verify::{Expectation, Nonce, OwnerPolicy, SnpEvidence, SnpVerifier, Verdict};
+use casemate_attest::verify::{
+    Check, Expectation, Nonce, OwnerPolicy, SnpEvidence, SnpVerifier, Verdict,
+};
 
 use super::config::{BrokerConfig, CertificatesConfig};
 use super::files::{self, FileError};
@@ -112,19 +114,17 @@ impl Appraiser for OwnerPolicies {
             .copied()
             .chain(leaves.is_empty().then_some(&[][..]))
         {
-            for crl in &lists {
-                let evidence = SnpEvidence {
-                    report: evidence.report.as_bytes(),
-                    leaf,
-                    certificates: &certificates,
-                    crl: *crl,
-                };
-                let verdict = verifier.verify(&evidence, &expectation);
-                if verdict.accepted() {
-                    return Some(verdict);
-                }
-                last = Some(verdict);
+            let evidence = SnpEvidence {
+                report: evidence.report.as_bytes(),
+                leaf,
+                certificates: &certificates,
+                crl: None,
+            };
+            let verdict = with_lists(verifier, evidence, &lists, &expectation)?;
+            if verdict.accepted() {
+                return Some(verdict);
             }
+            last = Some(verdict);
         }
         last
     }
@@ -150,6 +150,32 @@ impl OwnCertificates {
     }
 }
 
+/// The verdict with the list that fits. Where one of them revokes, an older one that still holds
+/// does not take it back. `None` without any list or the absence of one.
+fn with_lists<'a>(
+    verifier: &SnpVerifier,
+    evidence: SnpEvidence<'a>,
+    lists: &[Option<&'a [u8]>],
+    expectation: &Expectation<'_>,
+) -> Option<Verdict> {
+    let mut best: Option<Verdict> = None;
+    for crl in lists {
+        let evidence = SnpEvidence {
+            crl: *crl,
+            ..evidence
+        };
+        let verdict = verifier.verify(&evidence, expectation);
+        let revokes = |check: &Check| check.code.as_deref() == Some(REVOKED);
+        if verdict.failures().any(revokes) {
+            return Some(verdict);
+        }
+        if !best.as_ref().is_some_and(Verdict::accepted) {
+            best = Some(verdict);
+        }
+    }
+    best
+}
+
 fn policy(file: &Path) -> Result<OwnerPolicy, PoliciesError> {
     OwnerPolicy::parse(&required(file)?).map_err(|e| PoliciesError::Policy(file.to_owned(), e))
 }
@@ -158,4 +184,6 @@ fn required(file: &Path) -> Result<Vec<u8>, PoliciesError> {
     files::read_if_there(file, MAX_FILE_LEN)?.ok_or_else(|| PoliciesError::Missing(file.to_owned()))
 }
 
+/// The code of a list that is the root's own and names a certificate of the path.
+const REVOKED: &str = "CRL_REVOKED";
 const MAX_FILE_LEN: u64 = 1 << 20;

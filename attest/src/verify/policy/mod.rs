@@ -17,6 +17,8 @@
 //! masked_chip_id = "allow"             # the default; or "refuse"
 //!
 //! [tcb.genoa]                          # levels, part by part; what is not named may be 0
+//!                                      # with one product named, the others are refused;
+//!                                      # an empty [tcb.milan] asks nothing of Milan
 //! reported = { boot_loader = 9, snp = 22, microcode = 72 }
 //!
 //! [guest_policy]
@@ -127,7 +129,8 @@ pub struct PolicyFile {
     pub masked_chip_id: Option<Leave>,
     /// Chips, 64 bytes as reports carry them.
     pub chip_ids: Option<Vec<Hex<64>>>,
-    /// Minimum TCB levels of each product.
+    /// Minimum TCB levels of each product. Where one product has a minimum, a product without a
+    /// table is refused, since the host chooses the hardware; an empty table asks for nothing.
     #[serde(default)]
     pub tcb: BTreeMap<TcbProduct, TcbMinima>,
     /// The guest policy's bits.

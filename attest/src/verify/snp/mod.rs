@@ -33,10 +33,10 @@
 //! | `signing_key_allowed` | – | `SIGNING_KEY_NOT_ALLOWED` |
 //! | `csp_id` | – | `CSP_ID_NOT_ALLOWED` |
 //! | `chip_id` | – | `CHIP_ID_MASKED` `CHIP_ID_NOT_ALLOWED` |
-//! | `tcb_reported` | – | `TCB_REPORTED_TOO_OLD` `PRODUCT_UNKNOWN` |
-//! | `tcb_committed` | – | `TCB_COMMITTED_TOO_OLD` `PRODUCT_UNKNOWN` |
-//! | `tcb_current` | – | `TCB_CURRENT_TOO_OLD` `PRODUCT_UNKNOWN` |
-//! | `tcb_launch` | – | `TCB_LAUNCH_TOO_OLD` `PRODUCT_UNKNOWN` |
+//! | `tcb_reported` | – | `TCB_REPORTED_TOO_OLD` `TCB_PRODUCT_UNLISTED` `PRODUCT_UNKNOWN` |
+//! | `tcb_committed` | – | `TCB_COMMITTED_TOO_OLD` `TCB_PRODUCT_UNLISTED` `PRODUCT_UNKNOWN` |
+//! | `tcb_current` | – | `TCB_CURRENT_TOO_OLD` `TCB_PRODUCT_UNLISTED` `PRODUCT_UNKNOWN` |
+//! | `tcb_launch` | – | `TCB_LAUNCH_TOO_OLD` `TCB_PRODUCT_UNLISTED` `PRODUCT_UNKNOWN` |
 //! | `firmware_current` | – | `FIRMWARE_CURRENT_TOO_OLD` |
 //! | `firmware_committed` | – | `FIRMWARE_COMMITTED_TOO_OLD` |
 //! | `provisional_firmware` | – | `PROVISIONAL_FIRMWARE` |

@@ -236,7 +236,14 @@ impl Owner<'_> {
             return Check::cannot_verify(name, expected, hex::encode(raw.0), "PRODUCT_UNKNOWN");
         };
         let tcb = raw.of(product);
-        let Some(minimum) = self.rules().minima(product).and_then(pick) else {
+        let rules = self.rules();
+        let minima = rules.minima(product);
+        // Otherwise the host could choose its hardware so as to have no minimum.
+        if minima.is_none() && rules.tcb.values().any(|minima| pick(minima).is_some()) {
+            let expected = format!("a product with a minimum; the policy has no [tcb.{product}]");
+            return Check::rejected(name, &expected, tcb.to_string(), "TCB_PRODUCT_UNLISTED");
+        }
+        let Some(minimum) = minima.and_then(pick) else {
             let expected = format!("no minimum given for {product}");
             return Check::not_checked(name, &expected, tcb.to_string());
         };

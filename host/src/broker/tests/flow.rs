@@ -3,6 +3,7 @@
 use casemate_agent::client::ClientError;
 use casemate_attest::broker::protocol::{Attestation, report_data};
 use casemate_attest::broker::{FlattenedJwe, GuestEvidence, GuestKey, Step};
+use casemate_attest::processor::snp::forge::{CrlSpec, DAY, Signer, ago};
 
 use super::*;
 
@@ -171,6 +172,40 @@ fn the_owners_own_certificates_stand_in_for_the_guests() {
     let mut client = running.client();
     client.attest(&mut bare).unwrap();
     assert_eq!(client.resource(&path(DISK)).unwrap().as_slice(), SECRET);
+}
+
+/// The older list still holds, and comes first and last.
+#[test]
+fn a_newer_list_that_revokes_is_not_outdone_by_an_older_one() {
+    let case = Case::new();
+    let authority = Authority::shared();
+    let list = |file: &str, change: fn(&mut CrlSpec)| {
+        std::fs::write(case.folder.path().join(file), authority.crl(change)).unwrap();
+    };
+    list("older.crl", |spec| spec.this_update = ago(2 * DAY));
+    list("newer.crl", |spec| spec.revoked.push(Signer::Ask.serial()));
+    std::fs::write(
+        case.folder.path().join("other.crl"),
+        Authority::other().crl(|_| {}),
+    )
+    .unwrap();
+    for (crls, accepted) in [
+        ("\"older.crl\", \"other.crl\"", true),
+        ("\"other.crl\", \"older.crl\"", true),
+        ("\"older.crl\", \"newer.crl\"", false),
+        ("\"newer.crl\", \"older.crl\"", false),
+    ] {
+        case.configure(&format!("[certificates]\ncrls = [{crls}]\n"));
+        let running = case.start();
+        let attested = running.client().attest(&mut Emulated::default());
+        if accepted {
+            attested.unwrap();
+        } else {
+            let refused = code(attested);
+            assert_eq!(refused, (401, "EVIDENCE_NOT_ACCEPTED".into()), "{crls}");
+        }
+        running.stop();
+    }
 }
 
 #[test]

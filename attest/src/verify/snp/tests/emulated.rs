@@ -199,9 +199,14 @@ fn minima_hold_for_each_tcb_version_and_part_of_turin() {
             assert_eq!(given.codes(&allowing(&policy(level + 1))), [code]);
         }
     }
-    // Another product's minima are not Turin's.
-    let other = allowing("[tcb.genoa]\nreported = { microcode = 255 }");
-    assert!(turin(|_| {}).verdict(&other).accepted());
+    // Another product's minima are not Turin's, and Turin has to be there.
+    let other = "[tcb.genoa]\nreported = { microcode = 255 }";
+    assert_eq!(
+        turin(|_| {}).codes(&allowing(other)),
+        ["TCB_PRODUCT_UNLISTED"]
+    );
+    let both = format!("{other}\n[tcb.turin]");
+    assert!(turin(|_| {}).verdict(&allowing(&both)).accepted());
 }
 
 #[test]
