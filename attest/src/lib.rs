@@ -23,6 +23,9 @@
 //! has a root of its own that says `ARK-EMULATED` and `NOT AMD`; it counts only where the caller
 //! names its fingerprint, and every verdict over it carries `emulated: true`.
 //!
+//! `OWNERS.md` beside this crate's sources leads an owner through all of it, with the command line: from a guest's
+//! description to a released secret.
+//!
 //! `examples/sev_launch.rs` and `examples/snp_launch.rs` walk through whole launches.
 //!
 //! The formats follow AMD publications 55766, "Secure Encrypted Virtualization API", and

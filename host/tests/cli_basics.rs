@@ -148,7 +148,10 @@ fn completion_scripts_and_the_manual_page_are_whole() {
     for shell in ["bash", "zsh", "fish"] {
         let script = run(&["completion", shell]).expect(0).out;
         assert!(
-            script.contains("casemate") && script.contains("sandbox"),
+            script.contains("casemate")
+                && script.contains("sandbox")
+                && script.contains("ear-key")
+                && script.contains("broker"),
             "{shell}"
         );
         let checker = Command::new(shell)
@@ -172,6 +175,16 @@ fn completion_scripts_and_the_manual_page_are_whole() {
         "{page}"
     );
     assert!(page.contains("migrate"), "{page}");
+    for (title, option) in [
+        ("casemate-attest-verify", "allow\\-emulated"),
+        ("casemate-attest-reference-make", "id\\-key\\-digest"),
+        ("casemate-broker", "store.key"),
+    ] {
+        let own = page
+            .split(".TH ")
+            .find(|page| page.starts_with(&format!("{title} ")));
+        assert!(own.is_some_and(|page| page.contains(option)), "{title}");
+    }
 }
 
 #[test]

@@ -32,16 +32,16 @@ enum Command {
     /// Get a secret from a broker.
     Fetch {
         /// http://HOST:PORT or vsock://CID:PORT (the host is CID 2).
-        #[arg(long)]
+        #[arg(long, value_name = "URL")]
         broker: Endpoint,
-        /// repository/type/tag
-        #[arg(long)]
+        /// The secret's path: repository/type/tag.
+        #[arg(long, value_name = "PATH")]
         resource: ResourcePath,
         /// Where the secret goes, mode 0600; standard output without it.
-        #[arg(long)]
+        #[arg(long, value_name = "FILE")]
         out: Option<PathBuf>,
         /// How long to go on trying while the broker is not there, in seconds.
-        #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(..=86_400))]
+        #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(..=86_400))]
         wait: u64,
         #[command(flatten)]
         source: SourceArgs,
@@ -52,7 +52,7 @@ enum Command {
         #[arg(long, value_name = "HEX", value_parser = nonce)]
         nonce: [u8; 64],
         /// Where the report's 1184 bytes go; standard output, in hex, without it.
-        #[arg(long)]
+        #[arg(long, value_name = "FILE")]
         out: Option<PathBuf>,
         #[command(flatten)]
         source: SourceArgs,
@@ -68,8 +68,8 @@ struct SourceArgs {
     /// about hardware.
     #[arg(long, value_name = "SOCKET", conflicts_with = "source")]
     emulated_report_socket: Option<PathBuf>,
-    /// The privilege level to ask for.
-    #[arg(long, value_parser = clap::value_parser!(u8).range(..=3))]
+    /// The privilege level to ask for, 0 to 3 (default: the guest's own).
+    #[arg(long, value_name = "LEVEL", value_parser = clap::value_parser!(u8).range(..=3))]
     vmpl: Option<u8>,
 }
 

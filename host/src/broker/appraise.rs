@@ -7,6 +7,7 @@ use std::time::SystemTime;
 use casemate_attest::broker::evidence::CertificateKind;
 use casemate_attest::broker::{Appraiser, GuestEvidence, ResourcePath, Scope};
 use casemate_attest::chain::split_pem;
+use casemate_attest::reference::{ReferenceError, ReferenceValues, SignatureFileError, Signatures};
 use casemate_attest::verify::policy::PolicyError;
 use casemate_attest::verify::{
     Check, Expectation, Nonce, OwnerPolicy, SnpEvidence, SnpVerifier, Verdict,
@@ -17,9 +18,17 @@ use super::files::{self, FileError};
 
 /// One verifier for sessions and one for each resource.
 pub struct OwnerPolicies {
-    session: SnpVerifier,
-    resources: BTreeMap<ResourcePath, SnpVerifier>,
+    session: Rule,
+    resources: BTreeMap<ResourcePath, Rule>,
     own: OwnCertificates,
+}
+
+/// A policy, and the reference values that its own signers signed.
+struct Rule {
+    verifier: SnpVerifier,
+    /// Whether it names any launch at all.
+    names_launches: bool,
+    references: Vec<ReferenceValues>,
 }
 
 /// Why the policies cannot be used.
@@ -29,13 +38,26 @@ pub enum PoliciesError {
     #[error(transparent)]
     File(#[from] FileError),
     /// There is none.
-    #[error("policy {0} is not there")]
+    #[error("{0} is not there")]
     Missing(PathBuf),
     /// Not a policy.
     #[error("{0}: {1}")]
     Policy(PathBuf, PolicyError),
+    /// A file of signatures.
+    #[error("{0}: {1}")]
+    Signatures(PathBuf, SignatureFileError),
+    /// Reference values that no policy here believes, as the last one that names signers saw them.
+    #[error("references {0}: {1}")]
+    Reference(PathBuf, ReferenceError),
+    /// Reference values, and nobody who may sign them.
+    #[error(
+        "references {0}: no policy here has `reference_signers`, so they would count for nothing"
+    )]
+    NoSigners(PathBuf),
     /// A policy that lets any launch have a secret.
-    #[error("policy {0} of {1} names no launch: give `measurements`, or nobody is ever accepted")]
+    #[error(
+        "policy {0} of {1} names no launch: give `measurements`, or `reference_signers` here and what they signed under `references` in the configuration"
+    )]
     NoLaunch(PathBuf, ResourcePath),
 }
 
@@ -48,17 +70,20 @@ struct OwnCertificates {
 }
 
 impl OwnerPolicies {
-    /// Reads every policy that `config` names.
-    pub fn load(config: &BrokerConfig) -> Result<Self, PoliciesError> {
-        let session = SnpVerifier::new(policy(&config.session.policy)?);
+    /// Reads every policy that `config` names, and the reference values, which must be in force at `now`.
+    pub fn load(config: &BrokerConfig, now: SystemTime) -> Result<Self, PoliciesError> {
+        let mut documents = Documents::read(&config.references, now)?;
+        let session = documents.rule(policy(&config.session.policy)?);
         let mut resources = BTreeMap::new();
         for (name, file) in &config.resources {
-            let policy = policy(file)?;
-            if policy.rules().measurements.is_none() {
+            let rule = documents.rule(policy(file)?);
+            if !rule.names_launches {
+                documents.all_counted()?;
                 return Err(PoliciesError::NoLaunch(file.clone(), name.0.clone()));
             }
-            resources.insert(name.0.clone(), SnpVerifier::new(policy));
+            resources.insert(name.0.clone(), rule);
         }
+        documents.all_counted()?;
         Ok(Self {
             session,
             resources,
@@ -75,14 +100,14 @@ impl Appraiser for OwnerPolicies {
         report_data: &[u8; 64],
         now: SystemTime,
     ) -> Option<Verdict> {
-        let verifier = match scope {
+        let rule = match scope {
             Scope::Session => &self.session,
             Scope::Resource(path) => self.resources.get(path)?,
         };
         let nonce = Nonce::new(report_data).ok()?;
         let expectation = Expectation {
             nonce: Some(&nonce),
-            references: &[],
+            references: &rule.references,
             clock: now,
         };
         let mut certificates: Vec<Vec<u8>> = [CertificateKind::Ask, CertificateKind::Ark]
@@ -120,13 +145,84 @@ impl Appraiser for OwnerPolicies {
                 certificates: &certificates,
                 crl: None,
             };
-            let verdict = with_lists(verifier, evidence, &lists, &expectation)?;
+            let verdict = with_lists(&rule.verifier, evidence, &lists, &expectation)?;
             if verdict.accepted() {
                 return Some(verdict);
             }
             last = Some(verdict);
         }
         last
+    }
+}
+
+/// The files under `references`, and whether any policy believes them.
+struct Documents {
+    all: Vec<Document>,
+    now: SystemTime,
+}
+
+struct Document {
+    file: PathBuf,
+    bytes: Vec<u8>,
+    signatures: Signatures,
+    counts: bool,
+    refused: Option<ReferenceError>,
+}
+
+impl Documents {
+    fn read(files: &[PathBuf], now: SystemTime) -> Result<Self, PoliciesError> {
+        let all = files.iter().map(|file| {
+            let mut name = file.as_os_str().to_owned();
+            name.push(".sig");
+            let name = PathBuf::from(name);
+            Ok(Document {
+                file: file.clone(),
+                bytes: required(file)?,
+                signatures: Signatures::parse(&required(&name)?)
+                    .map_err(|e| PoliciesError::Signatures(name, e))?,
+                counts: false,
+                refused: None,
+            })
+        });
+        let all = all.collect::<Result<_, PoliciesError>>()?;
+        Ok(Self { all, now })
+    }
+
+    /// A policy with those documents that its signers signed. Whether they are in force is looked at again with
+    /// each piece of evidence.
+    fn rule(&mut self, policy: OwnerPolicy) -> Rule {
+        let mut references = Vec::new();
+        let rules = policy.rules();
+        if let Some(signers) = &rules.reference_signers {
+            let threshold = rules.reference_threshold();
+            for document in &mut self.all {
+                let (bytes, signatures) = (&document.bytes, &document.signatures);
+                match ReferenceValues::open(bytes, signatures, signers, threshold, self.now) {
+                    Ok(values) => {
+                        document.counts = true;
+                        references.push(values);
+                    }
+                    Err(error) => document.refused = Some(error),
+                }
+            }
+        }
+        Rule {
+            names_launches: rules.measurements.is_some() || !references.is_empty(),
+            verifier: SnpVerifier::new(policy),
+            references,
+        }
+    }
+
+    /// A document that counts for nobody is a mistake of the owner's.
+    fn all_counted(&mut self) -> Result<(), PoliciesError> {
+        let Some(lost) = self.all.iter_mut().find(|document| !document.counts) else {
+            return Ok(());
+        };
+        let file = lost.file.clone();
+        Err(match lost.refused.take() {
+            Some(error) => PoliciesError::Reference(file, error),
+            None => PoliciesError::NoSigners(file),
+        })
     }
 }
 

@@ -14,6 +14,7 @@ use serde::Deserialize;
 /// ```toml
 /// state_dir = "state"                  # the epoch, and how far the store has come
 /// listen = ["tcp:0.0.0.0:8080", "vsock:8080"]
+/// references = ["reference.toml"]        # for policies with reference_signers; signatures in FILE.sig
 ///
 /// [tls]                                # without it, only loopback and vsock
 /// certificate = "broker.crt"
@@ -36,6 +37,10 @@ pub struct BrokerConfig {
     pub state_dir: PathBuf,
     /// Where guests connect.
     pub listen: Vec<Listen>,
+    /// Signed reference values, each with its signatures in FILE.sig. They count for the policies whose
+    /// `reference_signers` signed them, and until they expire.
+    #[serde(default)]
+    pub references: Vec<PathBuf>,
     /// For addresses that are not this machine's own.
     pub tls: Option<TlsFiles>,
     /// The sealed file.
@@ -234,6 +239,7 @@ impl BrokerConfig {
         let certificates = leaves.iter_mut().chain(chain).chain(crls);
         let paths = [&mut self.state_dir, &mut self.session.policy].into_iter();
         let paths = paths
+            .chain(&mut self.references)
             .chain(self.resources.values_mut())
             .chain(tls)
             .chain(vault);

@@ -37,7 +37,9 @@ pub enum FileError {
         limit: u64,
     },
     /// Not a key.
-    #[error("{0} is no key: 64 hex digits or 32 bytes; make one with `openssl rand -hex 32`")]
+    #[error(
+        "{0} is no key: 64 hex digits or 32 bytes; make one with `(umask 077; head -c 32 /dev/urandom > FILE)`"
+    )]
     Key(PathBuf),
     /// systemd gave no credentials.
     #[error(
@@ -102,7 +104,9 @@ pub fn read_key(name: &str) -> Result<Zeroizing<[u8; 32]>, FileError> {
 
 /// Replaces a file whole or not at all, for its owner only, and on the disk when this returns.
 pub fn replace(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
-    let folder = path.parent().unwrap_or(Path::new("."));
+    // Of a name alone the parent is the empty path, which no system call takes.
+    let folder = path.parent().filter(|folder| *folder != Path::new(""));
+    let folder = folder.unwrap_or(Path::new("."));
     let write = || {
         let mut name = path.file_name().unwrap_or_default().to_owned();
         name.push(".new");

@@ -86,7 +86,7 @@ pub fn open_with(
     clock: Arc<dyn Clock>,
     log: Arc<dyn DecisionLog>,
 ) -> Result<Opened, BrokerError> {
-    let appraiser = Arc::new(OwnerPolicies::load(config)?);
+    let appraiser = Arc::new(OwnerPolicies::load(config, clock.wall())?);
     let state = State::open(&config.state_dir)?;
     let store = open_store(config)?;
     if let Err(error) = store.list() {

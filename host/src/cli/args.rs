@@ -99,6 +99,10 @@ pub enum Command {
         command: OwnerCommand,
     },
     /// Evidence: what a guest will measure, what a report proves, the certificates it takes.
+    #[command(
+        after_help = "An owner's way: measure, reference make and sign, fetch, verify; then `casemate broker`. \
+            attest/OWNERS.md leads through it."
+    )]
     Attest {
         /// What to do.
         #[command(subcommand)]

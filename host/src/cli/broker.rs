@@ -13,9 +13,20 @@ use crate::broker::{self, BrokerError};
 
 /// The key broker.
 #[derive(Debug, Args)]
+#[command(
+    after_help = "Exit status: 0 done, 1 failed or not there, 64 usage.\n\n\
+        The least configuration (TOML; paths are relative to its folder; policies as for `casemate attest verify`):\n\n  \
+        state_dir = \"state\"\n  \
+        listen = [\"tcp:127.0.0.1:8080\"]\n  \
+        references = [\"reference.toml\"]\n  \
+        store = { file = \"secrets.sealed\", key = \"store.key\" }\n  \
+        session = { policy = \"owner.toml\" }\n  \
+        resources = { \"default/key/disk\" = \"owner.toml\" }\n\n\
+        Example: casemate broker --config broker.toml put default/key/disk --from disk.key"
+)]
 pub struct BrokerArgs {
-    /// The broker's configuration.
-    #[arg(long)]
+    /// The broker's configuration (TOML).
+    #[arg(long, value_name = "FILE")]
     config: PathBuf,
     /// Without one, serve.
     #[command(subcommand)]
@@ -30,7 +41,7 @@ pub enum BrokerCommand {
         /// repository/type/tag
         path: ResourcePath,
         /// The secret; standard input without it.
-        #[arg(long)]
+        #[arg(long, value_name = "FILE")]
         from: Option<PathBuf>,
     },
     /// List the paths in the store, and whether a policy lets anybody have them.

@@ -112,12 +112,21 @@ fn run(cli: Cli) -> Result<u8, Failure> {
         }
         Command::Man => {
             let mut text = Vec::new();
-            clap_mangen::Man::new(Cli::command())
-                .render(&mut text)
-                .map_err(|e| output_failed(&e))?;
+            let mut cli = Cli::command().disable_help_subcommand(true);
+            cli.build();
+            manual(&cli, &mut text).map_err(|e| output_failed(&e))?;
             print_bytes(&text)
         }
     }
+}
+
+/// The page of a command, and behind it those of its own commands, as `man` shows several.
+fn manual(command: &clap::Command, text: &mut Vec<u8>) -> std::io::Result<()> {
+    clap_mangen::Man::new(command.clone()).render(text)?;
+    let below = command.get_subcommands();
+    below
+        .filter(|one| !one.is_hide_set())
+        .try_for_each(|one| manual(one, text))
 }
 
 fn doctor(json: bool) -> Result<u8, Failure> {

@@ -2,6 +2,7 @@
 
 mod flow;
 mod limits;
+mod references;
 mod vault;
 
 use std::io::{Read, Write};

@@ -21,6 +21,9 @@ pub struct MeasureArgs {
     vcpus: Option<VcpuCount>,
     #[command(flatten)]
     vcpu: VcpuArgs,
+    /// Print the digest and nothing else, for scripts.
+    #[arg(long)]
+    digest_only: bool,
 }
 
 #[derive(Serialize)]
@@ -39,7 +42,13 @@ struct Measured {
 
 /// Measures.
 pub fn run(args: &MeasureArgs, json: bool) -> Result<u8, Failure> {
+    if args.digest_only && json {
+        return Err(Failure::new("USAGE", "give --digest-only or --json"));
+    }
     let measured = args.measure()?;
+    if args.digest_only {
+        return print_bytes(format!("{}\n", measured.digest).as_bytes());
+    }
     if json {
         return print_json(&measured);
     }

@@ -38,9 +38,9 @@ pub enum ReferenceCommand {
         /// The signer's private key.
         #[arg(long, value_name = "FILE")]
         key: PathBuf,
-        /// The file of signatures; made if there is none.
+        /// The file of signatures; made if there is none (default: the document's name with .sig behind it).
         #[arg(long, value_name = "FILE")]
-        signatures: PathBuf,
+        signatures: Option<PathBuf>,
     },
     /// Check signatures and validity as a verifier will.
     Check(CheckArgs),
@@ -86,9 +86,9 @@ pub struct CheckArgs {
     /// The document.
     #[arg(long, value_name = "FILE")]
     document: PathBuf,
-    /// Its file of signatures.
+    /// Its file of signatures (default: the document's name with .sig behind it).
     #[arg(long, value_name = "FILE")]
-    signatures: PathBuf,
+    signatures: Option<PathBuf>,
     /// A signer's key (ed25519:…); once for each.
     #[arg(long, value_name = "KEY", required = true)]
     trust: Vec<SignerKey>,
@@ -117,7 +117,10 @@ pub fn run(command: ReferenceCommand, json: bool) -> Result<u8, Failure> {
             document,
             key,
             signatures,
-        } => sign(&document, &key, &signatures, json),
+        } => {
+            let signatures = signatures.unwrap_or_else(|| beside(&document));
+            sign(&document, &key, &signatures, json)
+        }
         ReferenceCommand::Check(args) => args.check(json),
     }
 }
@@ -213,7 +216,8 @@ impl CheckArgs {
             digest: Option<GuestDigest>,
         }
         let bytes = files::read(&self.document, MAX_DOCUMENT_LEN)?;
-        let signatures = read_signatures(&self.signatures)?;
+        let signatures = self.signatures.clone();
+        let signatures = read_signatures(&signatures.unwrap_or_else(|| beside(&self.document)))?;
         let now = self.at.map_or_else(SystemTime::now, Timestamp::time);
         let threshold = self.threshold.unwrap_or_else(|| distinct(&self.trust));
         let values = ReferenceValues::open(&bytes, &signatures, &self.trust, threshold, now)
@@ -287,6 +291,13 @@ fn show_key(public: SignerKey, json: bool) -> Result<u8, Failure> {
         return print_json(&Key { key: public });
     }
     print_bytes(format!("{public}\n").as_bytes())
+}
+
+/// Where a document's signatures are unless somebody says otherwise; verifiers look there.
+pub fn beside(document: &Path) -> PathBuf {
+    let mut name = document.as_os_str().to_owned();
+    name.push(".sig");
+    PathBuf::from(name)
 }
 
 fn read_document(path: &Path) -> Result<ReferenceDocument, Failure> {

@@ -18,6 +18,7 @@ use clap::Args;
 use serde::Serialize;
 use zeroize::Zeroizing;
 
+use super::reference::beside;
 use super::report_view::ReportView;
 use super::shared::{read, read_evidence};
 use crate::agent::api::Failure;
@@ -154,7 +155,7 @@ impl Inputs {
             .iter()
             .map(|path| reference(path, &policy, clock));
         Ok(Self {
-            collateral: Collateral::read(args, &report, clock)?,
+            collateral: Collateral::read(args, &policy, &report, clock)?,
             references: references.collect::<Result<_, _>>()?,
             key: key.transpose()?,
             report,
@@ -183,7 +184,12 @@ impl Inputs {
 
 impl Collateral {
     /// From the files that were named, and for the rest from the cache.
-    fn read(args: &VerifyArgs, report: &[u8], clock: SystemTime) -> Result<Self, Failure> {
+    fn read(
+        args: &VerifyArgs,
+        policy: &OwnerPolicy,
+        report: &[u8],
+        clock: SystemTime,
+    ) -> Result<Self, Failure> {
         let mut all = match &args.chain {
             Some(folder) => Self::folder(folder)?,
             None => Self::default(),
@@ -195,24 +201,38 @@ impl Collateral {
             all.leaf = read(path, MAX_EVIDENCE)?;
         }
         if let Some(folder) = &args.cache {
-            all.complete(args.leaf.is_none(), folder, report, clock)?;
+            let trust = all.trust(policy);
+            all.complete(args.leaf.is_none(), (folder, &trust), report, clock)?;
         }
         Ok(all)
+    }
+
+    /// AMD's roots, and each emulated one that came along and that the policy names: what is cached of it is read.
+    /// Whether it counts is for the verdict to say.
+    fn trust(&self, policy: &OwnerPolicy) -> SnpTrust {
+        let named: Vec<_> = policy.emulated_roots().map(|root| root.0).collect();
+        let mut trust = SnpTrust::amd();
+        for certificate in &self.certificates {
+            if let Ok(with) = trust.clone().with_emulated_root(certificate, &named) {
+                trust = with;
+            }
+        }
+        trust
     }
 
     /// What the cache has of this report; a report that cannot be read has nothing there.
     fn complete(
         &mut self,
         with_leaf: bool,
-        folder: &Path,
+        (folder, trust): (&Path, &SnpTrust),
         report: &[u8],
         clock: SystemTime,
     ) -> Result<(), Failure> {
         let Ok(report) = Report::parse(report) else {
             return Ok(());
         };
-        let (trust, cache) = (SnpTrust::amd(), Cache::at(folder));
-        let source = Source::new(&trust).with_cache(&cache);
+        let cache = Cache::at(folder);
+        let source = Source::new(trust).with_cache(&cache);
         let product = Leaf::parse(&self.leaf).ok().map(|leaf| leaf.product());
         let crl = if with_leaf {
             let kept = source.collateral(&report, product, clock);
@@ -297,9 +317,7 @@ fn reference(
 ) -> Result<ReferenceValues, Failure> {
     let rules = policy.rules();
     let signers = rules.reference_signers.as_deref().unwrap_or_default();
-    let mut name = path.as_os_str().to_owned();
-    name.push(".sig");
-    let name = PathBuf::from(name);
+    let name = beside(path);
     let signatures = Signatures::parse(&read(&name, MAX_SIGNATURES_LEN)?);
     let signatures = signatures.map_err(|e| usage(&name, &e))?;
     let document = read(path, MAX_DOCUMENT_LEN)?;
