@@ -4,8 +4,6 @@
 //! executed stands in [`NOT_EXECUTED`]; a block of any other kind fails the test.
 #![expect(
     clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
     clippy::indexing_slicing,
     reason = "a test fails by panicking"
 )]
