@@ -7,7 +7,8 @@
 //! one submodule, `cpu0`, and in it one extension, `casemate.verdict`: the verdict in short.
 //!
 //! An accepted verdict over an emulated platform is never `affirming`: its `hardware` claim is a
-//! warning, and `casemate.verdict` says `emulated: true`.
+//! warning, and `casemate.verdict` says `emulated: true`. Nor is one whose launch digest nobody
+//! asked about: without a claim on `executables` the status is `none`.
 
 mod jws;
 
@@ -284,7 +285,7 @@ impl TrustVector {
         }
     }
 
-    /// The tier of the worst claim.
+    /// The tier of the worst claim; never affirming without a claim on what runs.
     pub fn tier(&self) -> Tier {
         let claims = [
             self.instance_identity,
@@ -296,7 +297,7 @@ impl TrustVector {
         match claims.into_iter().max().unwrap_or(NO_CLAIM) {
             96.. => Tier::Contraindicated,
             32..=95 => Tier::Warning,
-            2..=31 => Tier::Affirming,
+            2..=31 if self.executables != NO_CLAIM => Tier::Affirming,
             _ => Tier::None,
         }
     }

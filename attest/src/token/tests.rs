@@ -125,6 +125,14 @@ fn the_status_is_never_better_than_the_verdict_or_the_vector() {
         let found = worst.into_iter().max();
         assert_eq!(found, Some(claim.max(3)), "{name}");
     }
+    let names = ["report_signature", "certificate_chain"];
+    let mut checks = names.map(|name| Check::accepted(name, "", "")).to_vec();
+    checks.push(Check::not_checked("measurement", "", ""));
+    let unmeasured = Verdict::of(checks, &names, false);
+    assert!(unmeasured.accepted());
+    let unmeasured = Ear::of(&unmeasured, &OwnerPolicy::default(), None, then(), HOUR).unwrap();
+    let (status, vector) = statuses(&unmeasured);
+    assert_eq!((status, vector.executables), (Tier::None, 0));
     let open = Check::cannot_verify("something", "", "", "CODE");
     assert_eq!(statuses(&ear(false, vec![open])).0, Tier::None);
     let nothing = Verdict::of(Vec::new(), &["report_signature"], false);

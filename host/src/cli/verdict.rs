@@ -41,10 +41,12 @@ pub fn outcome(verdict: &Verdict) -> String {
         Outcome::Rejected => "REJECTED",
         Outcome::CannotVerify => "CANNOT VERIFY",
     };
-    let codes: Vec<_> = verdict
+    let mut codes: Vec<_> = verdict
         .failures()
         .filter_map(|check| check.code.as_deref())
         .collect();
+    // One cause fails many checks.
+    codes.dedup();
     let open: Vec<_> = verdict
         .not_checked()
         .map(|check| check.name.as_str())

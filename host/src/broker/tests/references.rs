@@ -56,11 +56,17 @@ fn refused(case: &Case) -> String {
 fn what_the_policys_signer_signed_is_released_and_nothing_else() {
     let key = signer();
     for (measurement, released) in [(MEASUREMENT, true), (0x0e, false)] {
-        let running = case(Some(&key), &key, measurement).start();
+        let case = case(Some(&key), &key, measurement);
+        let running = case.start();
         let mut client = running.client();
         client.attest(&mut Emulated::default()).unwrap();
         let answer = client.resource(&DISK.parse().unwrap());
-        assert_eq!(answer.is_ok_and(|secret| *secret == SECRET), released);
+        let answer = answer.map(|secret| *secret == SECRET);
+        assert_eq!(
+            answer.as_ref().is_ok_and(|same| *same),
+            released,
+            "{answer:?}"
+        );
     }
 }
 

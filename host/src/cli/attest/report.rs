@@ -8,8 +8,9 @@ use casemate_attest::product::Product;
 use casemate_attest::report::Report;
 use casemate_attest::tcb::RawTcb;
 use casemate_attest::verify::{Check, CheckResult};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
+use super::report_view::ReportView;
 use super::shared::read_evidence;
 use crate::agent::api::Failure;
 use crate::cli::{print_bytes, print_json};
@@ -33,7 +34,7 @@ pub fn run(args: &Args, json: bool) -> Result<u8, Failure> {
             "verified": false,
             "note": NOTE,
             "source": evidence.source_format.to_string(),
-            "fields": fields(&report).into_iter().collect::<Map<_, _>>(),
+            "report": ReportView::of(&report, None),
             "azure": azure(&evidence, &report),
         }))
     } else {
@@ -41,7 +42,7 @@ pub fn run(args: &Args, json: bool) -> Result<u8, Failure> {
     }
 }
 
-/// Every field in the order of AMD's specification; the same in the table and in JSON.
+/// Every field in the order of AMD's specification, for the table.
 fn fields(report: &Report) -> Vec<(String, Value)> {
     let product = report.product();
     let text = |value: &dyn std::fmt::Display| Value::from(value.to_string());
@@ -50,7 +51,7 @@ fn fields(report: &Report) -> Vec<(String, Value)> {
     let mut put = |name: &str, value| fields.push((name.to_owned(), value));
     put("version", text(&report.version()));
     put("guest_svn", report.guest_svn().into());
-    put("policy", text(&report.policy()));
+    put("guest_policy", text(&report.policy()));
     put("family_id", hexed(&report.family_id()));
     put("image_id", hexed(&report.image_id()));
     put("vmpl", report.vmpl().into());

@@ -1,4 +1,4 @@
-//! The fields of an SNP report as JSON.
+//! The fields of an SNP report as JSON: the same for a report that is shown and for one that is verified.
 
 use casemate_attest::product::Product;
 use casemate_attest::report::{CpuidFms, FirmwareVersion, Report};
@@ -12,6 +12,9 @@ pub struct ReportView {
     product: Option<Product>,
     cpuid: Option<String>,
     signing_key: String,
+    author_key: bool,
+    chip_key_masked: bool,
+    migration_agent: bool,
     guest_svn: u32,
     guest_policy: String,
     family_id: String,
@@ -57,6 +60,9 @@ impl ReportView {
             product,
             cpuid: report.cpuid().map(cpuid),
             signing_key: report.signing_key().to_string().to_lowercase(),
+            author_key: report.has_author_key(),
+            chip_key_masked: report.masks_chip_key(),
+            migration_agent: report.has_migration_agent(),
             guest_svn: report.guest_svn(),
             guest_policy: format!("{:#x}", report.policy().0),
             family_id: hex::encode(report.family_id()),

@@ -195,10 +195,10 @@ impl Collateral {
             None => Self::default(),
         };
         if let Some(path) = &args.crl {
-            all.crl = Some(read(path, MAX_CRL_LEN)?);
+            all.crl = Some(read_evidence(path, MAX_CRL_LEN)?);
         }
         if let Some(path) = &args.leaf {
-            all.leaf = read(path, MAX_EVIDENCE)?;
+            all.leaf = read_evidence(path, MAX_EVIDENCE)?;
         }
         if let Some(folder) = &args.cache {
             let trust = all.trust(policy);
