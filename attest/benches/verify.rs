@@ -5,7 +5,7 @@
 //! *warm* keeps a verifier, as a broker does: signatures of intermediate, leaf and list were
 //! checked before; their dates, the report and all that the policy asks are checked each time.
 //! The `sev` crate checks signatures only; *cold* is its whole chain, *warm* the report's alone
-//! under a parsed leaf.
+//! under a parsed leaf. *signature_alone* is ring's check of the report's signature and nothing else.
 //!
 //! Rates are per second of processor time, so that other work on the machine falsifies little, and
 //! summed over the threads.
@@ -15,16 +15,18 @@
     reason = "a benchmark fails by panicking"
 )]
 
+use casemate_attest::chain::Leaf;
 use casemate_attest::processor::snp::{ReportFields, SnpIdentity};
 use casemate_attest::product::Product;
 use casemate_attest::report::{
-    CpuidFms, FirmwareVersion, PlatformInfo, ReportVersion, SigningKey, SnpPolicy,
+    CpuidFms, FirmwareVersion, PlatformInfo, Report, ReportVersion, SigningKey, SnpPolicy,
 };
 use casemate_attest::tcb::TcbVersion;
 use casemate_attest::verify::policy::Fingerprint;
 use casemate_attest::verify::{
     CheckResult, Expectation, Nonce, OwnerPolicy, SnpEvidence, SnpVerifier,
 };
+use ring::signature::{ECDSA_P384_SHA384_FIXED, UnparsedPublicKey};
 use serde_json::{Value, json};
 use sev::certs::snp::{Certificate, Chain, Verifiable, builtin, ca};
 use sev::firmware::guest::AttestationReport;
@@ -121,12 +123,18 @@ impl Case {
         let kept = SnpVerifier::new(self.owner());
         let leaf = Certificate::from_der(&self.leaf).unwrap();
         type Work<'a> = Box<dyn Fn() + Sync + 'a>;
-        let contestants: [(&str, Work<'_>); 4] = [
+        let ours = Leaf::parse(&self.leaf).unwrap();
+        let report = Report::parse(&self.report).unwrap();
+        let contestants: [(&str, Work<'_>); 5] = [
             (
                 "casemate_cold",
                 Box::new(|| self.verify(&SnpVerifier::new(self.owner()))),
             ),
             ("casemate_warm", Box::new(|| self.verify(&kept))),
+            (
+                "signature_alone",
+                Box::new(|| report_signature(&ours, &report)),
+            ),
             ("sev_cold", Box::new(|| self.sev_whole())),
             ("sev_warm", Box::new(|| self.sev_report(&leaf))),
         ];
@@ -187,6 +195,13 @@ impl Case {
         let report = AttestationReport::from_bytes(&self.report).unwrap();
         (leaf, &report).verify().unwrap();
     }
+}
+
+/// The least that any verdict with ring takes.
+fn report_signature(leaf: &Leaf, report: &Report) {
+    UnparsedPublicKey::new(&ECDSA_P384_SHA384_FIXED, leaf.public_key())
+        .verify(report.signed_bytes(), &report.signature().unwrap())
+        .unwrap();
 }
 
 fn per_second(work: &(impl Fn() + Sync), threads: u32, time: Duration) -> f64 {

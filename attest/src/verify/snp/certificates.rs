@@ -9,7 +9,7 @@ use crate::chain::{
 use crate::verify::floor::LEAF_FORMAT;
 use crate::verify::policy::{CrlMode, Fingerprint, OwnerPolicy};
 use crate::verify::verdict::Check;
-use ring::digest::{SHA256, digest};
+use ring::digest::{Context, SHA256, digest};
 use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,7 +22,7 @@ pub struct SnpVerifier {
     named_roots: Vec<[u8; 32]>,
     trust: Mutex<SnpTrust>,
     intermediates: Kept<TrustedIntermediate>,
-    leaves: Kept<VerifiedLeaf>,
+    paths: Kept<VerifiedLeaf>,
     lists: Kept<Arc<Crl>>,
 }
 
@@ -57,27 +57,6 @@ pub(in crate::verify) enum DateFinding {
 /// bound: when it is full it begins anew.
 struct Kept<T>(Mutex<HashMap<[u8; 32], T>>);
 
-/// Reads the leaf, and says whether it could be read.
-pub(super) fn leaf(bytes: &[u8]) -> (Check, Option<Leaf>) {
-    let expected = "a well-formed VCEK or VLEK certificate";
-    match Leaf::parse(bytes) {
-        Ok(leaf) => {
-            let found = format!(
-                "{} for {}, {}",
-                leaf.kind(),
-                leaf.product_name(),
-                leaf.tcb()
-            );
-            (Check::accepted(LEAF_FORMAT, expected, found), Some(leaf))
-        }
-        Err(error) => {
-            let code = error.code();
-            let check = Check::rejected(LEAF_FORMAT, expected, error.to_string(), code);
-            (check, None)
-        }
-    }
-}
-
 impl SnpVerifier {
     /// A verifier that has seen nothing yet.
     pub fn new(policy: OwnerPolicy) -> Self {
@@ -87,7 +66,7 @@ impl SnpVerifier {
             named_roots,
             trust: Mutex::new(SnpTrust::amd()),
             intermediates: Kept::new(),
-            leaves: Kept::new(),
+            paths: Kept::new(),
             lists: Kept::new(),
         }
     }
@@ -97,6 +76,28 @@ impl SnpVerifier {
         &self.policy
     }
 
+    /// Reads the leaf, and says whether it could be read.
+    pub(super) fn leaf(&self, evidence: &SnpEvidence<'_>) -> (Check, Option<Leaf>) {
+        let expected = "a well-formed VCEK or VLEK certificate";
+        let known = self.paths.get(&path_key(evidence));
+        let leaf = match known {
+            Some(verified) => Ok((*verified).clone()),
+            None => Leaf::parse(evidence.leaf),
+        };
+        match leaf {
+            Ok(leaf) => {
+                let name = leaf.product_name();
+                let found = format!("{} for {name}, {}", leaf.kind(), leaf.tcb());
+                (Check::accepted(LEAF_FORMAT, expected, found), Some(leaf))
+            }
+            Err(error) => {
+                let code = error.code();
+                let check = Check::rejected(LEAF_FORMAT, expected, error.to_string(), code);
+                (check, None)
+            }
+        }
+    }
+
     pub(super) fn chain(
         &self,
         leaf: Option<&Leaf>,
@@ -104,7 +105,7 @@ impl SnpVerifier {
         clock: SystemTime,
     ) -> ChainFinding {
         let verified = match leaf {
-            Some(leaf) => self.path(leaf, evidence.certificates, clock),
+            Some(leaf) => self.known_path(leaf, evidence, clock),
             None => Err(Fault {
                 text: "the leaf cannot be read".to_owned(),
                 code: "LEAF_UNREADABLE",
@@ -129,6 +130,27 @@ impl SnpVerifier {
         }
     }
 
+    /// The path as it was found for the same certificates before, with its dates at `clock`.
+    fn known_path(
+        &self,
+        leaf: &Leaf,
+        evidence: &SnpEvidence<'_>,
+        clock: SystemTime,
+    ) -> Result<(VerifiedLeaf, DateFinding), Fault> {
+        let key = path_key(evidence);
+        let Some(verified) = self.paths.get(&key) else {
+            let found = self.path(leaf, evidence.certificates, clock)?;
+            self.paths.put(key, found.0.clone());
+            return Ok(found);
+        };
+        // Revocation is a check of its own; what is left of this one are the dates.
+        let dates = match verified.recheck(&ANY, clock) {
+            Ok(_) => in_force(&verified),
+            Err(error) => DateFinding::Outside(fault(&error)),
+        };
+        Ok((verified, dates))
+    }
+
     /// The best path from the leaf to a root, and its dates at `clock`. Where only the dates do
     /// not hold, the path is found at a time when they do.
     fn path(
@@ -141,8 +163,8 @@ impl SnpVerifier {
         for candidate in self.intermediates(leaf, certificates)? {
             let outside = match self.verify_leaf(leaf, &candidate, clock) {
                 Ok(verified) => {
-                    let until = rfc3339(last_moment(&verified));
-                    return Ok((verified, DateFinding::InForce(format!("until {until}"))));
+                    let dates = in_force(&verified);
+                    return Ok((verified, dates));
                 }
                 Err(error @ (ChainError::Expired(_) | ChainError::NotYetValid(_))) => error,
                 Err(error) => {
@@ -214,10 +236,6 @@ impl SnpVerifier {
         clock: SystemTime,
     ) -> Result<VerifiedLeaf, ChainError> {
         let key = intermediate.fingerprint();
-        let path = sha256(&[leaf.fingerprint(), key].concat());
-        if let Some(verified) = self.leaves.get(&path) {
-            return verified.recheck(&ANY, clock);
-        }
         let issuer = match self.intermediates.get(&key) {
             Some(issuer) => issuer,
             None => {
@@ -227,9 +245,7 @@ impl SnpVerifier {
                 issuer
             }
         };
-        let verified = chain::verify(leaf, &issuer, &ANY, clock)?;
-        self.leaves.put(path, verified.clone());
-        Ok(verified)
+        chain::verify(leaf, &issuer, &ANY, clock)
     }
 
     /// The path at the leaf's first moment; or at its last, if what is above it came later.
@@ -366,6 +382,22 @@ fn path_text(verified: &VerifiedLeaf) -> String {
         verified.kind(),
         Fingerprint(issuer.root_fingerprint())
     )
+}
+
+/// Names these certificates, in this order, byte for byte.
+fn path_key(evidence: &SnpEvidence<'_>) -> [u8; 32] {
+    let mut context = Context::new(&SHA256);
+    let others = evidence.certificates.iter().map(Vec::as_slice);
+    for certificate in std::iter::once(evidence.leaf).chain(others) {
+        context.update(&sha256(certificate));
+    }
+    let mut key = [0; 32];
+    key.copy_from_slice(context.finish().as_ref());
+    key
+}
+
+fn in_force(verified: &VerifiedLeaf) -> DateFinding {
+    DateFinding::InForce(format!("until {}", rfc3339(last_moment(verified))))
 }
 
 /// When the first certificate of the path expires.

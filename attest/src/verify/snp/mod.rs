@@ -123,7 +123,7 @@ pub fn verify_snp(
 impl SnpVerifier {
     /// The verdict over `evidence`.
     pub fn verify(&self, evidence: &SnpEvidence<'_>, expectation: &Expectation<'_>) -> Verdict {
-        let (leaf_format, leaf) = certificates::leaf(evidence.leaf);
+        let (leaf_format, leaf) = self.leaf(evidence);
         let leaf = leaf.as_ref();
         let chain = self.chain(leaf, evidence, expectation.clock);
         let report = match Report::parse(evidence.report) {
