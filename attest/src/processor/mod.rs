@@ -8,6 +8,7 @@
 //! Commands arrive from a VMM that is not trusted with keys: a certificate, session or packet is
 //! refused with the firmware's own code, and a command in the wrong state changes nothing.
 
+mod asid;
 mod error;
 mod guest;
 mod identity;

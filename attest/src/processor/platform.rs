@@ -2,7 +2,7 @@
 
 use super::guest::{Command, Guest, GuestHandle, GuestState};
 use super::identity::{API, Identity};
-use super::{FirmwareError, migrate};
+use super::{FirmwareError, asid, migrate};
 use crate::legacy::certificate::{SevCertificate, Usage};
 use crate::legacy::chain::{LegacyChain, TrustAnchors};
 use crate::legacy::packet::TransportKeys;
@@ -205,16 +205,7 @@ impl SecureProcessor {
         let highest = self.max_guests;
         let guest = self.guest(handle)?;
         guest.require(Command::Activate)?;
-        if guest.asid.is_some() {
-            return Err(FirmwareError::Active);
-        }
-        if asid == 0 || asid > highest {
-            return Err(FirmwareError::InvalidAsid);
-        }
-        if owned {
-            return Err(FirmwareError::AsidOwned);
-        }
-        guest.asid = Some(asid);
+        guest.asid = Some(asid::free(guest.asid, asid, highest, owned)?);
         Ok(())
     }
 

@@ -54,6 +54,17 @@ pub trait Firmware: Send {
     fn decommission(&mut self);
 }
 
+/// Refuses a guest that arrives under another policy than its description says.
+pub fn check_arrival(policy: u32, described: u32) -> Result<(), RoleError> {
+    if policy == described {
+        return Ok(());
+    }
+    Err(RoleError::new(
+        "POLICY_FAILURE",
+        format!("the guest arrives with policy {policy:#x}, its description says {described:#x}"),
+    ))
+}
+
 /// LAUNCH_START has succeeded; nothing is measured yet.
 #[derive(Debug)]
 pub struct Started {

@@ -3,7 +3,7 @@
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
-use crate::confidential::launch::Firmware;
+use crate::confidential::launch::{Firmware, check_arrival};
 use crate::confidential::protocol::{
     GuestOutcome, GuestReply, GuestRequest, LAUNCH_CHUNK, PlatformEvidence,
 };
@@ -146,15 +146,7 @@ impl Firmware for SoftwareFirmware {
         source_pdh: &[u8],
         session: &[u8],
     ) -> Result<(), RoleError> {
-        if policy != self.policy {
-            return Err(RoleError::new(
-                "POLICY_FAILURE",
-                format!(
-                    "the guest arrives with policy {policy:#x}, its description says {:#x}",
-                    self.policy
-                ),
-            ));
-        }
+        check_arrival(policy, self.policy)?;
         self.done(&GuestRequest::ReceiveStart {
             policy,
             source_pdh: source_pdh.to_vec(),

@@ -1,6 +1,6 @@
 //! The platform: its firmware levels, its configuration, its guests and their ASIDs.
 
-use super::super::{FirmwareError, PlatformState};
+use super::super::{FirmwareError, PlatformState, asid};
 use super::guest::{
     GuestSecrets, SnpCommand, SnpGuest, SnpGuestHandle, SnpGuestState, SnpLaunchStart,
 };
@@ -324,16 +324,7 @@ impl SnpProcessor {
         let highest = self.max_guests;
         let guest = self.guest(handle)?;
         guest.require(SnpCommand::Activate)?;
-        if guest.asid.is_some() {
-            return Err(FirmwareError::Active);
-        }
-        if asid == 0 || asid > highest {
-            return Err(FirmwareError::InvalidAsid);
-        }
-        if owned {
-            return Err(FirmwareError::AsidOwned);
-        }
-        guest.asid = Some(asid);
+        guest.asid = Some(asid::free(guest.asid, asid, highest, owned)?);
         Ok(())
     }
 

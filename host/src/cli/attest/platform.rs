@@ -5,13 +5,11 @@ use std::path::{Path, PathBuf};
 use casemate_attest::legacy::report::SEV_REPORT_LEN;
 use casemate_attest::legacy::{CaCertificate, SevCertificate, SevReport, TrustAnchors};
 use casemate_attest::measure::LaunchDigest;
-use casemate_attest::verify::{
-    CheckResult, Outcome, Place, SevPlatform, SevReportExpected, Verdict, verify_sev_platform,
-};
+use casemate_attest::verify::{Place, SevPlatform, SevReportExpected, verify_sev_platform};
 
 use super::shared::{fixed, read_evidence, usage};
 use crate::agent::api::Failure;
-use crate::cli::{print_bytes, print_json};
+use crate::cli::{print_bytes, print_json, verdict};
 
 /// Arguments of `casemate attest platform`.
 #[derive(Debug, clap::Args)]
@@ -49,13 +47,10 @@ pub fn run(args: &Args, json: bool) -> Result<u8, Failure> {
     if json {
         print_json(&verdict)?;
     } else {
-        print_bytes(table(&verdict).as_bytes())?;
+        let text = verdict::table(&verdict) + &verdict::outcome(&verdict);
+        print_bytes(text.as_bytes())?;
     }
-    Ok(match verdict.overall {
-        Outcome::Accepted => 0,
-        Outcome::Rejected => 1,
-        Outcome::CannotVerify => 2,
-    })
+    Ok(verdict::exit_status(&verdict))
 }
 
 /// A report that cannot be parsed is rejected as a whole: there is nothing to check in it.
@@ -112,37 +107,6 @@ fn platform(dir: &Path) -> Result<SevPlatform, Failure> {
         pek: sev("pek.cert")?,
         pdh: sev("pdh.cert")?,
     })
-}
-
-fn table(verdict: &Verdict) -> String {
-    use std::fmt::Write as _;
-    let mut text = String::new();
-    for check in &verdict.checks {
-        let mark = match check.result {
-            CheckResult::Accepted => "accepted",
-            CheckResult::Rejected => "REJECTED",
-            CheckResult::CannotVerify => "UNVERIFIED",
-            CheckResult::NotChecked => "not checked",
-        };
-        let code = check.code.as_ref().map(|code| format!(" [{code}]"));
-        let code = code.unwrap_or_default();
-        let _ = writeln!(
-            text,
-            "  {mark:<11} {:<20} {}{code}",
-            check.name, check.found
-        );
-    }
-    text.push_str(match verdict.overall {
-        Outcome::Accepted => "accepted",
-        Outcome::Rejected => "REJECTED",
-        Outcome::CannotVerify => "CANNOT VERIFY",
-    });
-    text.push_str(if verdict.emulated {
-        " (emulated, NOT AMD)\n"
-    } else {
-        "\n"
-    });
-    text
 }
 
 /// The longest set, PEK ‖ OCA ‖ CEK, has 6252 bytes.

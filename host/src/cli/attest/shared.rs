@@ -53,11 +53,7 @@ impl TrustArgs {
 
 /// Reads a file that the caller named, of at most `max` bytes.
 pub fn read(file: &Path, max: usize) -> Result<Vec<u8>, Failure> {
-    let mut bytes = Vec::new();
-    let limit = u64::try_from(max).unwrap_or(u64::MAX).saturating_add(1);
-    File::open(file)
-        .and_then(|open| open.take(limit).read_to_end(&mut bytes))
-        .map_err(|e| usage(format!("{} cannot be read: {e}", file.display())))?;
+    let bytes = read_evidence(file, max)?;
     if bytes.len() > max {
         let text = format!("{} is longer than {max} bytes", file.display());
         return Err(usage(text));

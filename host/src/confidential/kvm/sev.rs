@@ -19,7 +19,7 @@ use super::device::{SevDevice, address, address_mut, cut};
 use super::error::SevError;
 use super::structs::{BLOB_MAX, MEASURE, SESSION};
 use super::vm::{GuestKind, Initialise};
-use crate::confidential::launch::Firmware;
+use crate::confidential::launch::{Firmware, check_arrival};
 use crate::confidential::protocol::PlatformEvidence;
 use crate::confidential::shared::{Access, Exchange, GuestMemory, HEADER, MemoryLayout, Packet};
 use crate::vmm::protocol::{Measurement, OwnerSession, RoleError};
@@ -328,15 +328,7 @@ impl<V: SevVm> Firmware for KvmSev<V> {
         source_pdh: &[u8],
         session: &[u8],
     ) -> Result<(), RoleError> {
-        if policy != self.policy {
-            return Err(RoleError::new(
-                "POLICY_FAILURE",
-                format!(
-                    "the guest arrives with policy {policy:#x}, its description says {:#x}",
-                    self.policy
-                ),
-            ));
-        }
+        check_arrival(policy, self.policy)?;
         Ok(self.open_receive(source_pdh, session)?)
     }
 
