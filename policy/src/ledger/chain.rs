@@ -44,9 +44,9 @@ impl Rotation {
 
 /// The keys of a log in their order, and whether one of them is trusted.
 #[derive(Clone, Debug)]
-pub(super) struct Chain {
-    pub(super) keys: Vec<VerifyingKey>,
-    pub(super) current: VerifyingKey,
+pub(crate) struct Chain {
+    pub(crate) keys: Vec<VerifyingKey>,
+    pub(crate) current: VerifyingKey,
     pub(super) rotations: Vec<Rotation>,
     anchored: bool,
 }
@@ -62,7 +62,7 @@ impl Chain {
     }
 
     /// The chain that these rotations prove, from the key that the first of them claims, or else from `key`.
-    pub(super) fn from_rotations(
+    pub(crate) fn from_rotations(
         rotations: &[Rotation],
         key: &VerifyingKey,
         trusted: &[VerifyingKey],
@@ -93,7 +93,7 @@ impl Chain {
     }
 
     /// Whether a trusted key is among them.
-    pub(super) fn anchored(&self) -> bool {
+    pub(crate) fn anchored(&self) -> bool {
         self.anchored
     }
 }

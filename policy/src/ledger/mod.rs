@@ -16,6 +16,8 @@ mod chain;
 pub mod cosign;
 mod error;
 mod files;
+mod filter;
+mod follow;
 mod frame;
 pub mod merkle;
 pub mod note;
@@ -31,11 +33,15 @@ use std::path::{Path, PathBuf};
 pub use chain::Rotation;
 pub use cosign::{Cosigner, WitnessKey, Witnesses};
 pub use error::LedgerError;
+pub use filter::Filter;
+pub use follow::Follower;
 pub use merkle::{Frontier, Hash, Nodes, Tree};
 pub use note::{Checkpoint, NoteError, Signer, VerifyingKey};
 pub use record::{Clock, Detail, Entry, Outcome, Record, Stamp, SystemClock};
 pub use tiles::TileTree;
-pub use verify::{Audited, Verified, audit, verify};
+pub use verify::{Audited, Verified, audit, audit_with_tree, verify};
+
+pub(crate) use chain::{Chain, hashes};
 
 use frame::Kind;
 use verify::{Scanner, Start};

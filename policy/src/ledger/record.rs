@@ -174,7 +174,7 @@ impl Entry {
         self
     }
 
-    pub(super) fn stamped(self, seq: u64, stamp: Stamp) -> Record {
+    pub(crate) fn stamped(self, seq: u64, stamp: Stamp) -> Record {
         Record {
             action: self.action,
             actor: self.actor,

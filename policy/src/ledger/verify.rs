@@ -107,6 +107,28 @@ pub fn audit(
     scanner.finish()
 }
 
+/// [`audit()`], with a tree to make proofs from: of the newest file from its records, before that from the tiles, which
+/// are only read.
+pub fn audit_with_tree(
+    path: &Path,
+    trusted: &[VerifyingKey],
+    held: &[String],
+    each: &mut dyn FnMut(Record, &str),
+) -> Result<(Audited, TileTree), LedgerError> {
+    let folder = files::tiles(path);
+    let mut tree = match super::start_of(path)? {
+        Some(start) => TileTree::load(&folder, start)?,
+        None => TileTree::new(&folder),
+    };
+    let audited = audit(path, trusted, held, &mut |record, leaf| {
+        if record.seq == tree.frontier().size() {
+            tree.push(merkle::leaf_hash(leaf.as_bytes()));
+        }
+        each(record, leaf);
+    })?;
+    Ok((audited, tree))
+}
+
 /// What an audit found.
 #[derive(Debug)]
 pub struct Audited {
@@ -399,10 +421,11 @@ impl<'a> Scanner<'a> {
             record: payload.to_owned(),
             proof: self.frontier.peaks().iter().rev().copied().collect(),
         });
-        if record.action == RETENTION && record.actor == chain::LEDGER {
-            if let Some(Detail::Number(removed)) = record.detail.get("removed_to") {
-                self.removed_to = self.removed_to.max(*removed);
-            }
+        if record.action == RETENTION
+            && record.actor == chain::LEDGER
+            && let Some(Detail::Number(removed)) = record.detail.get("removed_to")
+        {
+            self.removed_to = self.removed_to.max(*removed);
         }
         self.frontier.push(merkle::leaf_hash(payload.as_bytes()));
         self.compare_held();
