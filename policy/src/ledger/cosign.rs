@@ -4,14 +4,16 @@
 //! show one history to one auditor and another to the next.
 
 use std::collections::BTreeSet;
-use std::fmt;
+use std::path::Path;
 use std::str::FromStr;
+use std::{fmt, fs, io};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use ring::signature::{ED25519, Ed25519KeyPair, KeyPair as _, UnparsedPublicKey};
 
-use super::note::{self, DASH, Note, NoteError};
+use super::note::{self, Checkpoint, DASH, Note, NoteError, VerifyingKey};
+use super::{LedgerError, files};
 
 /// The public key of a witness: `name+hash+base64`, type 4.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -174,6 +176,52 @@ pub fn merge(note: &str, other: &str) -> Result<String, NoteError> {
     Ok(merged)
 }
 
+/// Keeps a co-signed checkpoint beside the ledger, once it has been shown to be one of its own and enough witnesses have
+/// signed it; returns who did and when.
+pub fn store<'w>(
+    path: &Path,
+    trusted: &[VerifyingKey],
+    witnesses: &'w Witnesses,
+    note: &str,
+) -> Result<Vec<(&'w str, u64)>, LedgerError> {
+    super::audit(path, trusted, &[note.to_owned()], &mut |_, _| {})?;
+    let found = witnesses.check(note).map_err(LedgerError::Note)?;
+    let size = Checkpoint::unverified(note)
+        .map_err(LedgerError::Note)?
+        .size;
+    let folder = files::cosigned(path);
+    let file = folder.join(format!("{size:020}"));
+    let merged = match fs::read_to_string(&file) {
+        Ok(there) => merge(&there, note).map_err(LedgerError::Note)?,
+        Err(_) => note.to_owned(),
+    };
+    let fresh = file.with_extension("new");
+    fs::create_dir_all(&folder)
+        .and_then(|()| fs::write(&fresh, merged))
+        .and_then(|()| fs::rename(&fresh, &file))
+        .map_err(LedgerError::Io)?;
+    Ok(found)
+}
+
+/// The co-signed checkpoints that are kept beside a ledger, oldest first. Not believed: verify them.
+pub fn stored(path: &Path) -> Result<Vec<String>, LedgerError> {
+    let mut notes = Vec::new();
+    let entries = match fs::read_dir(files::cosigned(path)) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(notes),
+        Err(error) => return Err(LedgerError::Io(error)),
+    };
+    let mut names = Vec::new();
+    for entry in entries {
+        names.push(entry.map_err(LedgerError::Io)?.path());
+    }
+    names.sort();
+    for name in names.iter().filter(|name| name.extension().is_none()) {
+        notes.push(fs::read_to_string(name).map_err(LedgerError::Io)?);
+    }
+    Ok(notes)
+}
+
 fn message(time: u64, text: &str) -> String {
     format!("cosignature/v1\ntime {time}\n{text}")
 }
@@ -185,7 +233,7 @@ mod tests {
     use ring::rand::SystemRandom;
 
     use super::*;
-    use crate::ledger::{Checkpoint, Signer};
+    use crate::ledger::{Checkpoint, Entry, Ledger, Outcome, Signer};
 
     fn witness(name: &str) -> Cosigner {
         let pkcs8 = Ed25519KeyPair::generate_pkcs8(&SystemRandom::new()).unwrap();
@@ -243,6 +291,27 @@ mod tests {
         assert_eq!(two.check(&other), Err(NoteError::BadSignature));
         assert!(merge(&merged, &other).is_err());
         assert!(Witnesses::new(keys, 3).is_err());
+    }
+
+    #[test]
+    fn only_checkpoints_of_the_log_are_kept_and_lines_are_gathered() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("ledger");
+        let signer = || Signer::from_seed("log.test", &[1; 32]).unwrap();
+        let mut ledger = Ledger::open(&path, signer()).unwrap();
+        let entry = Entry::new("a", "b", "c", Outcome::Done);
+        let ours = ledger.append_signed(entry).unwrap().1;
+        let (a, b) = (witness("w.test/a"), witness("w.test/b"));
+        let any = Witnesses::new(vec![a.witness_key(), b.witness_key()], 1).unwrap();
+        let trusted = [signer().verifying_key()];
+        let foreign = a.cosign(&note(), 5).unwrap();
+        assert!(store(&path, &trusted, &any, &foreign).is_err());
+        assert!(store(&path, &trusted, &any, &ours).is_err());
+        for witness in [&a, &b] {
+            store(&path, &trusted, &any, &witness.cosign(&ours, 5).unwrap()).unwrap();
+        }
+        let kept = stored(&path).unwrap();
+        assert_eq!((kept.len(), any.check(&kept[0]).unwrap().len()), (1, 2));
     }
 
     #[test]

@@ -44,6 +44,11 @@ pub(super) fn tiles(path: &Path) -> PathBuf {
     with_suffix(path, ".tiles")
 }
 
+/// The folder of checkpoints that witnesses have co-signed.
+pub(super) fn cosigned(path: &Path) -> PathBuf {
+    with_suffix(path, ".cosigned")
+}
+
 /// The next file, while it is being made.
 pub(super) fn fresh(path: &Path) -> PathBuf {
     with_suffix(path, ".new")

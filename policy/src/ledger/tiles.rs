@@ -217,6 +217,36 @@ pub fn index_path(index: u64) -> String {
     path
 }
 
+/// Writes entry bundles for records that are leaves from `first` on: each leaf behind its length in two bytes. Those of a
+/// tile that is not complete, at either end, are left out at the beginning and written as a partial one at the end.
+pub fn export_entries(to: &Path, first: u64, leaves: &[String]) -> Result<(), TileError> {
+    let begin = first.next_multiple_of(WIDTH);
+    let skip = usize::try_from(begin - first).unwrap_or(usize::MAX);
+    let leaves = leaves.get(skip..).unwrap_or_default();
+    for (index, chunk) in (begin / WIDTH..).zip(leaves.chunks(WIDTH as usize)) {
+        let width = chunk.len() as u64;
+        let mut path = to.join("tile/entries").join(index_path(index));
+        if width < WIDTH {
+            path.as_mut_os_string().push(format!(".p/{width}"));
+        }
+        let mut bytes = Vec::new();
+        for leaf in chunk {
+            let length = u16::try_from(leaf.len());
+            let length = length.map_err(|_| TileError::Damaged { path: path.clone() })?;
+            bytes.extend_from_slice(&length.to_be_bytes());
+            bytes.extend_from_slice(leaf.as_bytes());
+        }
+        let parent = path.parent().unwrap_or(to);
+        fs::create_dir_all(parent)
+            .and_then(|()| fs::write(&path, bytes))
+            .map_err(|source| TileError::Io {
+                path: path.clone(),
+                source,
+            })?;
+    }
+    Ok(())
+}
+
 /// Why a tile could not be had.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -336,6 +366,31 @@ mod tests {
                 tiles = TileTree::load(directory.path(), tiles.frontier().clone()).unwrap();
             }
         }
+    }
+
+    #[test]
+    fn an_exported_log_is_complete() {
+        let directory = tempfile::tempdir().unwrap();
+        let (tiles, _) = grown(&directory.path().join("own"), 600);
+        let to = directory.path().join("export");
+        tiles.export(&to).unwrap();
+        let leaves: Vec<String> = (0..600).map(|n| format!("leaf {n}")).collect();
+        export_entries(&to, 0, &leaves).unwrap();
+        for name in [
+            "tile/0/000",
+            "tile/0/001",
+            "tile/0/002.p/88",
+            "tile/1/000.p/2",
+        ] {
+            assert!(to.join(name).exists(), "{name}");
+        }
+        let entries = fs::read(to.join("tile/entries/002.p/88")).unwrap();
+        assert!(entries.starts_with(b"\0\x08leaf 512\0\x08leaf 513"));
+        let rest = directory.path().join("rest");
+        export_entries(&rest, 100, &leaves[100..]).unwrap();
+        assert!(!rest.join("tile/entries/000").exists());
+        let same = fs::read(rest.join("tile/entries/001")).unwrap();
+        assert_eq!(same, fs::read(to.join("tile/entries/001")).unwrap());
     }
 
     #[test]
