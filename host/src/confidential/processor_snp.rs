@@ -150,9 +150,7 @@ impl GuestClient {
         let request = frame.get(..received).unwrap_or_default();
         let reply = match (self.snp_handle(), platforms.snp()) {
             (Some(handle), Ok(platform)) => answer(platform, handle, request),
-            _ => ReplyFrame::refused(RequestStatus::firmware(
-                FirmwareError::InvalidGuest.code().into(),
-            )),
+            _ => ReplyFrame::refused(RequestStatus::firmware(FirmwareError::InvalidGuest.code())),
         };
         let sent = sendmsg::<UnixAddr>(
             socket.as_raw_fd(),
@@ -169,8 +167,7 @@ fn answer(platform: &mut SnpProcessor, handle: SnpGuestHandle, request: &[u8]) -
     let Ok(request) = RequestFrame::parse(request) else {
         return ReplyFrame::refused(RequestStatus::vmm(GENERIC_VMM_ERROR));
     };
-    let refused =
-        |error: FirmwareError| ReplyFrame::refused(RequestStatus::firmware(error.code().into()));
+    let refused = |error: FirmwareError| ReplyFrame::refused(RequestStatus::firmware(error.code()));
     let message = match platform.guest_request(handle, request.page()) {
         Ok(message) => message,
         Err(error) => return refused(error),

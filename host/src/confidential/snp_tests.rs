@@ -216,7 +216,7 @@ fn messages_that_are_none_are_refused_and_the_good_one_behind_them_is_answered()
     let refused = guest.ask(&spoiled).status();
     assert_eq!(
         refused,
-        RequestStatus::firmware(FirmwareError::BadMeasurement.code().into())
+        RequestStatus::firmware(FirmwareError::BadMeasurement.code())
     );
     for nonsense in [&good[..100], &[0xff; 4104], &[&good[..], &[0]].concat()] {
         assert_ne!(guest.ask(nonsense).status().vmm_error(), 0);
@@ -239,7 +239,7 @@ fn a_guest_that_is_not_launched_yet_gets_no_report() {
     let refused = guest.ask(&request.to_bytes()).status();
     assert_eq!(
         refused.firmware_error(),
-        u32::from(FirmwareError::InvalidGuestState.code())
+        FirmwareError::InvalidGuestState.code()
     );
 }
 
