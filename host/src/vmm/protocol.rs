@@ -27,6 +27,9 @@ pub enum HandleKind {
     Processor,
     /// `/dev/sev`.
     SevDevice,
+    /// One end of a `SOCK_SEQPACKET` pair whose other end the software secure processor has: an SNP guest's requests
+    /// go there, a packet each, and the replies come back (`casemate_attest::processor::snp::request_frame`).
+    GuestMessages,
 }
 
 /// Agent to VMM.
