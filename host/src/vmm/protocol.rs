@@ -27,7 +27,8 @@ pub enum HandleKind {
     Processor,
     /// `/dev/sev`.
     SevDevice,
-    /// Sequenced-packet socket on which a SEV-SNP guest's own messages reach the software secure processor.
+    /// One end of a `SOCK_SEQPACKET` pair whose other end the software secure processor has: an SNP guest's requests
+    /// go there, a packet each, and the replies come back (`casemate_attest::processor::snp::request_frame`).
     GuestMessages,
 }
 
