@@ -105,7 +105,41 @@ pub fn parse(table: &[u8]) -> Result<Vec<TableCertificate>, TableError> {
     Ok(found)
 }
 
+/// Writes a table that [`parse`] reads: the entries, a closing entry of zeros, and the bytes behind.
+/// Empty entries and more than 4 GiB have no place in one; they are left out.
+pub fn encode(certificates: &[TableCertificate]) -> Vec<u8> {
+    let kept = certificates.iter().filter(|entry| !entry.bytes.is_empty());
+    let list_len = (kept.clone().count() + 1) * ENTRY_LEN;
+    let (mut list, mut behind) = (Vec::with_capacity(list_len), Vec::<u8>::new());
+    for TableCertificate { kind, bytes } in kept {
+        let (Ok(offset), Ok(length)) = (
+            u32::try_from(list_len + behind.len()),
+            u32::try_from(bytes.len()),
+        ) else {
+            continue;
+        };
+        list.extend(kind.guid());
+        list.extend(offset.to_le_bytes());
+        list.extend(length.to_le_bytes());
+        behind.extend(bytes);
+    }
+    list.resize(list_len, 0);
+    list.extend(behind);
+    list
+}
+
 impl CertificateKind {
+    /// The GUID's bytes in the order they are written.
+    pub fn guid(self) -> [u8; 16] {
+        match self {
+            Self::Other(guid) => guid,
+            known => GUIDS
+                .into_iter()
+                .find(|(kind, _)| *kind == known)
+                .map_or([0; 16], |(_, guid)| guid),
+        }
+    }
+
     /// From the GUID's bytes in the order they are written.
     pub fn from_guid(guid: [u8; 16]) -> Self {
         GUIDS

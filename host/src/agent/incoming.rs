@@ -12,7 +12,6 @@ use casemate_policy::{Action, Fingerprint, Identity};
 use crate::agent::Agent;
 use crate::agent::api::Failure;
 use crate::agent::guest::{Guest, Resources, TapChoice};
-use crate::agent::launch::policy_technology;
 use crate::agent::record::{Ownership, OwnershipState};
 use crate::agent::transfer::{peer_entries, role_error};
 use crate::agent::vmm_process::lock;
@@ -188,7 +187,7 @@ impl Agent {
             // The mover let nobody through but whom the peer's path names.
             tls: known.map_or_else(|| identity.clone(), |p| p.tls_identity().clone()),
             peer: identity,
-            technology: policy_technology(plan.technology),
+            technology: plan.technology.in_policy(),
             emulated,
             vcpus: plan.vcpus.into(),
             memory_mib: plan.memory_bytes >> 20,

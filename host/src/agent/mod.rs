@@ -38,8 +38,10 @@ use crate::agent::processor::Processor;
 use crate::agent::record::{Ownership, OwnershipState, Records};
 use crate::agent::transfer::{HostCredentials, role_error};
 use crate::agent::vmm_process::{VmmProcess, lock};
+use crate::confidential::control::GuestLink;
 use crate::ipc::Channel;
 use crate::machine::plan::{MachinePlan, Technology};
+use crate::machine::spec::{Offer, Strongest};
 use crate::mover::protocol::AgentAnswer;
 use crate::sandbox::Role;
 use crate::sandbox::jail::{JailSpec, RoleProcess, end_cgroup, spawn_role, sweep_cgroups};
@@ -128,11 +130,17 @@ impl Agent {
         if agent.policy.technologies.allow_emulated {
             let (process, channel) = agent.spawn(Role::Psp, None, 0)?;
             let peer_roots = agent.emulated_roots();
+            let snp = agent
+                .policy
+                .technologies
+                .allowed
+                .contains(&casemate_policy::Technology::SevSnp);
             agent.processor = Some(Processor::start(
                 process,
                 channel,
                 &agent.config.state_dir,
                 &peer_roots,
+                snp,
             )?);
         }
         Ok(agent)
@@ -418,16 +426,31 @@ impl Agent {
         self.processor.is_some() || !Path::new("/dev/sev").exists()
     }
 
-    fn processor_for(&self, technology: Technology) -> Result<Option<Channel>, Failure> {
-        match technology {
-            Technology::None => Ok(None),
-            Technology::Sev { .. } => self
-                .processor
-                .as_ref()
-                .ok_or_else(no_processor)?
-                .connect()
-                .map(Some),
+    /// What a guest launched here can have. For `auto` the strongest technology that the policy allows too.
+    fn offer(&self) -> Offer {
+        use casemate_policy::Technology as Policy;
+        let allowed = &self.policy.technologies.allowed;
+        let has_snp = self.processor.as_ref().is_some_and(Processor::has_snp);
+        let strongest = if has_snp && allowed.contains(&Policy::SevSnp) {
+            Strongest::SevSnp
+        } else if allowed.contains(&Policy::SevEs) {
+            Strongest::SevEs
+        } else {
+            Strongest::Sev
+        };
+        Offer {
+            emulated: self.emulates(),
+            strongest,
         }
+    }
+
+    fn processor_for(&self, technology: Technology) -> Result<Option<GuestLink>, Failure> {
+        if technology == Technology::None {
+            return Ok(None);
+        }
+        let processor = self.processor.as_ref().ok_or_else(no_processor)?;
+        let snp = matches!(technology, Technology::SevSnp { .. });
+        processor.connect(snp).map(Some)
     }
 
     fn spawn_vmm(&self, plan: &MachinePlan) -> Result<VmmProcess, Failure> {

@@ -11,7 +11,6 @@ use casemate_policy::ledger::{Entry, Outcome};
 use crate::agent::Agent;
 use crate::agent::api::{Answer, Failure};
 use crate::agent::guest::Guest;
-use crate::agent::launch::policy_technology;
 use crate::agent::mover_process::MoverProcess;
 use crate::agent::record::{Ownership, OwnershipState};
 use crate::agent::transfer::{peer_entry, role_error};
@@ -34,7 +33,7 @@ impl Agent {
     ) -> Result<Answer, Failure> {
         let guest = self.guest(name)?;
         let emulated = guest.plan.technology.emulated();
-        let technology = policy_technology(guest.plan.technology);
+        let technology = guest.plan.technology.in_policy();
         let action = Action::MigrateOut {
             technology,
             emulated,

@@ -6,6 +6,7 @@ pub mod launch;
 pub mod page_map;
 mod processor_guest;
 pub mod processor_role;
+mod processor_snp;
 pub mod protocol;
 pub mod shared;
 pub mod software;
@@ -13,12 +14,11 @@ pub mod software;
 use std::os::fd::BorrowedFd;
 
 use crate::confidential::kvm::{KvmSev, RealSev, SevVm};
-use crate::confidential::launch::Guarded;
+use crate::confidential::launch::GuestProtection;
 use crate::confidential::shared::MemoryLayout;
 use crate::confidential::software::SoftwareFirmware;
 use crate::ipc::Channel;
 use crate::machine::plan::{MachinePlan, Technology};
-use crate::vmm::confidential_hook::GuestProtection;
 use crate::vmm::hooks::Handles;
 use crate::vmm::protocol::{HandleKind, RoleError};
 
@@ -37,7 +37,7 @@ pub fn protection(
     handles: &mut Handles,
     memory: BorrowedFd<'_>,
     exchange: BorrowedFd<'_>,
-) -> Result<Option<Box<dyn GuestProtection>>, RoleError> {
+) -> Result<Option<GuestProtection>, RoleError> {
     let processor = handles.take(HandleKind::Processor).map(Channel::from_fd);
     let view = GuestMemoryView {
         file: memory,
@@ -54,31 +54,26 @@ pub fn open(
     memory: GuestMemoryView<'_>,
     exchange: BorrowedFd<'_>,
     processor: Option<Channel>,
-) -> Result<Option<Box<dyn GuestProtection>>, RoleError> {
-    match plan.technology {
-        Technology::None => Ok(None),
-        Technology::Sev {
-            emulated: true,
-            policy,
-        } => {
-            let channel = processor.ok_or_else(|| {
-                RoleError::new(
-                    "NO_PROCESSOR",
-                    "an emulated SEV guest needs the channel to the psp role; the agent must hand it in",
-                )
-            })?;
-            let layout = MemoryLayout::packed(memory.runs)?;
-            let firmware =
-                SoftwareFirmware::attach(channel, policy, memory.file, &layout, exchange)?;
-            Ok(Some(Box::new(Guarded::new(firmware))))
-        }
-        Technology::Sev {
-            emulated: false, ..
-        } => Err(RoleError::new(
+) -> Result<Option<GuestProtection>, RoleError> {
+    if plan.technology == Technology::None {
+        return Ok(None);
+    }
+    if !plan.technology.emulated() {
+        return Err(RoleError::new(
             "SEV_NOT_AVAILABLE",
             "this VMM boots no guest under AMD's own secure processor yet; describe the guest with `emulated = true`",
-        )),
+        ));
     }
+    let channel = processor.ok_or_else(|| {
+        RoleError::new(
+            "NO_PROCESSOR",
+            "a guest under the emulated processor needs the channel to the psp role; the agent must hand it in",
+        )
+    })?;
+    let layout = MemoryLayout::packed(memory.runs)?;
+    let firmware =
+        SoftwareFirmware::attach(channel, plan.technology, memory.file, &layout, exchange)?;
+    Ok(Some(GuestProtection::new(firmware)))
 }
 
 /// Opens AMD's own secure processor for a VMM that can boot such a guest; see [`kvm`] for what is untested.
@@ -87,11 +82,13 @@ pub fn open_real<V: SevVm + 'static>(
     memory: GuestMemoryView<'_>,
     exchange: BorrowedFd<'_>,
     real: RealSev<V>,
-) -> Result<Box<dyn GuestProtection>, RoleError> {
+) -> Result<GuestProtection, RoleError> {
     let layout = MemoryLayout::packed(memory.runs)?;
     let firmware = KvmSev::attach(real, policy, memory.file, layout, exchange)?;
-    Ok(Box::new(Guarded::new(firmware)))
+    Ok(GuestProtection::new(firmware))
 }
 
+#[cfg(test)]
+mod snp_tests;
 #[cfg(test)]
 pub(crate) mod tests;

@@ -2,10 +2,10 @@
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 
+use crate::confidential::launch::GuestProtection;
 use crate::devices::virtio::VirtioDevice;
 use crate::machine::plan::MachinePlan;
 use crate::sandbox::report::{ProbeReport, SandboxReport};
-use crate::vmm::confidential_hook::GuestProtection;
 use crate::vmm::protocol::{HandleKind, RoleError};
 
 /// Kinds of threads in a VMM process; each has a filter of its own.
@@ -44,7 +44,7 @@ pub struct Hooks {
 /// Device models in PCI order.
 pub type Models = Vec<Box<dyn VirtioDevice>>;
 /// The confidential technology of a guest, if it has one.
-pub type Protection = Option<Box<dyn GuestProtection>>;
+pub type Protection = Option<GuestProtection>;
 /// Opens it: plan, descriptors, guest memory file, exchange memory file.
 pub type OpenProtection =
     fn(&MachinePlan, &mut Handles, BorrowedFd<'_>, BorrowedFd<'_>) -> Result<Protection, RoleError>;

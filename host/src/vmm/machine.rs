@@ -1,16 +1,15 @@
 //! One machine: built from a plan, loaded, run, paused, saved, restored. Knows no channel and no protocol.
 
-use std::fs::File;
+mod launch;
 
-use std::os::unix::fs::FileExt;
+use std::fs::File;
 use std::sync::Arc;
 
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VcpuFd};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::boot::{BootError, BootImage};
+use super::boot::BootError;
 use super::bus::{GuestBus, MachineBus, StopNotice};
-use super::confidential_hook::GuestProtection;
 use super::device_thread::{DeviceThread, DeviceThreadError};
 use super::hooks::{Handles, Hooks, ThreadKind};
 use super::irq::{Interrupts, MsiRouter};
@@ -21,9 +20,10 @@ use super::pci::msix::Msix;
 use super::pci::{PciBus, PciFunction};
 use super::protocol::{HandleKind, RoleError};
 use super::state::{MachineStateV1, StateFormatError};
-use super::vcpu::entry::{Entry, enter_long_mode, power_on_msrs};
+use super::vcpu::entry::power_on_msrs;
 use super::vcpu::state::{StateContext, StateError};
 use super::vcpu::{Vcpu, VcpuError, cpuid};
+use crate::confidential::launch::GuestProtection;
 use crate::devices::serial::{Console, ConsoleStateError};
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::transport::{Placement, TransportStateError, VirtioPci};
@@ -44,7 +44,7 @@ pub struct Machine {
     stop: Arc<StopNotice>,
     kernel: Option<File>,
     initrd: Option<File>,
-    protection: Option<Box<dyn GuestProtection>>,
+    protection: Option<GuestProtection>,
     plan: MachinePlan,
 }
 
@@ -119,35 +119,6 @@ impl Machine {
             protection,
             plan,
         })
-    }
-
-    /// Reads kernel and initramfs, places the first memory, and puts the first vCPU at the entry point.
-    /// `measure` is called for every piece, in order, when its bytes are in guest memory.
-    pub fn load(
-        &mut self,
-        mut measure: impl FnMut(
-            &mut Option<Box<dyn GuestProtection>>,
-            u64,
-            u64,
-        ) -> Result<(), RoleError>,
-    ) -> Result<(), MachineError> {
-        let kernel = self.kernel.take().ok_or(MachineError::NoKernel)?;
-        let kernel = read_image(&kernel)?;
-        let initrd = match self.initrd.take() {
-            Some(file) => read_image(&file)?,
-            None => Vec::new(),
-        };
-        let pieces = BootImage::assemble(&self.plan, &kernel, &initrd)?;
-        for piece in pieces {
-            self.memory.write(piece.gpa, &piece.bytes)?;
-            measure(&mut self.protection, piece.gpa, piece.bytes.len() as u64)?;
-        }
-        let first = self
-            .vcpus
-            .first()
-            .ok_or(MachineError::Vcpu(VcpuError::Gone))?;
-        first.call(|fd| enter_long_mode(fd, Entry::LINUX))??;
-        Ok(())
     }
 
     /// Starts or goes on.
@@ -272,7 +243,7 @@ impl Machine {
     }
 
     /// The confidential technology, if there is one.
-    pub fn protection(&mut self) -> Option<&mut Box<dyn GuestProtection>> {
+    pub fn protection(&mut self) -> Option<&mut GuestProtection> {
         self.protection.as_mut()
     }
 
@@ -398,17 +369,11 @@ fn make_vcpus(
     context: &StateContext,
     plan: &MachinePlan,
 ) -> Result<Vec<(u8, VcpuFd)>, MachineError> {
-    let sev = matches!(
-        plan.technology,
-        Technology::Sev {
-            emulated: false,
-            ..
-        }
-    );
+    let encrypted = plan.technology != Technology::None && !plan.technology.emulated();
     (0..plan.vcpus)
         .map(|id| {
             let fd = vm.create_vcpu(id)?;
-            let leaves = cpuid::for_vcpu(context.supported(), id, plan.vcpus, sev);
+            let leaves = cpuid::for_vcpu(context.supported(), id, plan.vcpus, encrypted);
             context.set_cpuid(id, &fd, &leaves)?;
             power_on_msrs(&fd)?;
             Ok((id, fd))
@@ -453,18 +418,3 @@ fn place_functions(
     }
     Ok(functions)
 }
-
-/// Reads an image from its start, whatever the descriptor's position.
-fn read_image(file: &File) -> Result<Vec<u8>, MachineError> {
-    let size = file.metadata()?.len();
-    if size > MAX_IMAGE {
-        return Err(MachineError::Boot(BootError::Kernel(
-            "or initramfs is larger than 1 GiB",
-        )));
-    }
-    let mut bytes = vec![0u8; usize::try_from(size).unwrap_or(0)];
-    file.read_exact_at(&mut bytes, 0)?;
-    Ok(bytes)
-}
-
-const MAX_IMAGE: u64 = 1 << 30;

@@ -5,7 +5,6 @@
 
 pub mod boot;
 pub mod bus;
-pub mod confidential_hook;
 pub mod device_thread;
 pub mod hooks;
 pub mod irq;

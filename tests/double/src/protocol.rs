@@ -50,7 +50,7 @@ pub enum Ask {
         /// How much.
         length: u64,
     },
-    /// A step of [`GuestProtection`](casemate::vmm::confidential_hook::GuestProtection).
+    /// A step of [`GuestProtection`](casemate::confidential::launch::GuestProtection).
     Step(Step),
     /// Runs the guest for so many bytes of output; port 0x3f8.
     Run {

@@ -73,8 +73,14 @@ pub(super) const DEVICE_IO: &[Rule] = &[
         "std's way to make a socket non-blocking"
     ),
     permit!(SYS_accept4, "vsock: a host program connects"),
-    permit!(SYS_recvfrom, "vsock: bytes from a host program"),
-    permit!(SYS_sendto, "vsock: bytes to a host program"),
+    permit!(
+        SYS_recvfrom,
+        "vsock: bytes from a host program; the secure processor's replies to the guest"
+    ),
+    permit!(
+        SYS_sendto,
+        "vsock: bytes to a host program; the guest's requests to the secure processor"
+    ),
     permit!(SYS_shutdown, "vsock: half-closed connections"),
     permit!(SYS_epoll_ctl, "descriptors come and go with connections"),
     permit!(

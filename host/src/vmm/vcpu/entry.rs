@@ -60,6 +60,17 @@ pub fn enter_long_mode(vcpu: &VcpuFd, entry: Entry) -> Result<(), KvmError> {
     vcpu.set_regs(&regs).map_err(during("KVM_SET_REGS"))
 }
 
+/// Leaves a vCPU that has not run at reset, as it is measured: KVM's own state but for the type of the task
+/// register, which KVM chooses by the processor's maker.
+pub fn wait_at_reset(vcpu: &VcpuFd) -> Result<(), KvmError> {
+    let mut sregs = vcpu.get_sregs().map_err(during("KVM_GET_SREGS"))?;
+    sregs.tr.type_ = BUSY_16_BIT_TSS;
+    vcpu.set_sregs(&sregs).map_err(during("KVM_SET_SREGS"))?;
+    let mut regs = vcpu.get_regs().map_err(during("KVM_GET_REGS"))?;
+    regs.rdx = 0;
+    vcpu.set_regs(&regs).map_err(during("KVM_SET_REGS"))
+}
+
 /// Model-specific registers of every vCPU at power-on, as firmware would leave them.
 pub fn power_on_msrs(vcpu: &VcpuFd) -> Result<(), KvmError> {
     for (index, data) in POWER_ON {
@@ -93,10 +104,13 @@ fn segment(selector: u16, type_: u8, long: bool) -> kvm_segment {
     }
 }
 
+/// Where the stack begins, in the first vCPU's hands only.
+pub const BOOT_STACK: u64 = 0x8ff0;
+
 const CODE_TYPE: u8 = 0xb;
 const DATA_TYPE: u8 = 0x3;
 const TSS_TYPE: u8 = 0xb;
-const BOOT_STACK: u64 = 0x8ff0;
+const BUSY_16_BIT_TSS: u8 = 3;
 const CR0_PE: u64 = 1;
 const CR0_ET: u64 = 1 << 4;
 const CR0_PG: u64 = 1 << 31;

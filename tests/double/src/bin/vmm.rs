@@ -8,12 +8,14 @@ use casemate::confidential::kvm::{
     GuestKind, KvmSev, RealSev, RealSnp, SevDevice, SevError, SnpConfig, SnpFinish, SnpIdBlock,
     SnpInitialised, SnpLaunching, SnpPage, SnpRefused, SnpRunning, VLEK_WRAPPED, create_vm,
 };
-use casemate::confidential::launch::Firmware;
+use casemate::confidential::launch::{Firmware, GuestProtection};
 use casemate::confidential::page_map::Conversion;
+use casemate::confidential::protocol::PlatformEvidence;
 use casemate::confidential::shared::{Access, MemoryLayout, SharedMemory};
 use casemate::confidential::{GuestMemoryView, open_real};
-use casemate::vmm::confidential_hook::GuestProtection;
-use casemate::vmm::protocol::{EXCHANGE_SIZE, OwnerSession, PACKET_STRIDE, RoleError};
+use casemate::vmm::protocol::{
+    EXCHANGE_SIZE, LaunchBinding, OwnerSession, PACKET_STRIDE, RoleError,
+};
 use casemate_double::protocol::{
     Answer, Ask, Device, Outcome, START, SnpStep, Step, Wrong, read_frame, write_frame,
 };
@@ -54,7 +56,7 @@ enum Snp {
 struct Guest {
     vcpu: Option<VcpuFd>,
     snp: Option<Snp>,
-    protection: Option<Box<dyn GuestProtection>>,
+    protection: Option<GuestProtection>,
     vm: Arc<VmFd>,
     memory: SharedMemory,
     exchange: SharedMemory,
@@ -259,11 +261,18 @@ impl Guest {
         match step {
             Step::LaunchStart { session } => {
                 let session = session.map(|(certificate, blob)| OwnerSession { certificate, blob });
-                protection.launch_start(session.as_ref())?;
+                protection.launch_start(&LaunchBinding {
+                    session,
+                    ..LaunchBinding::default()
+                })?;
             }
             Step::LaunchUpdate { gpa, length } => protection.launch_update(gpa, length)?,
             Step::LaunchMeasure => {
-                let measured = protection.launch_measure()?;
+                // Of a SEV guest nothing: its registers are not measured.
+                protection.launch_vcpus(&[])?;
+                let measured = protection
+                    .launch_measure()?
+                    .ok_or_else(|| fault("no measurement"))?;
                 return Ok(Answer::Measured {
                     blob: measured.blob,
                     api: measured.api,
@@ -275,11 +284,15 @@ impl Guest {
                 ciphertext,
                 gpa,
             } => protection.launch_secret(&header, &ciphertext, gpa)?,
-            Step::LaunchFinish => protection.launch_finish()?,
-            Step::Evidence => return Ok(Answer::Certificates(protection.evidence()?)),
+            Step::LaunchFinish => drop(protection.launch_finish()?),
+            Step::Evidence => {
+                let PlatformEvidence { pdh, platform, amd } = protection.evidence()?;
+                return Ok(Answer::Certificates((pdh, platform, amd)));
+            }
             Step::SendStart { target } => {
+                let (pdh, platform, amd) = target;
                 let (policy, pdh, session) =
-                    protection.send_start(&target.0, &target.1, &target.2)?;
+                    protection.send_start(&PlatformEvidence { pdh, platform, amd })?;
                 return Ok(Answer::Sending(policy, pdh, session));
             }
             Step::SendPages { gpas } => {
@@ -436,7 +449,7 @@ fn report(mnonce: [u8; 16]) -> Result<Vec<u8>, RoleError> {
     };
     let layout = MemoryLayout::packed(&[(0, 4096)])?;
     let mut sev = KvmSev::attach(real, 1, memory.as_fd(), layout, exchange.as_fd())?;
-    sev.launch_start(None)?;
+    sev.launch_start(&LaunchBinding::default())?;
     sev.launch_update(0, 4096)?;
     sev.launch_measure()?;
     sev.launch_finish()?;
