@@ -15,6 +15,7 @@
 mod chain;
 pub mod cosign;
 mod error;
+pub mod events;
 mod files;
 mod filter;
 mod follow;
