@@ -400,6 +400,19 @@ fn a_journal_of_another_launch_is_not_used() {
 }
 
 #[test]
+fn an_old_request_lowers_no_count() {
+    let machine = Machine::new(&[Host::LosesReply]);
+    machine.report(1).unwrap_err();
+    let old = machine.journal();
+    machine.reports(2);
+    machine.reports(3);
+    fs::write(machine.path("run/journal"), old).unwrap();
+    machine.reports(4);
+    assert_eq!(machine.count(), 8);
+    assert_eq!(machine.sequence_numbers(), [(1, 2), (3, 1), (5, 1), (7, 1)]);
+}
+
+#[test]
 fn a_host_that_answers_falsely_gains_no_nonce() {
     // It says of a request that it was answered before, without asking.
     let lie = Host::Says(RequestStatus::firmware(0x16));
