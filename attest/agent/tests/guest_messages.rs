@@ -47,8 +47,10 @@ enum Host {
     LosesReply,
     /// Changes the byte at this offset of the reply's page.
     Changes(usize),
-    /// Answers without asking the firmware.
+    /// Refuses without asking the firmware.
     Says(RequestStatus),
+    /// Answers without asking the firmware.
+    Forges,
     /// Sends this in the place of a certificate table.
     Certificates(&'static [u8]),
 }
@@ -167,6 +169,7 @@ fn serve(
     match host {
         Host::LosesRequest => return None,
         Host::Says(status) => return Some(ReplyFrame::refused(status)),
+        Host::Forges => return Some(ReplyFrame::answered(&[7; 4096], vec![]).unwrap()),
         _ => {}
     }
     let mut answer = match processor.guest_request(handle, request.page()) {
@@ -323,16 +326,17 @@ fn a_failed_exchange_uses_no_nonce_twice_and_is_got_over() {
         Host::Changes(0x36),
         Host::Changes(0x60),
         Host::Changes(0x100),
+        Host::Forges,
         refused,
     ] {
         // What never reached the firmware may fail twice in a row. What did is refused then.
-        let reached = !matches!(failure, Host::LosesRequest | Host::Says(_));
+        let reached = matches!(failure, Host::LosesReply | Host::Changes(_));
         for times in 1..=if reached { 1 } else { 2 } {
             let machine = Machine::new(&vec![failure; times]);
             for _ in 0..times {
                 let error = machine.report(1).unwrap_err();
                 let expected = match failure {
-                    Host::Changes(_) => matches!(
+                    Host::Changes(_) | Host::Forges => matches!(
                         error,
                         MessagesError::Message(MessageError::NotTheReply) | MessagesError::Frame(_)
                     ),
