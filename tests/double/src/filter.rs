@@ -9,6 +9,8 @@ use libc::{
 pub(crate) mod ioctl {
     pub(crate) const KVM_CREATE_VM: u32 = 0xae01;
     pub(crate) const KVM_CHECK_EXTENSION: u32 = 0xae03;
+    pub(crate) const KVM_GET_SUPPORTED_CPUID: u32 = 0xc008_ae05;
+    pub(crate) const KVM_SET_SREGS: u32 = 0x4138_ae84;
     pub(crate) const KVM_CREATE_VCPU: u32 = 0xae41;
     pub(crate) const KVM_MEMORY_ENCRYPT_OP: u32 = 0xc008_aeba;
     pub(crate) const KVM_MEMORY_ENCRYPT_REG_REGION: u32 = 0x8010_aebb;
@@ -19,7 +21,9 @@ pub(crate) mod ioctl {
     pub(crate) const KVM_SET_MEMORY_ATTRIBUTES: u32 = 0x4020_aed2;
 
     /// Those that go to the double.
-    pub(super) const NOTIFIED: [u32; 9] = [
+    pub(super) const NOTIFIED: [u32; 11] = [
+        KVM_GET_SUPPORTED_CPUID,
+        KVM_SET_SREGS,
         KVM_CREATE_GUEST_MEMFD,
         KVM_SET_USER_MEMORY_REGION2,
         KVM_SET_MEMORY_ATTRIBUTES,

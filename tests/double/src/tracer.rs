@@ -62,6 +62,8 @@ fn start(command: &mut Command) -> Result<(Child, Listener), DoubleError> {
         | ptrace::Options::PTRACE_O_TRACECLONE
         | ptrace::Options::PTRACE_O_TRACEFORK
         | ptrace::Options::PTRACE_O_TRACEVFORK
+        // Else a program that the child starts is sent a SIGTRAP.
+        | ptrace::Options::PTRACE_O_TRACEEXEC
         | ptrace::Options::PTRACE_O_EXITKILL;
     ptrace::setoptions(pid, options).map_err(DoubleError::system("PTRACE_SETOPTIONS"))?;
     let listener = receive_listener(here.as_fd())
@@ -114,6 +116,7 @@ impl Tracer {
     }
 
     fn ended(&mut self, pid: Pid, how: String) {
+        self.lock(|kernel| kernel.ended(pid));
         if pid == self.main {
             self.end = how;
         }
@@ -153,7 +156,7 @@ impl Tracer {
         if let (Some(vm_type), Ok(descriptor)) = (self.creating.remove(&pid), made)
             && let Ok(descriptor) = u64::try_from(descriptor)
         {
-            self.lock(|kernel| kernel.created_vm(descriptor, vm_type));
+            self.lock(|kernel| kernel.created_vm(pid, descriptor, vm_type));
         }
     }
 

@@ -4,6 +4,7 @@ mod device;
 mod fields;
 mod launch;
 mod migrate;
+mod processor;
 mod snp;
 mod vm;
 
@@ -17,6 +18,7 @@ use casemate_attest::processor::snp::SnpProcessor;
 use casemate_attest::processor::{FirmwareError, SecureProcessor};
 use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::unistd::Pid;
 
 use crate::error::DoubleError;
 use crate::filter::ioctl;
@@ -143,8 +145,17 @@ impl Kernel {
         outcome
     }
 
-    pub(crate) fn created_vm(&mut self, descriptor: u64, vm_type: u32) {
-        self.vms.insert(descriptor, Vm::new(vm_type));
+    pub(crate) fn created_vm(&mut self, owner: Pid, descriptor: u64, vm_type: u32) {
+        self.vms.insert(descriptor, Vm::new(owner, vm_type));
+    }
+
+    /// A thread is gone; with the last of a process go its machines.
+    pub(crate) fn ended(&mut self, thread: Pid) {
+        let gone = |(descriptor, vm): (&u64, &Vm)| (vm.owner == thread).then_some(*descriptor);
+        let descriptors: Vec<u64> = self.vms.iter().filter_map(gone).collect();
+        for descriptor in descriptors {
+            self.destroyed(descriptor);
+        }
     }
 
     /// Answers a call of the child.
@@ -197,6 +208,13 @@ impl Kernel {
         if command == ioctl::KVM_CHECK_EXTENSION {
             return self.check_extension(argument);
         }
+        if command == ioctl::KVM_GET_SUPPORTED_CPUID {
+            return self.supported_cpuid(caller, descriptor, argument);
+        }
+        if command == ioctl::KVM_SET_SREGS {
+            self.look_at_paging(caller, descriptor, argument);
+            return Reply::Pass;
+        }
         // Whatever else the number may mean to another kind of file is the real kernel's business.
         if caller.descriptor(descriptor).as_deref() != Some("anon_inode:kvm-vm") {
             return Reply::Pass;
@@ -204,7 +222,7 @@ impl Kernel {
         let mut vm = self
             .vms
             .remove(&descriptor)
-            .unwrap_or_else(|| Vm::new(kvm_bindings::KVM_X86_DEFAULT_VM));
+            .unwrap_or_else(|| Vm::new(caller.0, kvm_bindings::KVM_X86_DEFAULT_VM));
         let reply = match command {
             ioctl::KVM_CREATE_VCPU => {
                 vm.vcpus += 1;
@@ -284,6 +302,10 @@ impl Kernel {
         {
             return;
         }
+        self.destroyed(descriptor);
+    }
+
+    fn destroyed(&mut self, descriptor: u64) {
         let Some(vm) = self.vms.remove(&descriptor) else {
             return;
         };
