@@ -345,6 +345,7 @@ impl MachineError {
         match self {
             Self::Plan(_) => "BAD_PLAN",
             Self::Memory(_) => "MEMORY",
+            Self::Kvm(KvmError::Sev(error)) => error.code(),
             Self::Kvm(_) => "KVM",
             Self::Vcpu(_) | Self::Devices(_) => "THREAD",
             Self::VcpuState(_)

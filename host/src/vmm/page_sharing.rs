@@ -39,23 +39,18 @@ impl PageSharing {
 
     /// Makes KVM tell: `KVM_HC_MAP_GPA_RANGE` and accesses to `MSR_KVM_MIGRATION_CONTROL` end in exits.
     pub fn listen(vm: &VmFd) -> Result<(), KvmError> {
-        for (cap, bit, name) in [
-            (
-                Cap::ExitHypercall,
-                EXIT_MAP_GPA_RANGE,
-                "KVM_CAP_EXIT_HYPERCALL",
-            ),
-            (
-                Cap::X86UserSpaceMsr,
-                MSR_FILTERED,
-                "KVM_CAP_X86_USER_SPACE_MSR",
-            ),
-            (Cap::X86MsrFilter, 0, "KVM_CAP_X86_MSR_FILTER"),
+        for (cap, name) in [
+            (Cap::X86UserSpaceMsr, "KVM_CAP_X86_USER_SPACE_MSR"),
+            (Cap::X86MsrFilter, "KVM_CAP_X86_MSR_FILTER"),
         ] {
-            let offered = u64::from(vm.check_extension_int(cap).unsigned_abs());
-            if offered == 0 || offered & bit != bit {
+            if !vm.check_extension(cap) {
                 return Err(KvmError::Missing(name));
             }
+        }
+        // This one answers with the hypercalls that it knows.
+        let hypercalls = u64::from(vm.check_extension_int(Cap::ExitHypercall).unsigned_abs());
+        if hypercalls & EXIT_MAP_GPA_RANGE == 0 {
+            return Err(KvmError::Missing("KVM_CAP_EXIT_HYPERCALL"));
         }
         enable(vm, KVM_CAP_EXIT_HYPERCALL, EXIT_MAP_GPA_RANGE)?;
         enable(vm, KVM_CAP_X86_USER_SPACE_MSR, MSR_FILTERED)?;
