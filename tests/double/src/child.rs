@@ -1,6 +1,7 @@
 //! A child process under the double, from its start to its end.
 
 use std::ffi::OsStr;
+use std::fmt::Debug;
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::process::{ChildStdin, ChildStdout, Command, Stdio};
@@ -15,6 +16,8 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use crate::error::DoubleError;
 use crate::kernel::{Kernel, Parts, Reply, SnpParts};
@@ -156,6 +159,14 @@ impl Double {
 
     /// One request to the child, and its answer.
     pub fn ask(&mut self, ask: &Ask) -> Result<Outcome, DoubleError> {
+        self.exchange(ask)
+    }
+
+    /// The same in the words of another program.
+    pub fn exchange<Q: Serialize + Debug, A: DeserializeOwned>(
+        &mut self,
+        ask: &Q,
+    ) -> Result<A, DoubleError> {
         let gone = |what: &dyn std::fmt::Display| DoubleError::Gone(format!("{ask:?}: {what}"));
         let (input, output) = self.pipes.as_mut().ok_or_else(|| gone(&"no pipes"))?;
         write_frame(input, ask).map_err(|e| gone(&e))?;

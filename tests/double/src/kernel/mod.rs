@@ -49,6 +49,8 @@ pub(crate) struct Kernel {
     /// What stands for `/dev/sev`.
     device: OwnedFd,
     vms: BTreeMap<u64, Vm>,
+    /// `RLIMIT_MEMLOCK` of processes that have set it.
+    memlock: BTreeMap<Pid, u64>,
     pub(crate) script: Script,
     pub(crate) log: Vec<String>,
     pub(crate) complaints: Vec<String>,
@@ -112,6 +114,7 @@ impl Kernel {
             parts,
             device,
             vms: BTreeMap::new(),
+            memlock: BTreeMap::new(),
             script: Script::default(),
             log: Vec::new(),
             complaints: Vec::new(),
@@ -160,11 +163,15 @@ impl Kernel {
 
     /// Answers a call of the child.
     pub(crate) fn answer(&mut self, call: &Call) -> Reply {
-        let caller = Caller(call.pid);
+        let caller = Caller {
+            pid: call.pid,
+            memlock: self.memlock.get(&call.pid).copied(),
+        };
         let [first, second, third, ..] = call.args;
         match call.number {
             libc::SYS_openat => self.open(caller, second, third),
             libc::SYS_open => self.open(caller, first, second),
+            libc::SYS_prlimit64 => Reply::End(self.limit_locked_memory(caller, third).map(|()| 0)),
             libc::SYS_close => {
                 self.closed(caller, first);
                 Reply::Pass
@@ -211,10 +218,6 @@ impl Kernel {
         if command == ioctl::KVM_GET_SUPPORTED_CPUID {
             return self.supported_cpuid(caller, descriptor, argument);
         }
-        if command == ioctl::KVM_SET_SREGS {
-            self.look_at_paging(caller, descriptor, argument);
-            return Reply::Pass;
-        }
         // Whatever else the number may mean to another kind of file is the real kernel's business.
         if caller.descriptor(descriptor).as_deref() != Some("anon_inode:kvm-vm") {
             return Reply::Pass;
@@ -222,7 +225,7 @@ impl Kernel {
         let mut vm = self
             .vms
             .remove(&descriptor)
-            .unwrap_or_else(|| Vm::new(caller.0, kvm_bindings::KVM_X86_DEFAULT_VM));
+            .unwrap_or_else(|| Vm::new(caller.pid, kvm_bindings::KVM_X86_DEFAULT_VM));
         let reply = match command {
             ioctl::KVM_CREATE_VCPU => {
                 vm.vcpus += 1;
@@ -251,6 +254,13 @@ impl Kernel {
         let types = i64::from(self.parts.vm_types);
         self.note("KVM_CHECK_EXTENSION KVM_CAP_VM_TYPES", &Ok(()));
         Reply::End(Ok(types))
+    }
+
+    /// `setrlimit(RLIMIT_MEMLOCK)`, on a host whose root may raise it; here it may not be.
+    fn limit_locked_memory(&mut self, caller: Caller, limit: u64) -> Result<(), Errno> {
+        let limit = fields::Fields::read(caller, limit, 16)?;
+        self.memlock.insert(caller.pid, limit.u64(0));
+        Ok(())
     }
 
     /// `sev_mem_enc_register_region`.

@@ -3,6 +3,7 @@
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::Kvm;
 use nix::errno::Errno;
+use nix::unistd::Pid;
 
 use super::fields::Fields;
 use super::{Kernel, Reply};
@@ -56,7 +57,11 @@ impl Kernel {
 
     /// With paging, a page of a SEV guest is private only where its table says so: a vCPU that is started on tables
     /// without the C-bit would fetch ciphertext. Without paging everything is private.
-    pub(super) fn look_at_paging(&mut self, caller: Caller, descriptor: u64, argument: u64) {
+    pub(crate) fn look_at_paging(&mut self, thread: Pid, descriptor: u64, argument: u64) {
+        let caller = Caller {
+            pid: thread,
+            memlock: None,
+        };
         let vcpu = caller.descriptor(descriptor).unwrap_or_default();
         let launched = self.vms.values().any(|vm| vm.active && !vm.received);
         if !vcpu.starts_with("anon_inode:kvm-vcpu") || !launched {
