@@ -224,7 +224,7 @@ impl Agent {
                 bridge: Some(net.bridge.clone()),
             })
             .collect();
-        let processor = self.processor_for(plan.technology)?;
+        let processor = self.processor_for(plan)?;
         let folder = self.guest_folder(&plan.name);
         Resources::open(plan, &folder, &disks, &taps, processor)?.prepare(
             self.spawn_vmm(plan)?,

@@ -126,7 +126,7 @@ impl Agent {
                 bridge: n.bridge.clone(),
             })
             .collect();
-        let processor = self.processor_for(plan.technology)?;
+        let processor = self.processor_for(plan)?;
         let folder = self.guest_folder(&plan.name);
         let resources = Resources::open(plan, &folder, &disks, &taps, processor)?
             .with_boot(&spec.kernel, &spec.initrd)?;
