@@ -43,8 +43,23 @@ impl Agent {
             policy_bits: plan.technology.policy_bits(),
         };
         self.decide("operator", &plan.name, plan.technology.emulated(), &action)?;
+        let launched = self.launch_decided(&spec, &plan, binding, begun);
+        if let Err(failure) = &launched {
+            self.record_failure("operator", "launch", &plan, failure);
+        }
+        launched
+    }
+
+    /// What the policy has allowed.
+    fn launch_decided(
+        &self,
+        spec: &MachineSpec,
+        plan: &MachinePlan,
+        binding: Box<LaunchBinding>,
+        begun: Instant,
+    ) -> Result<Answer, Failure> {
         let _reserved = self.reserve(&plan.name)?;
-        let guest = self.build(&spec, &plan)?;
+        let guest = self.build(spec, plan)?;
         let VmmReply::Launched(measurement) =
             guest.vmm.call(&VmmRequest::Launch { binding }, &[])?
         else {
@@ -107,13 +122,25 @@ impl Agent {
             header: bytes(header)?,
             ciphertext: bytes(ciphertext)?,
         };
-        guest.vmm.call(&request, &[])?;
+        if let Err(failure) = guest.vmm.call(&request, &[]) {
+            self.record_failure("owner", "inject-secret", &guest.plan, &failure);
+            return Err(failure);
+        }
         let entry = Entry::new("owner", "inject-secret", name, Outcome::Done);
         self.evidence
             .record(entry.emulated(guest.plan.technology.emulated()))?;
         self.first_run(&guest)?;
         *held = None;
         Ok(Answer::Guest(guest.info_in(MachineState::Running)))
+    }
+
+    /// What was allowed and did not come about. The caller hears the failure itself, also where it cannot be recorded.
+    fn record_failure(&self, actor: &str, action: &str, plan: &MachinePlan, failure: &Failure) {
+        let entry = Entry::failed(actor, action, &plan.name, &failure.code, &failure.error)
+            .emulated(plan.technology.emulated());
+        if let Err(unrecorded) = self.evidence.record(entry) {
+            tracing::error!(code = unrecorded.code, "{}", unrecorded.error);
+        }
     }
 
     fn build(&self, spec: &MachineSpec, plan: &MachinePlan) -> Result<Arc<Guest>, Failure> {

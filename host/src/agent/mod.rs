@@ -124,11 +124,9 @@ impl Agent {
             config,
         };
         let digest = agent.policy.digest().to_string();
-        agent.evidence.record(
-            Entry::new("agent", "start", &agent.config.name, Outcome::Done)
-                .with("version", env!("CARGO_PKG_VERSION"))
-                .with("policy", digest),
-        )?;
+        agent
+            .evidence
+            .record_start(&agent.config.name, &digest, &agent.config.policy)?;
         if agent.policy.technologies.allow_emulated {
             let (process, channel) = agent.spawn(Role::Psp, Bounds::default())?;
             let peer_roots = agent.emulated_roots();
