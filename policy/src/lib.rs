@@ -31,13 +31,21 @@
 
 #![forbid(unsafe_code)]
 
+pub mod action;
+pub mod claims;
 pub mod document;
 pub mod evaluate;
 pub mod floor;
 pub mod ledger;
+pub mod mark;
+pub mod sign;
 mod types;
 
+pub use action::{Action, ActionKind};
+pub use claims::{Actor, Inquiry};
 pub use document::{HostPolicy, PolicyError};
-pub use evaluate::{Action, Code, Decision, Reason, evaluate};
+pub use evaluate::{Code, Decision, Reason, decide, evaluate};
 pub use ledger::{Ledger, LedgerError};
-pub use types::{DnsName, Fingerprint, Identity, Technology, TypeError};
+pub use types::{
+    DnsName, Fingerprint, Identity, LaunchDigest, LaunchSigner, Technology, Timestamp, TypeError,
+};
