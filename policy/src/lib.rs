@@ -32,10 +32,12 @@
 #![forbid(unsafe_code)]
 
 pub mod action;
+pub mod cases;
 pub mod claims;
 pub mod document;
 pub mod evaluate;
 pub mod floor;
+pub mod history;
 pub mod ledger;
 pub mod mark;
 pub mod sign;
