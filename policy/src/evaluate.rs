@@ -9,7 +9,7 @@ use std::fmt::{Display, Write as _};
 
 use serde::Serialize;
 
-pub use crate::action::Action;
+pub use crate::action::{Action, ActionKind};
 pub use code::Code;
 
 use crate::claims::{Actor, HostClaims, Inquiry, SandboxLevel};
@@ -27,6 +27,17 @@ pub fn decide(policy: &HostPolicy, inquiry: &Inquiry) -> Decision {
     reasons.extend(ground_rules(policy, inquiry));
     reasons.extend(guest::rules(policy, inquiry));
     Decision::of(reasons)
+}
+
+/// Whether somebody may ask for a kind of action at all, before anything they named is opened: the rules of `[people]`
+/// without those for two. What passes here is still to be [`decide`]d.
+pub fn may_ask(
+    policy: &HostPolicy,
+    actor: &Actor,
+    kind: ActionKind,
+    object: Option<&str>,
+) -> Decision {
+    Decision::of(people::asking(policy, actor, kind, object))
 }
 
 /// [`decide`] for the host itself, of a guest without name, with no claims and no clock: what a policy without owners,

@@ -40,13 +40,15 @@ pub mod floor;
 pub mod history;
 pub mod ledger;
 pub mod mark;
+#[cfg(feature = "rego")]
+pub mod rego;
 pub mod sign;
 mod types;
 
 pub use action::{Action, ActionKind};
 pub use claims::{Actor, Inquiry};
 pub use document::{HostPolicy, PolicyError};
-pub use evaluate::{Code, Decision, Reason, decide, evaluate};
+pub use evaluate::{Code, Decision, Reason, decide, evaluate, may_ask};
 pub use ledger::{Ledger, LedgerError};
 pub use types::{
     DnsName, Fingerprint, Identity, LaunchDigest, LaunchSigner, Technology, Timestamp, TypeError,

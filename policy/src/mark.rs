@@ -282,15 +282,15 @@ impl AdmitError {
     /// The stable code.
     pub const fn code(&self) -> &'static str {
         match self {
-            Self::Document(_) => "POLICY_DOCUMENT",
-            Self::Signatures(_) => "POLICY_SIGNATURES",
-            Self::UnderThreshold { .. } => "POLICY_UNSIGNED",
-            Self::NoVersion { .. } => "POLICY_NO_VERSION",
-            Self::TrustGone { .. } => "POLICY_TRUST_GONE",
-            Self::NotValid { .. } => "POLICY_NOT_VALID",
-            Self::Older { .. } => "POLICY_OLDER",
-            Self::SameVersion { .. } => "POLICY_SAME_VERSION",
-            Self::Mark { .. } => "POLICY_MARK",
+            Self::Document(_) => "DOCUMENT_INVALID",
+            Self::Signatures(_) => "SIGNATURES_INVALID",
+            Self::UnderThreshold { .. } => "UNDER_THRESHOLD",
+            Self::NoVersion { .. } => "NO_VERSION",
+            Self::TrustGone { .. } => "TRUST_GONE",
+            Self::NotValid { .. } => "NOT_VALID_NOW",
+            Self::Older { .. } => "OLDER_POLICY",
+            Self::SameVersion { .. } => "SAME_VERSION",
+            Self::Mark { .. } => "MARK_UNUSABLE",
         }
     }
 }
@@ -353,17 +353,17 @@ mod tests {
         let refused = |text: &str, keys: &[&SigningKey]| {
             admit(text, Some(&signed(text, keys)), Some(&trust), None).unwrap_err()
         };
-        assert_eq!(refused(&good, &[&a]), "POLICY_UNSIGNED");
-        assert_eq!(refused(&good, &[&a, &stranger]), "POLICY_UNSIGNED");
-        assert_eq!(refused(&text(0, ""), &[&a, &b]), "POLICY_NO_VERSION");
+        assert_eq!(refused(&good, &[&a]), "UNDER_THRESHOLD");
+        assert_eq!(refused(&good, &[&a, &stranger]), "UNDER_THRESHOLD");
+        assert_eq!(refused(&text(0, ""), &[&a, &b]), "NO_VERSION");
         assert_eq!(
             admit(&good, None, Some(&trust), None),
-            Err("POLICY_UNSIGNED")
+            Err("UNDER_THRESHOLD")
         );
         // Signed is the text, not the version.
         assert_eq!(
             admit(&text(4, ""), Some(&both), Some(&trust), None),
-            Err("POLICY_SIGNATURES")
+            Err("SIGNATURES_INVALID")
         );
         for (when, held) in [
             ("not_before = '2026-06-01T00:00:00Z'", true),
@@ -372,7 +372,7 @@ mod tests {
             ("not_after = '2026-06-01T00:00:01Z'", true),
         ] {
             let found = admit(&text(3, when), None, None, None);
-            let wanted = if held { None } else { Some("POLICY_NOT_VALID") };
+            let wanted = if held { None } else { Some("NOT_VALID_NOW") };
             assert_eq!(found.err(), wanted, "{when}");
         }
     }
@@ -386,16 +386,13 @@ mod tests {
         };
         let mark = load(&text(7, ""), None).unwrap();
         assert_eq!(load(&text(7, ""), Some(&mark)), Ok(mark.clone()));
-        assert_eq!(load(&text(6, ""), Some(&mark)), Err("POLICY_OLDER"));
-        assert_eq!(
-            load(&text(7, "# other"), Some(&mark)),
-            Err("POLICY_SAME_VERSION")
-        );
+        assert_eq!(load(&text(6, ""), Some(&mark)), Err("OLDER_POLICY"));
+        assert_eq!(load(&text(7, "# other"), Some(&mark)), Err("SAME_VERSION"));
         assert_eq!(load(&text(8, ""), Some(&mark)).unwrap().version, 8);
         // Nor back to unsigned ones, however new.
         assert_eq!(
             admit(&text(9, ""), None, None, Some(&mark)),
-            Err("POLICY_TRUST_GONE")
+            Err("TRUST_GONE")
         );
         // A host that demands nothing may edit a policy without version, and not drop a version it has had.
         let loose = admit(&text(0, ""), None, None, None).unwrap();
@@ -403,7 +400,7 @@ mod tests {
         let counted = admit(&text(1, ""), None, None, Some(&loose)).unwrap();
         assert_eq!(
             admit(&text(0, ""), None, None, Some(&counted)),
-            Err("POLICY_OLDER")
+            Err("OLDER_POLICY")
         );
     }
 
@@ -423,7 +420,7 @@ mod tests {
         assert_eq!(store.read().unwrap().unwrap().version, 8);
         for damaged in ["", "{}", "{\"version\":8"] {
             fs::write(&path, damaged).unwrap();
-            assert_eq!(store.read().unwrap_err().code(), "POLICY_MARK");
+            assert_eq!(store.read().unwrap_err().code(), "MARK_UNUSABLE");
         }
     }
 }

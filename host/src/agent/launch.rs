@@ -11,6 +11,7 @@ use casemate_policy::{Action, Technology as PolicyTechnology};
 
 use crate::agent::Agent;
 use crate::agent::api::{Answer, Failure, MeasurementInfo, SessionText};
+use crate::agent::authority::Caller;
 use crate::agent::guest::{Guest, Resources, TapChoice};
 use crate::agent::record::{Ownership, OwnershipState};
 use crate::agent::vmm_process::lock;
@@ -22,6 +23,7 @@ impl Agent {
     /// `casemate run`.
     pub(super) fn launch(
         &self,
+        caller: &Caller,
         description: &Path,
         session: Option<SessionText>,
     ) -> Result<Answer, Failure> {
@@ -41,7 +43,8 @@ impl Agent {
             memory_mib: plan.memory_bytes >> 20,
             policy_bits: plan.technology.policy_bits(),
         };
-        self.decide("operator", &plan.name, plan.technology.emulated(), &action)?;
+        let claims = self.launch_claims(&spec, &plan)?;
+        self.decide_on(caller, &plan.name, &action, claims)?;
         let _reserved = self.reserve(&plan.name)?;
         let guest = self.build(&spec, &plan)?;
         let VmmReply::Launched(measurement) =
@@ -50,7 +53,7 @@ impl Agent {
             return Err(Failure::new("VMM_GONE", "the VMM answered something else"));
         };
         self.evidence.record(
-            Entry::new("operator", "launch", &plan.name, Outcome::Done)
+            Entry::new(caller.name(), "launch", &plan.name, Outcome::Done)
                 .emulated(plan.technology.emulated())
                 .with("vm_id", hex::encode(plan.vm_id))
                 .with(
@@ -93,11 +96,17 @@ impl Agent {
     /// The owner's secret: injected once, then the guest starts.
     pub(super) fn inject_secret(
         &self,
+        caller: &Caller,
         name: &str,
         header: &str,
         ciphertext: &str,
     ) -> Result<Answer, Failure> {
         let guest = self.guest(name)?;
+        let action = Action::InjectSecret {
+            technology: policy_technology(guest.plan.technology),
+            emulated: guest.plan.technology.emulated(),
+        };
+        self.decide(caller, name, &action)?;
         let mut held = lock(&guest.measurement);
         if held.is_none() {
             return Err(not_waiting(name));

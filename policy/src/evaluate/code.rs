@@ -55,11 +55,11 @@ codes! {
     /// A network is not among `[[incoming_net]]`.
     NetNotAllowed = "net-not-allowed",
     /// A policy that fewer signed than must have.
-    PolicyUnsigned = "policy-unsigned",
+    PolicyUnsigned = "unsigned",
     /// A policy that is older than, or contradicts, the one in force.
-    PolicyOlder = "policy-older",
+    PolicyOlder = "older-version",
     /// The policy in force is not valid now.
-    PolicyNotValid = "policy-not-valid",
+    PolicyNotValid = "not-valid-now",
     /// Nobody of the policy asks.
     PersonUnknown = "person-unknown",
     /// The person's role, or what the person may do within it, does not include this.

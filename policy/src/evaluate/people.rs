@@ -9,18 +9,32 @@ use crate::document::people::{People, Person, Role};
 /// Every rule of `[people]` that applies; none without that section, and none for a peer's arrival.
 pub(super) fn rules(policy: &HostPolicy, inquiry: &Inquiry) -> Vec<Reason> {
     let kind = inquiry.action.kind();
+    let mut reasons = asking(policy, &inquiry.actor, kind, Some(&inquiry.object));
+    if let Some(people) = policy.people().filter(|people| people.takes_two(kind)) {
+        reasons.push(two_rule(people, people.find(&inquiry.actor), inquiry));
+    }
+    reasons
+}
+
+/// Whether somebody may ask for a kind of action at all; on this guest, if it is known which.
+pub(super) fn asking(
+    policy: &HostPolicy,
+    actor: &Actor,
+    kind: ActionKind,
+    object: Option<&str>,
+) -> Vec<Reason> {
     let Some(people) = policy.people().filter(|_| kind != ActionKind::MigrateIn) else {
         return Vec::new();
     };
-    let person = people.find(&inquiry.actor);
+    let person = people.find(actor);
     // By its schedule a host replicates; everything else has a person behind it.
-    let scheduled = inquiry.actor == Actor::Host && kind == ActionKind::Replicate;
+    let scheduled = *actor == Actor::Host && kind == ActionKind::Replicate;
     let mut reasons = vec![Reason {
         rule: "person",
         wanted: "a [[person]] of this policy".to_owned(),
         found: match person {
-            Some(person) => format!("{}, {}", person.name, inquiry.actor),
-            None => inquiry.actor.to_string(),
+            Some(person) => format!("{}, {actor}", person.name),
+            None => actor.to_string(),
         },
         allows: person.is_some() || scheduled,
         code: Code::PersonUnknown,
@@ -28,12 +42,9 @@ pub(super) fn rules(policy: &HostPolicy, inquiry: &Inquiry) -> Vec<Reason> {
     }];
     if let Some(person) = person {
         reasons.push(role_rule(person, kind));
-        if kind.of_a_guest() {
-            reasons.push(guest_rule(person, &inquiry.object));
+        if let Some(guest) = object.filter(|_| kind.of_a_guest()) {
+            reasons.push(guest_rule(person, guest));
         }
-    }
-    if people.takes_two(kind) {
-        reasons.push(two_rule(people, person, inquiry));
     }
     reasons
 }

@@ -2,7 +2,7 @@
 
 mod certificate;
 mod fetch;
-mod files;
+pub(super) mod files;
 mod get;
 mod guest;
 mod id_block;
