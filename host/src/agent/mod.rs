@@ -3,8 +3,10 @@
 //! It holds the host's key and never touches guest memory, nor a byte that a peer sent before a mover has parsed it.
 
 pub mod api;
+pub mod authority;
 pub mod client;
 pub mod config;
+mod decision;
 pub mod evidence;
 mod guest;
 mod incoming;
@@ -27,11 +29,12 @@ use std::sync::{Arc, Mutex};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use casemate_policy::HostPolicy;
 use casemate_policy::ledger::{Entry, Outcome};
-use casemate_policy::{Action, HostPolicy, evaluate};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::agent::api::{Answer, Failure, GuestInfo, PlatformInfo, Request};
+use crate::agent::authority::{Authority, Caller};
 use crate::agent::config::AgentConfig;
 use crate::agent::evidence::Evidence;
 use crate::agent::guest::Guest;
@@ -76,7 +79,7 @@ pub fn run(config: &Path) -> Result<(), Failure> {
 /// The agent of one host.
 pub struct Agent {
     config: AgentConfig,
-    policy: HostPolicy,
+    authority: Authority,
     evidence: Evidence,
     records: Records,
     identity: Option<HostCredentials>,
@@ -90,10 +93,9 @@ pub struct Agent {
 
 impl Agent {
     fn start(config: AgentConfig) -> Result<Self, Failure> {
-        let policy =
-            HostPolicy::load(&config.policy).map_err(|e| Failure::new("POLICY", e.to_string()))?;
         std::fs::create_dir_all(&config.state_dir)
             .map_err(|e| Failure::new("STATE", format!("{}: {e}", config.state_dir.display())))?;
+        let (authority, admitted) = Authority::open(&config)?;
         let evidence = Evidence::open(&config.state_dir, &config.name)?;
         let records = Records::open(&config.state_dir.join("ownership"))
             .map_err(|e| Failure::new("STATE", e.to_string()))?;
@@ -112,7 +114,7 @@ impl Agent {
             tracing::warn!(swept, "removed the cgroups that a killed agent left behind");
         }
         let mut agent = Self {
-            policy,
+            authority,
             evidence,
             records,
             identity,
@@ -123,15 +125,14 @@ impl Agent {
             groups: Mutex::new(Some(BTreeSet::new())),
             config,
         };
-        let digest = agent.policy.digest().to_string();
-        agent
-            .evidence
-            .record_start(&agent.config.name, &digest, &agent.config.policy)?;
-        if agent.policy.technologies.allow_emulated {
+        let digest = admitted.mark().digest.to_string();
+        agent.evidence.record_start(&agent.config.name, &digest)?;
+        agent.authority.put_in_force(&agent.evidence, admitted)?;
+        if agent.policy().technologies.allow_emulated {
             let (process, channel) = agent.spawn(Role::Psp, Bounds::default())?;
             let peer_roots = agent.emulated_roots();
             let snp = agent
-                .policy
+                .policy()
                 .technologies
                 .allowed
                 .contains(&casemate_policy::Technology::SevSnp);
@@ -148,34 +149,38 @@ impl Agent {
 
     fn handle(
         &self,
+        caller: &Caller,
         request: Request,
         progress: &mut dyn FnMut(serde_json::Value),
     ) -> Result<Answer, Failure> {
+        self.gate(caller, &request)?;
         match request {
             Request::Run {
                 description,
                 session,
-            } => self.launch(&description, session),
+            } => self.launch(caller, &description, session),
             Request::List => self.list(),
             Request::Status { name } => Ok(Answer::Guest(self.guest(&name)?.info()?)),
-            Request::Stop { name } => self.stop(&name),
-            Request::Pause { name } => self.order(&name, &VmmRequest::Pause, "pause"),
-            Request::Resume { name } => self.order(&name, &VmmRequest::Resume, "resume"),
+            Request::Stop { name } => self.stop(caller, &name),
+            Request::Pause { name } => self.order(caller, &name, &VmmRequest::Pause, "pause"),
+            Request::Resume { name } => self.order(caller, &name, &VmmRequest::Resume, "resume"),
             Request::Measurement { name } => self.measurement(&name),
             Request::InjectSecret {
                 name,
                 header,
                 ciphertext,
-            } => self.inject_secret(&name, &header, &ciphertext),
+            } => self.inject_secret(caller, &name, &header, &ciphertext),
             Request::Migrate {
                 name,
                 to,
                 downtime_limit_ms,
-            } => self.migrate(&name, &to, downtime_limit_ms, progress),
+            } => self.migrate(caller, &name, &to, downtime_limit_ms, progress),
             Request::Cancel { name } => self.cancel(&name),
             Request::Platform => self.platform(),
-            Request::SandboxProbe { name } => self.probe(&name),
+            Request::SandboxProbe { name } => self.probe(caller, &name),
             Request::SandboxReport { name } => self.sandbox_report(&name),
+            Request::PolicyLoad { policy } => self.load_policy(caller, &policy),
+            Request::Approve { id } => self.approve(caller, &id),
         }
     }
 
@@ -188,7 +193,7 @@ impl Agent {
         Ok(Answer::Guests { guests })
     }
 
-    fn stop(&self, name: &str) -> Result<Answer, Failure> {
+    fn stop(&self, caller: &Caller, name: &str) -> Result<Answer, Failure> {
         let guest = self.guest(name)?;
         if lock(&guest.mover).is_some() {
             return Err(Failure::new(
@@ -196,7 +201,7 @@ impl Agent {
                 format!("{name} is being moved; cancel that first"),
             ));
         }
-        self.end(name, &guest)?;
+        self.end(caller.name(), name, &guest)?;
         lock(&self.guests).remove(name);
         Ok(Answer::Done)
     }
@@ -204,7 +209,7 @@ impl Agent {
     fn stop_all(&self) {
         let guests = std::mem::take(&mut *lock(&self.guests));
         for (name, guest) in guests {
-            if let Err(failure) = self.end(&name, &guest) {
+            if let Err(failure) = self.end("agent", &name, &guest) {
                 tracing::warn!(code = failure.code, "{name}: {}", failure.error);
             }
         }
@@ -213,7 +218,7 @@ impl Agent {
         groups.iter().flatten().for_each(|name| end_cgroup(name));
     }
 
-    fn end(&self, name: &str, guest: &Guest) -> Result<(), Failure> {
+    fn end(&self, who: &str, name: &str, guest: &Guest) -> Result<(), Failure> {
         guest.vmm.kill();
         let epoch = *lock(&guest.epoch);
         let vm_id = hex::encode(guest.plan.vm_id);
@@ -234,12 +239,18 @@ impl Agent {
                 },
             )?;
         }
-        let entry = Entry::new("operator", "stop", name, Outcome::Done);
+        let entry = Entry::new(who, "stop", name, Outcome::Done);
         self.evidence
             .record(entry.emulated(guest.plan.technology.emulated()))
     }
 
-    fn order(&self, name: &str, request: &VmmRequest, action: &str) -> Result<Answer, Failure> {
+    fn order(
+        &self,
+        caller: &Caller,
+        name: &str,
+        request: &VmmRequest,
+        action: &str,
+    ) -> Result<Answer, Failure> {
         let guest = self.guest(name)?;
         if lock(&guest.mover).is_some() {
             return Err(Failure::new(
@@ -258,7 +269,7 @@ impl Agent {
             ));
         }
         guest.vmm.call(request, &[])?;
-        let entry = Entry::new("operator", action, name, Outcome::Done);
+        let entry = Entry::new(caller.name(), action, name, Outcome::Done);
         self.evidence
             .record(entry.emulated(guest.plan.technology.emulated()))?;
         Ok(Answer::Guest(guest.info()?))
@@ -279,14 +290,8 @@ impl Agent {
         }))
     }
 
-    fn probe(&self, name: &str) -> Result<Answer, Failure> {
+    fn probe(&self, caller: &Caller, name: &str) -> Result<Answer, Failure> {
         let guest = self.guest(name)?;
-        self.decide(
-            "operator",
-            name,
-            guest.plan.technology.emulated(),
-            &Action::SandboxProbe,
-        )?;
         let VmmReply::Probe(vmm) = guest.vmm.call(&VmmRequest::SandboxProbe, &[])? else {
             return Err(Failure::new("VMM_GONE", "the VMM answered something else"));
         };
@@ -297,7 +302,7 @@ impl Agent {
         let held = reports.iter().flat_map(|r| &r.attempts).all(|a| a.refused);
         let outcome = if held { Outcome::Done } else { Outcome::Failed };
         self.evidence
-            .record(Entry::new("operator", "sandbox-probe", name, outcome))?;
+            .record(Entry::new(caller.name(), "sandbox-probe", name, outcome))?;
         Ok(Answer::Probe { reports })
     }
 
@@ -316,45 +321,6 @@ impl Agent {
                 .transpose()?,
         );
         Ok(Answer::Sandbox { reports })
-    }
-
-    /// Asks the policy and writes the decision down before it is acted upon.
-    fn decide(
-        &self,
-        actor: &str,
-        object: &str,
-        emulated: bool,
-        action: &Action,
-    ) -> Result<(), Failure> {
-        let decision = evaluate(&self.policy, action);
-        self.evidence
-            .record(Entry::decided(actor, action.name(), object, &decision).emulated(emulated))?;
-        if decision.allowed {
-            return Ok(());
-        }
-        let reasons: Vec<String> = decision
-            .refusals()
-            .map(|r| {
-                format!(
-                    "{}: want {}, found {}. {}",
-                    r.rule, r.wanted, r.found, r.remedy
-                )
-                .trim_end()
-                .to_owned()
-            })
-            .collect();
-        let code = serde_json::to_value(decision.code)
-            .ok()
-            .and_then(|c| c.as_str().map(str::to_uppercase));
-        let code = format!("POLICY_{}", code.unwrap_or_default().replace('-', "_"));
-        Err(Failure {
-            code,
-            error: format!(
-                "the policy of {} refuses: {}",
-                self.config.name,
-                reasons.join("; ")
-            ),
-        })
     }
 
     fn guest(&self, name: &str) -> Result<Arc<Guest>, Failure> {
@@ -414,6 +380,11 @@ impl Agent {
         })
     }
 
+    /// The policy in force.
+    fn policy(&self) -> Arc<HostPolicy> {
+        self.authority.policy()
+    }
+
     fn host_sign(&self, message: &[u8]) -> Result<AgentAnswer, RoleError> {
         self.credentials()
             .map_err(|e| role_error(&e.code, e.error))?
@@ -429,7 +400,8 @@ impl Agent {
     /// What a guest launched here can have. For `auto` the strongest technology that the policy allows too.
     fn offer(&self) -> Offer {
         use casemate_policy::Technology as Policy;
-        let allowed = &self.policy.technologies.allowed;
+        let policy = self.policy();
+        let allowed = &policy.technologies.allowed;
         let has_snp = self.processor.as_ref().is_some_and(Processor::has_snp);
         let emulated = self.emulates();
         let strongest = if !emulated {
@@ -501,7 +473,7 @@ impl Agent {
         spec.memory_max = bounds.memory.map(|bytes| bytes + ROLE_OVERHEAD);
         spec.memlock_max = bounds.locked;
         spec.pids_max += bounds.vcpus;
-        spec.landlock_min = self.policy.sandbox.landlock_min_abi.get();
+        spec.landlock_min = self.policy().sandbox.landlock_min_abi.get();
         let (ours, theirs) =
             Channel::pair().map_err(|e| Failure::new("INTERNAL", e.to_string()))?;
         let process =
@@ -511,7 +483,7 @@ impl Agent {
 
     /// The emulated roots, besides this host's own, that policy trusts as targets.
     fn emulated_roots(&self) -> Vec<[u8; 32]> {
-        self.policy
+        self.policy()
             .migration
             .trusted_emulated_roots
             .iter()
