@@ -3,7 +3,9 @@
 //! The file is written by an administrator and believed only after it has parsed whole: an unknown key, a value of the
 //! wrong kind or a contradiction refuses the document, with file, line, key and what would be right.
 
+pub mod guest;
 mod parse;
+pub mod people;
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -13,11 +15,18 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use crate::types::{Fingerprint, Identity, Technology};
+use crate::claims::{Firmware, SandboxLevel};
+use crate::types::{Fingerprint, Identity, Technology, Timestamp};
+use guest::GuestBook;
+use people::People;
 
 /// A host's policy: what may run here, with whom it may migrate, and which local resources an arriving guest may get.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HostPolicy {
+    /// Counts up with every change; 0 if the document has none.
+    pub version: u64,
+    /// When the policy holds.
+    pub validity: Validity,
     /// The host this policy is for.
     pub host: Host,
     /// Which confidential technologies may run.
@@ -31,6 +40,9 @@ pub struct HostPolicy {
     peers: Vec<Peer>,
     incoming_disks: Vec<IncomingDisk>,
     incoming_nets: Vec<IncomingNet>,
+    firmware: Vec<FirmwareMinimum>,
+    guests: Option<GuestBook>,
+    people: Option<People>,
     digest: Fingerprint,
 }
 
@@ -100,6 +112,38 @@ impl HostPolicy {
     pub fn incoming_net(&self, id: &str) -> Option<&IncomingNet> {
         self.incoming_nets.iter().find(|net| net.id == id)
     }
+
+    /// The least firmware of the secure processor for a technology.
+    pub fn firmware(&self, technology: Technology) -> Option<&FirmwareMinimum> {
+        self.firmware.iter().find(|m| m.technology == technology)
+    }
+
+    /// The owners' rules; none if the document has no `[[guest]]` at all, and then every guest may be here.
+    pub fn guests(&self) -> Option<&GuestBook> {
+        self.guests.as_ref()
+    }
+
+    /// The people; none if the document has neither `[people]` nor `[[person]]`.
+    pub fn people(&self) -> Option<&People> {
+        self.people.as_ref()
+    }
+}
+
+/// When a policy holds: from its beginning up to, and without, its end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Validity {
+    /// The beginning; without it, always.
+    pub not_before: Option<Timestamp>,
+    /// The end; without it, never.
+    pub not_after: Option<Timestamp>,
+}
+
+impl Validity {
+    /// Whether it holds at a moment.
+    pub fn holds(&self, now: Timestamp) -> bool {
+        self.not_before.is_none_or(|begin| begin <= now)
+            && self.not_after.is_none_or(|end| now < end)
+    }
 }
 
 /// `[host]`
@@ -109,6 +153,9 @@ pub struct Host {
     /// The name by which this host appears in records.
     #[serde(deserialize_with = "parse::label")]
     pub name: String,
+    /// The site where it stands.
+    #[serde(default, deserialize_with = "parse::optional_label")]
+    pub site: Option<String>,
 }
 
 /// `[technologies]`
@@ -129,6 +176,34 @@ pub struct Sandbox {
     /// The oldest Landlock ABI with which a role may start (default 1).
     #[serde(default = "landlock_default")]
     pub landlock_min_abi: NonZeroU32,
+    /// How much of the sandbox must be in force where a guest starts (default: no rule).
+    pub level: Option<SandboxLevel>,
+}
+
+/// `[[firmware]]`: the least firmware of the secure processor.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FirmwareMinimum {
+    /// For guests of this technology.
+    pub technology: Technology,
+    /// API major.
+    pub major: u8,
+    /// API minor.
+    pub minor: u8,
+    /// Build of that very API version (default 0); a newer API has newer builds.
+    #[serde(default)]
+    pub build: u8,
+}
+
+impl FirmwareMinimum {
+    /// The version that is at least wanted.
+    pub fn version(&self) -> Firmware {
+        Firmware {
+            major: self.major,
+            minor: self.minor,
+            build: self.build,
+        }
+    }
 }
 
 /// `[limits]`
@@ -168,6 +243,8 @@ pub struct Peer {
     pub identity: Identity,
     /// How it is reached.
     pub path: PeerPath,
+    /// The site where it stands.
+    pub site: Option<String>,
 }
 
 impl Peer {
@@ -254,6 +331,7 @@ impl Default for Sandbox {
     fn default() -> Self {
         Self {
             landlock_min_abi: landlock_default(),
+            level: None,
         }
     }
 }

@@ -1,147 +1,53 @@
-//! From policy and action to a decision: a pure function, with a reason for every rule it looked at.
+//! From policy and claims to a decision: a pure function, with a reason for every rule it looked at.
+
+mod code;
+mod guest;
+mod people;
 
 use std::collections::BTreeSet;
+use std::fmt::{Display, Write as _};
 
 use serde::Serialize;
 
+pub use crate::action::{Action, ActionKind};
+pub use code::Code;
+
+use crate::claims::{Actor, HostClaims, Inquiry, SandboxLevel};
 use crate::document::HostPolicy;
 use crate::floor;
-use crate::types::{Identity, Technology};
+use crate::types::{Identity, Technology, Timestamp};
 
-/// Decides whether `policy` allows `action`. Every rule that applies is listed, kept or broken, the floor first; the
-/// code is that of the first broken rule.
+/// Decides whether `policy` allows what is asked. Every rule that applies is listed, kept or broken: the floor first,
+/// then who asks, then the host's rules, then the owners' of the guest. The code is that of the first broken rule.
+pub fn decide(policy: &HostPolicy, inquiry: &Inquiry) -> Decision {
+    let mut reasons = floor::check(policy, &inquiry.action);
+    reasons.extend(people::rules(policy, inquiry));
+    reasons.extend(validity_rule(policy, inquiry));
+    reasons.extend(host_rules(policy, &inquiry.action));
+    reasons.extend(ground_rules(policy, inquiry));
+    reasons.extend(guest::rules(policy, inquiry));
+    Decision::of(reasons)
+}
+
+/// Whether somebody may ask for a kind of action at all, before anything they named is opened: the rules of `[people]`
+/// without those for two. What passes here is still to be [`decide`]d.
+pub fn may_ask(
+    policy: &HostPolicy,
+    actor: &Actor,
+    kind: ActionKind,
+    object: Option<&str>,
+) -> Decision {
+    Decision::of(people::asking(policy, actor, kind, object))
+}
+
+/// [`decide`] for the host itself, of a guest without name, with no claims and no clock: what a policy without owners,
+/// people and validity says of an action. A policy that has them refuses.
 pub fn evaluate(policy: &HostPolicy, action: &Action) -> Decision {
-    let mut reasons = floor::check(policy, action);
-    match action {
-        Action::Launch {
-            technology,
-            vcpus,
-            memory_mib,
-            ..
-        } => {
-            reasons.push(technology_rule(policy, *technology));
-            reasons.extend(size_rules(policy, *vcpus, *memory_mib));
-        }
-        Action::MigrateOut {
-            technology,
-            peer_name,
-            ..
-        } => {
-            reasons.push(technology_rule(policy, *technology));
-            reasons.push(direction_rule(
-                "migration.outgoing",
-                policy.migration.outgoing,
-                Code::OutgoingNotAllowed,
-            ));
-            reasons.push(known_rule(
-                format!("{:?}", short(peer_name)),
-                policy.peer_named(peer_name).is_some(),
-            ));
-        }
-        Action::MigrateIn {
-            peer,
-            tls,
-            technology,
-            vcpus,
-            memory_mib,
-            disks,
-            nets,
-            ..
-        } => {
-            reasons.push(technology_rule(policy, *technology));
-            reasons.push(direction_rule(
-                "migration.incoming",
-                policy.migration.incoming,
-                Code::IncomingNotAllowed,
-            ));
-            reasons.extend(peer_rules(policy, peer, tls));
-            reasons.extend(size_rules(policy, *vcpus, *memory_mib));
-            reasons.extend(resource_rules(policy, disks, nets));
-        }
-        Action::ReleaseSecret { technology, .. } => {
-            reasons.push(technology_rule(policy, *technology))
-        }
-        Action::SandboxProbe => {}
-    }
-    let code = reasons
-        .iter()
-        .find(|reason| !reason.allows)
-        .map_or(Code::Allowed, |reason| reason.code);
-    Decision {
-        allowed: code == Code::Allowed,
-        code,
-        reasons,
-    }
-}
-
-/// What somebody wants to do. What comes from a peer here has been parsed, but is not yet believed.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Action {
-    /// Launch a guest here.
-    Launch {
-        /// Its technology.
-        technology: Technology,
-        /// Whether the secure processor is the software one.
-        emulated: bool,
-        /// Its vCPUs.
-        vcpus: u16,
-        /// Its memory in MiB.
-        memory_mib: u64,
-        /// The guest policy given to the firmware (SEV: 32 bits, SNP: 64); 0 for a plain guest.
-        policy_bits: u64,
-    },
-    /// Send a guest to a peer.
-    MigrateOut {
-        /// Its technology.
-        technology: Technology,
-        /// Whether the secure processor is the software one.
-        emulated: bool,
-        /// The peer's name in the policy.
-        peer_name: String,
-    },
-    /// Receive a guest from a peer.
-    MigrateIn {
-        /// The end-to-end identity that signed the offer.
-        peer: Identity,
-        /// The identity that terminated the TLS connection; the peer's own on a direct path.
-        tls: Identity,
-        /// The guest's technology.
-        technology: Technology,
-        /// Whether the secure processor is the software one.
-        emulated: bool,
-        /// The guest's vCPUs.
-        vcpus: u16,
-        /// The guest's memory in MiB.
-        memory_mib: u64,
-        /// The ids of the disks it wants.
-        disks: Vec<String>,
-        /// The ids of the networks it wants.
-        nets: Vec<String>,
-    },
-    /// Put an owner's secret into a guest.
-    ReleaseSecret {
-        /// The guest's technology.
-        technology: Technology,
-        /// Whether the secure processor is the software one.
-        emulated: bool,
-        /// Whether the launch measurement was verified to be the expected one.
-        measurement_matches: bool,
-    },
-    /// Try, from inside a jail, what the jail must refuse.
-    SandboxProbe,
-}
-
-impl Action {
-    /// The action's stable name, as in the ledger.
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self::Launch { .. } => "launch",
-            Self::MigrateOut { .. } => "migrate-out",
-            Self::MigrateIn { .. } => "migrate-in",
-            Self::ReleaseSecret { .. } => "release-secret",
-            Self::SandboxProbe => "sandbox-probe",
-        }
-    }
+    let clock = Timestamp::from_unix(0);
+    decide(
+        policy,
+        &Inquiry::new(Actor::Host, "", action.clone(), clock),
+    )
 }
 
 /// The answer.
@@ -157,6 +63,18 @@ pub struct Decision {
 }
 
 impl Decision {
+    pub(crate) fn of(reasons: Vec<Reason>) -> Self {
+        let code = reasons
+            .iter()
+            .find(|reason| !reason.allows)
+            .map_or(Code::Allowed, |reason| reason.code);
+        Self {
+            allowed: code == Code::Allowed,
+            code,
+            reasons,
+        }
+    }
+
     /// The rules that refuse.
     pub fn refusals(&self) -> impl Iterator<Item = &Reason> {
         self.reasons.iter().filter(|reason| !reason.allows)
@@ -182,80 +100,139 @@ pub struct Reason {
     pub remedy: &'static str,
 }
 
-/// The stable code of a decision; peers and records carry it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
-#[serde(rename_all = "kebab-case")]
-#[non_exhaustive]
-pub enum Code {
-    /// Every rule allows it.
-    Allowed,
-    /// The secure processor is emulated, and the policy does not say `allow_emulated = true`.
-    EmulatedNotAllowed,
-    /// The guest policy lets the host debug the guest.
-    DebugAllowed,
-    /// The guest policy does not fit the technology.
-    GuestPolicyMismatch,
-    /// Guests of this technology cannot be moved by any Linux.
-    TechnologyCannotMigrate,
-    /// The guest has not proven what it is.
-    NotProven,
-    /// The technology is not in `technologies.allowed`.
-    TechnologyNotAllowed,
-    /// More vCPUs than `limits.max_vcpus`, or none.
-    TooManyVcpus,
-    /// More memory than `limits.max_memory_mib`, or none.
-    TooMuchMemory,
-    /// `migration.outgoing` is not true.
-    OutgoingNotAllowed,
-    /// `migration.incoming` is not true.
-    IncomingNotAllowed,
-    /// No `[[peer]]` has this name or identity.
-    PeerUnknown,
-    /// The TLS connection was not terminated by whom the peer's path says.
-    PeerPathMismatch,
-    /// A disk is not among `[[incoming_disk]]`, or is asked for twice.
-    DiskNotAllowed,
-    /// A network is not among `[[incoming_net]]`.
-    NetNotAllowed,
+fn host_rules(policy: &HostPolicy, action: &Action) -> Vec<Reason> {
+    let mut reasons = Vec::new();
+    if let Some((technology, _)) = action.technology() {
+        reasons.push(technology_rule(policy, technology));
+    }
+    match action {
+        Action::Launch {
+            vcpus, memory_mib, ..
+        } => reasons.extend(size_rules(policy, *vcpus, *memory_mib)),
+        Action::MigrateOut { peer_name, .. } => {
+            reasons.push(direction_rule(
+                "migration.outgoing",
+                policy.migration.outgoing,
+                Code::OutgoingNotAllowed,
+            ));
+            reasons.push(named_rule(policy, peer_name));
+        }
+        Action::Replicate { peer_name, .. } => reasons.push(named_rule(policy, peer_name)),
+        Action::MigrateIn {
+            peer,
+            tls,
+            vcpus,
+            memory_mib,
+            disks,
+            nets,
+            ..
+        } => {
+            reasons.push(direction_rule(
+                "migration.incoming",
+                policy.migration.incoming,
+                Code::IncomingNotAllowed,
+            ));
+            reasons.extend(peer_rules(policy, peer, tls));
+            reasons.extend(size_rules(policy, *vcpus, *memory_mib));
+            reasons.extend(resource_rules(policy, disks, nets));
+        }
+        _ => {}
+    }
+    reasons
 }
 
-impl Code {
-    /// The code as it is written.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Allowed => "allowed",
-            Self::EmulatedNotAllowed => "emulated-not-allowed",
-            Self::DebugAllowed => "debug-allowed",
-            Self::GuestPolicyMismatch => "guest-policy-mismatch",
-            Self::TechnologyCannotMigrate => "technology-cannot-migrate",
-            Self::NotProven => "not-proven",
-            Self::TechnologyNotAllowed => "technology-not-allowed",
-            Self::TooManyVcpus => "too-many-vcpus",
-            Self::TooMuchMemory => "too-much-memory",
-            Self::OutgoingNotAllowed => "outgoing-not-allowed",
-            Self::IncomingNotAllowed => "incoming-not-allowed",
-            Self::PeerUnknown => "peer-unknown",
-            Self::PeerPathMismatch => "peer-path-mismatch",
-            Self::DiskNotAllowed => "disk-not-allowed",
-            Self::NetNotAllowed => "net-not-allowed",
-        }
+/// What a host must be, where a guest starts.
+fn ground_rules(policy: &HostPolicy, inquiry: &Inquiry) -> Vec<Reason> {
+    let technology = match &inquiry.action {
+        Action::Launch { technology, .. }
+        | Action::MigrateIn { technology, .. }
+        | Action::Failover { technology, .. } => *technology,
+        _ => return Vec::new(),
+    };
+    let HostClaims {
+        landlock_abi,
+        sandbox,
+        firmware,
+    } = inquiry.host;
+    let mut reasons = Vec::new();
+    if let Some(level) = policy.sandbox.level {
+        let oldest = policy.sandbox.landlock_min_abi.get();
+        // Roles that find an older ABI refuse to start; this tells beforehand.
+        let weak = landlock_abi.is_some_and(|abi| abi < oldest);
+        reasons.push(claimed_rule(
+            "sandbox.level",
+            format!("{level} with Landlock ABI {oldest}"),
+            sandbox.map(|found| match landlock_abi {
+                Some(abi) => format!("{found} with Landlock ABI {abi}"),
+                None => found.to_string(),
+            }),
+            sandbox.unwrap_or(SandboxLevel::None) >= level && !weak,
+            Code::SandboxTooWeak,
+            "see `casemate doctor`, or lower sandbox.level",
+        ));
+    }
+    if let Some(minimum) = policy.firmware(technology) {
+        let wanted = minimum.version();
+        reasons.push(claimed_rule(
+            "firmware",
+            format!("at least {wanted}"),
+            firmware.map(|found| found.to_string()),
+            firmware.is_some_and(|found| found >= wanted),
+            Code::FirmwareTooOld,
+            "update the platform's firmware, or lower the [[firmware]] minimum",
+        ));
+    }
+    reasons
+}
+
+/// What is not claimed is not found, and refuses as that.
+fn claimed_rule(
+    rule: &'static str,
+    wanted: String,
+    found: Option<String>,
+    allows: bool,
+    code: Code,
+    remedy: &'static str,
+) -> Reason {
+    Reason {
+        rule,
+        wanted,
+        code: match found {
+            Some(_) => code,
+            None => Code::ClaimMissing,
+        },
+        found: found.unwrap_or_else(|| "not known".to_owned()),
+        allows,
+        remedy,
     }
 }
 
+fn validity_rule(policy: &HostPolicy, inquiry: &Inquiry) -> Option<Reason> {
+    let validity = policy.validity;
+    let bound = validity.not_before.is_some() || validity.not_after.is_some();
+    if !bound || inquiry.action.kind().outlives_the_policy() {
+        return None;
+    }
+    let moment =
+        |time: Option<Timestamp>| time.map_or_else(|| "ever".to_owned(), |t| t.to_string());
+    Some(Reason {
+        rule: "policy.validity",
+        wanted: format!(
+            "from {} up to {}",
+            moment(validity.not_before),
+            moment(validity.not_after)
+        ),
+        found: inquiry.clock.to_string(),
+        allows: validity.holds(inquiry.clock),
+        code: Code::PolicyNotValid,
+        remedy: "load a policy that is valid now",
+    })
+}
+
 fn technology_rule(policy: &HostPolicy, technology: Technology) -> Reason {
-    let allowed: Vec<_> = policy
-        .technologies
-        .allowed
-        .iter()
-        .map(ToString::to_string)
-        .collect();
     Reason {
         rule: "technologies.allowed",
-        wanted: if allowed.is_empty() {
-            "nothing is allowed".to_owned()
-        } else {
-            format!("one of {}", allowed.join(", "))
-        },
+        wanted: listing("one of", policy.technologies.allowed.iter()),
         found: technology.to_string(),
         allows: policy.technologies.allowed.contains(&technology),
         code: Code::TechnologyNotAllowed,
@@ -310,6 +287,13 @@ fn known_rule(found: String, allows: bool) -> Reason {
     }
 }
 
+fn named_rule(policy: &HostPolicy, name: &str) -> Reason {
+    known_rule(
+        format!("{:?}", short(name)),
+        policy.peer_named(name).is_some(),
+    )
+}
+
 fn peer_rules(policy: &HostPolicy, peer: &Identity, tls: &Identity) -> Vec<Reason> {
     let known = policy.peer_with(peer);
     let mut reasons = vec![known_rule(peer.to_string(), known.is_some())];
@@ -352,265 +336,30 @@ fn resource_rules(policy: &HostPolicy, disks: &[String], nets: &[String]) -> Vec
     reasons
 }
 
+/// A list for a reason; a long one is cut.
+fn listing<T: Display>(kind: &str, all: impl ExactSizeIterator<Item = T>) -> String {
+    let count = all.len();
+    if count == 0 {
+        return "nothing is allowed".to_owned();
+    }
+    let mut text = kind.to_owned();
+    for (index, one) in all.take(LISTED).enumerate() {
+        text.push_str(if index == 0 { " " } else { ", " });
+        let _ = write!(text, "{one}");
+    }
+    if count > LISTED {
+        let _ = write!(text, " and {} more", count - LISTED);
+    }
+    text
+}
+
 /// The start of a text that somebody else chose, for a reason.
 fn short(text: &str) -> String {
     text.chars().take(64).collect()
 }
 
+/// How many entries of a list a reason shows.
+const LISTED: usize = 4;
+
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-    use crate::types::Fingerprint;
-
-    fn identity(san: &str, key: u8) -> Identity {
-        Identity {
-            san: san.parse().unwrap(),
-            spki: Fingerprint::from_bytes([key; 32]),
-        }
-    }
-
-    fn policy(technologies: &str, migration: &str) -> HostPolicy {
-        let (peer, far, gateway) = (
-            Fingerprint::from_bytes([1; 32]),
-            Fingerprint::from_bytes([2; 32]),
-            Fingerprint::from_bytes([3; 32]),
-        );
-        let text = format!(
-            r#"
-            host = {{ name = "h" }}
-            technologies = {{ {technologies} }}
-            limits = {{ max_vcpus = 4, max_memory_mib = 1024 }}
-            migration = {{ {migration} }}
-            peer = [
-              {{ name = "near", san = "near.test", spki = "{peer}", path = "direct" }},
-              {{ name = "far", san = "far.test", spki = "{far}", path = "gateway", gateway = {{ san = "gw.test", spki = "{gateway}" }} }},
-            ]
-            incoming_disk = [{{ id = "data", path = "/d" }}]
-            incoming_net = [{{ id = "net0", bridge = "br0" }}]
-            "#
-        );
-        HostPolicy::parse("test", &text).unwrap()
-    }
-
-    fn open() -> HostPolicy {
-        policy(
-            r#"allowed = ["none", "sev", "sev-es", "sev-snp"], allow_emulated = true"#,
-            "outgoing = true, incoming = true",
-        )
-    }
-
-    fn launch(technology: Technology, policy_bits: u64) -> Action {
-        Action::Launch {
-            technology,
-            emulated: false,
-            vcpus: 2,
-            memory_mib: 512,
-            policy_bits,
-        }
-    }
-
-    fn arrival(peer: Identity, tls: Identity) -> Action {
-        Action::MigrateIn {
-            peer,
-            tls,
-            technology: Technology::Sev,
-            emulated: true,
-            vcpus: 2,
-            memory_mib: 512,
-            disks: vec!["data".to_owned()],
-            nets: vec!["net0".to_owned()],
-        }
-    }
-
-    #[test]
-    fn launches() {
-        let policy = policy(r#"allowed = ["none", "sev"]"#, "");
-        assert!(evaluate(&policy, &launch(Technology::Sev, 1)).allowed);
-        assert!(evaluate(&policy, &launch(Technology::None, 0)).allowed);
-        let cases = [
-            (launch(Technology::Sev, 0), Code::DebugAllowed),
-            (launch(Technology::Sev, 5), Code::GuestPolicyMismatch),
-            (
-                launch(Technology::Sev, 1 << 32 | 1),
-                Code::GuestPolicyMismatch,
-            ),
-            (launch(Technology::None, 1), Code::GuestPolicyMismatch),
-            (launch(Technology::SevEs, 5), Code::TechnologyNotAllowed),
-            (
-                launch(Technology::SevSnp, 1 << 17 | 1 << 19),
-                Code::DebugAllowed,
-            ),
-            (
-                launch(Technology::SevSnp, 1 << 17),
-                Code::TechnologyNotAllowed,
-            ),
-        ];
-        for (action, code) in cases {
-            assert_eq!(evaluate(&policy, &action).code, code, "{action:?}");
-        }
-        for (vcpus, memory_mib, code) in [
-            (5, 512, Code::TooManyVcpus),
-            (0, 512, Code::TooManyVcpus),
-            (1, 1025, Code::TooMuchMemory),
-            (1, 0, Code::TooMuchMemory),
-        ] {
-            let action = Action::Launch {
-                technology: Technology::Sev,
-                emulated: false,
-                vcpus,
-                memory_mib,
-                policy_bits: 1,
-            };
-            assert_eq!(evaluate(&policy, &action).code, code);
-        }
-    }
-
-    #[test]
-    fn a_refusal_tells_every_broken_rule_and_the_alternative() {
-        let policy = policy(r#"allowed = ["sev"]"#, "");
-        let action = Action::MigrateOut {
-            technology: Technology::SevSnp,
-            emulated: true,
-            peer_name: "nobody".to_owned(),
-        };
-        let decision = evaluate(&policy, &action);
-        let rules: Vec<_> = decision.refusals().map(|reason| reason.rule).collect();
-        assert_eq!(
-            rules,
-            [
-                "floor.emulated",
-                "floor.movable",
-                "technologies.allowed",
-                "migration.outgoing",
-                "peer"
-            ]
-        );
-        assert!(
-            decision
-                .refusals()
-                .any(|reason| reason.remedy.contains("relaunch"))
-        );
-    }
-
-    #[test]
-    fn arrivals_need_the_right_peer_on_the_right_path() {
-        let (near, far, gateway) = (
-            identity("near.test", 1),
-            identity("far.test", 2),
-            identity("gw.test", 3),
-        );
-        let cases = [
-            (&near, &near, Code::Allowed),
-            (&far, &gateway, Code::Allowed),
-            (&near, &gateway, Code::PeerPathMismatch),
-            (&far, &far, Code::PeerPathMismatch),
-            (&gateway, &gateway, Code::PeerUnknown),
-            (&identity("near.test", 2), &near, Code::PeerUnknown),
-            (&identity("far.test", 1), &near, Code::PeerUnknown),
-        ];
-        for (peer, tls, code) in cases {
-            assert_eq!(
-                evaluate(&open(), &arrival(peer.clone(), tls.clone())).code,
-                code,
-                "{peer} by {tls}"
-            );
-        }
-    }
-
-    #[test]
-    fn arrivals_get_only_local_resources() {
-        let ask = |want_disks: &[&str], want_nets: &[&str]| {
-            let mut action = arrival(identity("near.test", 1), identity("near.test", 1));
-            if let Action::MigrateIn { disks, nets, .. } = &mut action {
-                *disks = want_disks.iter().map(ToString::to_string).collect();
-                *nets = want_nets.iter().map(ToString::to_string).collect();
-            }
-            evaluate(&open(), &action).code
-        };
-        assert_eq!(ask(&["data"], &["net0"]), Code::Allowed);
-        assert_eq!(ask(&["/etc/passwd"], &[]), Code::DiskNotAllowed);
-        assert_eq!(ask(&["data", "data"], &[]), Code::DiskNotAllowed);
-        assert_eq!(ask(&[], &["net1"]), Code::NetNotAllowed);
-    }
-
-    #[test]
-    fn secrets_need_proof() {
-        let ask = |technology, measurement_matches| {
-            evaluate(
-                &open(),
-                &Action::ReleaseSecret {
-                    technology,
-                    emulated: true,
-                    measurement_matches,
-                },
-            )
-            .code
-        };
-        assert_eq!(ask(Technology::Sev, true), Code::Allowed);
-        assert_eq!(ask(Technology::Sev, false), Code::NotProven);
-        assert_eq!(ask(Technology::None, true), Code::NotProven);
-    }
-
-    #[test]
-    fn codes_are_written_alike_everywhere() {
-        for code in [
-            Code::Allowed,
-            Code::TechnologyCannotMigrate,
-            Code::PeerPathMismatch,
-            Code::TooManyVcpus,
-        ] {
-            assert_eq!(
-                serde_json::to_string(&code).unwrap(),
-                format!("\"{}\"", code.as_str())
-            );
-        }
-    }
-
-    fn any_technology() -> impl Strategy<Value = Technology> {
-        prop_oneof![
-            Just(Technology::None),
-            Just(Technology::Sev),
-            Just(Technology::SevEs),
-            Just(Technology::SevSnp)
-        ]
-    }
-
-    proptest! {
-        /// However open the file: no debuggable guest, nothing emulated unannounced, no SEV-ES or SNP on the move.
-        #[test]
-        fn the_floor_holds(technology in any_technology(), emulated: bool, bits: u64, out: bool) {
-            let open = open();
-            let closed = policy(r#"allowed = ["none", "sev", "sev-es", "sev-snp"]"#, "outgoing = true, incoming = true");
-            let launch = Action::Launch { technology, emulated, vcpus: 1, memory_mib: 1, policy_bits: bits };
-            let decision = evaluate(&open, &launch);
-            let debuggable = match technology {
-                Technology::None => false,
-                Technology::Sev | Technology::SevEs => bits % 2 == 0,
-                Technology::SevSnp => (bits >> 19) % 2 == 1,
-            };
-            prop_assert!(!(decision.allowed && debuggable));
-            prop_assert!(!(emulated && evaluate(&closed, &launch).allowed));
-            let moved = if out {
-                Action::MigrateOut { technology, emulated, peer_name: "near".to_owned() }
-            } else {
-                let Action::MigrateIn { peer, tls, vcpus, memory_mib, disks, nets, .. } =
-                    arrival(identity("near.test", 1), identity("near.test", 1)) else { unreachable!() };
-                Action::MigrateIn { peer, tls, technology, emulated, vcpus, memory_mib, disks, nets }
-            };
-            let movable = matches!(technology, Technology::None | Technology::Sev);
-            prop_assert_eq!(evaluate(&open, &moved).allowed, movable);
-            prop_assert!(!(emulated && evaluate(&closed, &moved).allowed));
-        }
-
-        /// A decision is allowed exactly when no reason refuses, and its code says so.
-        #[test]
-        fn decisions_are_consistent(technology in any_technology(), emulated: bool, vcpus in 0u16..8, memory_mib in 0u64..2048, bits in 0u64..8) {
-            let policy = policy(r#"allowed = ["sev"]"#, "");
-            let decision = evaluate(&policy, &Action::Launch { technology, emulated, vcpus, memory_mib, policy_bits: bits });
-            prop_assert_eq!(decision.allowed, decision.reasons.iter().all(|reason| reason.allows));
-            prop_assert_eq!(decision.allowed, decision.code == Code::Allowed);
-        }
-    }
-}
+mod tests;

@@ -4,8 +4,9 @@
 //! guest that can be debugged, an emulated processor passed off as a real one, a secret without proof), and what the
 //! hardware and Linux cannot do (moving SEV-ES and SEV-SNP guests), which is refused with the alternative.
 
+use crate::action::Action;
 use crate::document::HostPolicy;
-use crate::evaluate::{Action, Code, Reason};
+use crate::evaluate::{Code, Reason};
 use crate::types::Technology;
 
 /// Every floor rule that applies to `action`, kept or broken.
@@ -45,7 +46,43 @@ pub fn check(policy: &HostPolicy, action: &Action) -> Vec<Reason> {
                 proof_rule(*technology, *measurement_matches),
             ]
         }
-        Action::SandboxProbe => Vec::new(),
+        Action::InjectSecret {
+            technology,
+            emulated,
+        } => vec![
+            emulated_rule(policy, *emulated),
+            confidential_rule(*technology),
+        ],
+        Action::Attest {
+            emulated, verified, ..
+        } => vec![emulated_rule(policy, *emulated), verified_rule(*verified)],
+        Action::Replicate { emulated, .. } | Action::Failover { emulated, .. } => {
+            vec![emulated_rule(policy, *emulated)]
+        }
+        Action::PolicyLoad {
+            version,
+            in_force,
+            same,
+            signers,
+            threshold,
+        } => vec![
+            signed_rule(*signers, *threshold),
+            newer_rule(*version, *in_force, *same),
+        ],
+        Action::SandboxProbe
+        | Action::SandboxReport
+        | Action::List
+        | Action::Status
+        | Action::Measurement
+        | Action::Stop
+        | Action::Pause
+        | Action::Resume
+        | Action::Cancel
+        | Action::PlatformShow
+        | Action::PlatformAdmin { .. }
+        | Action::Approve { .. }
+        | Action::EvidenceRead
+        | Action::EvidenceKeyRotate => Vec::new(),
     }
 }
 
@@ -146,11 +183,61 @@ fn proof_rule(technology: Technology, measurement_matches: bool) -> Reason {
     }
 }
 
+fn confidential_rule(technology: Technology) -> Reason {
+    Reason {
+        rule: "floor.confidential",
+        wanted: "a guest whose memory its host cannot read".to_owned(),
+        found: technology.to_string(),
+        allows: technology != Technology::None,
+        code: Code::NotProven,
+        remedy: "launch the guest with a confidential technology",
+    }
+}
+
+fn verified_rule(verified: bool) -> Reason {
+    Reason {
+        rule: "floor.verified",
+        wanted: "evidence whose signature, chain and dates were verified".to_owned(),
+        found: if verified { "verified" } else { "not verified" }.to_owned(),
+        allows: verified,
+        code: Code::NotProven,
+        remedy: "see the verdict's checks",
+    }
+}
+
+fn signed_rule(signers: u32, threshold: u32) -> Reason {
+    Reason {
+        rule: "floor.policy-signed",
+        wanted: format!("{threshold} trusted signatures"),
+        found: signers.to_string(),
+        allows: signers >= threshold,
+        code: Code::PolicyUnsigned,
+        remedy: "have it signed with `casemate policy sign`",
+    }
+}
+
+fn newer_rule(version: u64, in_force: u64, same: bool) -> Reason {
+    Reason {
+        rule: "floor.policy-version",
+        wanted: match in_force {
+            0 => "any version".to_owned(),
+            _ => format!("above {in_force}, or the very policy in force"),
+        },
+        found: match same {
+            true => format!("{version}, the very policy in force"),
+            false => version.to_string(),
+        },
+        allows: version > in_force || same && version == in_force || in_force == 0,
+        code: Code::PolicyOlder,
+        remedy: "raise `version`; a host never goes back",
+    }
+}
+
 /// SEV guest policy: debugging forbidden.
-const SEV_NODBG: u64 = 1 << 0;
+pub(crate) const SEV_NODBG: u64 = 1 << 0;
 /// SEV guest policy: encrypted state (SEV-ES) required.
 const SEV_ES: u64 = 1 << 2;
 /// SNP guest policy: reserved, must be one.
 const SNP_RESERVED_ONE: u64 = 1 << 17;
 /// SNP guest policy: debugging allowed.
-const SNP_DEBUG: u64 = 1 << 19;
+pub(crate) const SNP_DEBUG: u64 = 1 << 19;

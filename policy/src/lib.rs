@@ -32,16 +32,28 @@
 
 #![forbid(unsafe_code)]
 
+pub mod action;
 pub mod bundle;
+pub mod cases;
+pub mod claims;
 pub mod document;
 pub mod evaluate;
 pub mod export;
 pub mod floor;
+pub mod history;
 pub mod ledger;
+pub mod mark;
+#[cfg(feature = "rego")]
+pub mod rego;
 pub mod report;
+pub mod sign;
 mod types;
 
+pub use action::{Action, ActionKind};
+pub use claims::{Actor, Inquiry};
 pub use document::{HostPolicy, PolicyError};
-pub use evaluate::{Action, Code, Decision, Reason, evaluate};
+pub use evaluate::{Code, Decision, Reason, decide, evaluate, may_ask};
 pub use ledger::{Ledger, LedgerError};
-pub use types::{DnsName, Fingerprint, Identity, Technology, TypeError};
+pub use types::{
+    DnsName, Fingerprint, Identity, LaunchDigest, LaunchSigner, Technology, Timestamp, TypeError,
+};

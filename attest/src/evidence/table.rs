@@ -105,27 +105,34 @@ pub fn parse(table: &[u8]) -> Result<Vec<TableCertificate>, TableError> {
     Ok(found)
 }
 
-/// Writes a table that [`parse`] reads: the entries, a closing entry of zeros, and the bytes behind.
-/// Empty entries and more than 4 GiB have no place in one; they are left out.
-pub fn encode(certificates: &[TableCertificate]) -> Vec<u8> {
-    let kept = certificates.iter().filter(|entry| !entry.bytes.is_empty());
-    let list_len = (kept.clone().count() + 1) * ENTRY_LEN;
-    let (mut list, mut behind) = (Vec::with_capacity(list_len), Vec::<u8>::new());
-    for TableCertificate { kind, bytes } in kept {
-        let (Ok(offset), Ok(length)) = (
-            u32::try_from(list_len + behind.len()),
-            u32::try_from(bytes.len()),
-        ) else {
-            continue;
-        };
-        list.extend(kind.guid());
-        list.extend(offset.to_le_bytes());
-        list.extend(length.to_le_bytes());
-        behind.extend(bytes);
+/// Writes a table that [`parse`] reads: the entries in their order, their bytes behind. No
+/// certificates are no bytes.
+pub fn encode(certificates: &[TableCertificate]) -> Result<Vec<u8>, TableError> {
+    if certificates.is_empty() {
+        return Ok(Vec::new());
     }
-    list.resize(list_len, 0);
-    list.extend(behind);
-    list
+    // The closing entry counts.
+    let list_len = certificates.len().saturating_add(1);
+    let mut table = Vec::new();
+    let mut offset = list_len.saturating_mul(ENTRY_LEN);
+    for certificate in certificates {
+        let length = certificate.bytes.len();
+        table.extend(certificate.kind.guid());
+        for number in [offset, length] {
+            let number = u32::try_from(number).map_err(|_| TableError::TooLong(number))?;
+            table.extend(number.to_le_bytes());
+        }
+        offset = offset.saturating_add(length);
+    }
+    table.extend([0; ENTRY_LEN]);
+    for certificate in certificates {
+        table.extend(&certificate.bytes);
+    }
+    // A GUID of zeros closes the list.
+    match parse(&table)?.len() == certificates.len() {
+        true => Ok(table),
+        false => Err(TableError::NotClosed),
+    }
 }
 
 impl CertificateKind {
@@ -133,9 +140,9 @@ impl CertificateKind {
     pub fn guid(self) -> [u8; 16] {
         match self {
             Self::Other(guid) => guid,
-            known => GUIDS
+            named => GUIDS
                 .into_iter()
-                .find(|(kind, _)| *kind == known)
+                .find(|(kind, _)| *kind == named)
                 .map_or([0; 16], |(_, guid)| guid),
         }
     }

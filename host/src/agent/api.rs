@@ -82,6 +82,16 @@ pub enum Request {
         /// Its name.
         name: String,
     },
+    /// Puts another policy in force.
+    PolicyLoad {
+        /// Absolute path of the document; its signatures are read from beside it.
+        policy: PathBuf,
+    },
+    /// Agrees, as the second person, to what somebody else asked for.
+    Approve {
+        /// The id that the refusal named.
+        id: String,
+    },
 }
 
 /// The owner's half of a SEV session, base64.
@@ -170,6 +180,15 @@ pub enum Answer {
     Sandbox {
         /// By role.
         reports: Vec<SandboxReport>,
+    },
+    /// The policy that is now in force.
+    Policy {
+        /// Its version; 0 if it has none.
+        version: u64,
+        /// SHA-256 of its text.
+        digest: String,
+        /// Who of the trusted signed it.
+        signers: Vec<String>,
     },
     /// Nothing more to say.
     Done,

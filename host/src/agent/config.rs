@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use casemate_policy::sign::Trust;
 use serde::Deserialize;
 
 /// What an agent is told at its start.
@@ -20,8 +21,13 @@ pub struct AgentConfig {
     pub listen: Option<SocketAddr>,
     /// The signed-off rules of this host.
     pub policy: PathBuf,
+    /// Whose signatures the rules need; without it, none. They are read from beside the rules (`.sig` behind the name).
+    pub policy_trust: Option<Trust>,
     /// Who this host is to others; needed for migration.
     pub identity: Option<IdentityFiles>,
+    /// ASK and ARK of this host's processor, one behind the other as AMD publishes them; needed where SEV guests of the
+    /// real processor arrive.
+    pub amd_certificates: Option<PathBuf>,
     /// Addresses of the peers that the policy names.
     #[serde(default)]
     pub peers: BTreeMap<String, SocketAddr>,
@@ -64,6 +70,7 @@ impl AgentConfig {
             .identity
             .iter_mut()
             .flat_map(|i| [&mut i.certificate, &mut i.key, &mut i.ca]);
+        let paths = paths.chain(&mut config.amd_certificates);
         for path in paths.chain(identity) {
             *path = folder.join(&*path);
         }

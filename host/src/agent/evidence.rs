@@ -36,7 +36,7 @@ impl Evidence {
     }
 
     /// Records what begins here: the program by its hash, what holds its roles, and the policy it goes by.
-    pub fn record_start(&self, host: &str, policy: &str, file: &Path) -> Result<(), Failure> {
+    pub fn record_start(&self, host: &str, policy: &str) -> Result<(), Failure> {
         let binary = own_hash().map_err(|e| failed(&e))?;
         self.record(Entry::started(Start {
             host,
@@ -44,9 +44,7 @@ impl Evidence {
             binary: &binary,
             policy,
             sandbox: crate::doctor::sandbox(),
-        }))?;
-        let file = file.display().to_string();
-        self.record(Entry::policy_loaded("agent", &file, policy, 0))
+        }))
     }
 
     /// Appends a record and signs the tree over it. What cannot be recorded must not be done.

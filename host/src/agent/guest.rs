@@ -11,7 +11,6 @@ use crate::agent::api::{Failure, GuestInfo};
 use crate::agent::mover_process::MoverProcess;
 use crate::agent::tap;
 use crate::agent::vmm_process::{VmmProcess, lock};
-use crate::confidential::control::GuestLink;
 use crate::machine::plan::MachinePlan;
 use crate::vmm::protocol::{HandleKind, MachineState, Measurement, VmmReply, VmmRequest};
 
@@ -102,7 +101,7 @@ impl Resources {
         folder: &Path,
         disks: &[&Path],
         taps: &[TapChoice],
-        processor: Option<GuestLink>,
+        processor: Vec<(HandleKind, OwnedFd)>,
     ) -> Result<Self, Failure> {
         std::fs::create_dir_all(folder).map_err(|e| unusable(folder, &e))?;
         let mut handles = vec![(HandleKind::Kvm, open_kvm()?)];
@@ -127,10 +126,7 @@ impl Resources {
         if let Some(path) = &vsock {
             handles.push((HandleKind::VsockListener, listen(path)?));
         }
-        if let Some(GuestLink { channel, messages }) = processor {
-            handles.push((HandleKind::Processor, channel.into_fd()));
-            handles.extend(messages.map(|socket| (HandleKind::GuestMessages, socket)));
-        }
+        handles.extend(processor);
         Ok(Self {
             handles,
             console,

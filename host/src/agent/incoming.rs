@@ -11,6 +11,7 @@ use casemate_policy::{Action, Fingerprint, Identity};
 
 use crate::agent::Agent;
 use crate::agent::api::Failure;
+use crate::agent::authority::Caller;
 use crate::agent::guest::{Guest, Resources, TapChoice};
 use crate::agent::record::{Ownership, OwnershipState};
 use crate::agent::transfer::{peer_entries, role_error};
@@ -40,10 +41,10 @@ impl Agent {
             .set_nonblocking(false)
             .and_then(|()| stream.set_nodelay(true))
             .map_err(unusable)?;
-        let mover = self.spawn_mover(self.policy.limits.max_memory_mib.get() << 20)?;
+        let mover = self.spawn_mover(self.policy().limits.max_memory_mib.get() << 20)?;
         let start = DestinationStart {
             credentials: self.credentials()?.credentials.clone(),
-            peers: peer_entries(&self.policy),
+            peers: peer_entries(&self.policy()),
             limits: MoveLimits::default(),
         };
         let socket = OwnedFd::from(stream);
@@ -180,7 +181,8 @@ impl Agent {
         }
         let plan = parse_description(offer)?;
         let identity = self.peer_identity(peer)?;
-        let known = self.policy.peer_with(&identity);
+        let policy = self.policy();
+        let known = policy.peer_with(&identity);
         arrival.peer = known.map_or_else(|| identity.to_string(), |p| p.name.clone());
         let emulated = plan.technology.emulated();
         let action = Action::MigrateIn {
@@ -194,7 +196,7 @@ impl Agent {
             disks: plan.disks.iter().map(|d| d.id.clone()).collect(),
             nets: plan.nets.iter().map(|n| n.id.clone()).collect(),
         };
-        self.decide(&arrival.peer, &plan.name, emulated, &action)?;
+        self.decide(&Caller::peer(&arrival.peer), &plan.name, &action)?;
         self.fence(&plan.name, offer.epoch)?;
         let guest = self.build_arrival(&plan, offer.epoch)?;
         guest.vmm.call(&VmmRequest::Incoming, &[])?;
@@ -208,23 +210,21 @@ impl Agent {
     }
 
     fn build_arrival(&self, plan: &MachinePlan, epoch: u64) -> Result<Arc<Guest>, Failure> {
+        let policy = self.policy();
         let disks: Vec<&Path> = plan
             .disks
             .iter()
-            .filter_map(|d| self.policy.incoming_disk(&d.id))
+            .filter_map(|d| policy.incoming_disk(&d.id))
             .map(|d| d.path.as_path())
             .collect();
-        let bridges = plan
-            .nets
-            .iter()
-            .filter_map(|n| self.policy.incoming_net(&n.id));
+        let bridges = plan.nets.iter().filter_map(|n| policy.incoming_net(&n.id));
         let taps: Vec<TapChoice> = bridges
             .map(|net| TapChoice {
                 tap: self.fresh_tap(),
                 bridge: Some(net.bridge.clone()),
             })
             .collect();
-        let processor = self.processor_for(plan.technology)?;
+        let processor = self.processor_for(plan)?;
         let folder = self.guest_folder(&plan.name);
         Resources::open(plan, &folder, &disks, &taps, processor)?.prepare(
             self.spawn_vmm(plan)?,
@@ -285,7 +285,8 @@ impl Agent {
 
     fn peer_identity(&self, peer: &PeerName) -> Result<Identity, Failure> {
         let spki = Fingerprint::from_bytes(peer.spki_sha256);
-        let by_policy = self.policy.peers().iter().map(|p| &p.identity);
+        let policy = self.policy();
+        let by_policy = policy.peers().iter().map(|p| &p.identity);
         let known = by_policy
             .into_iter()
             .find(|i| i.spki == spki && peer.san.iter().any(|s| s == i.san.as_str()));

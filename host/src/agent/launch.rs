@@ -14,6 +14,7 @@ use casemate_policy::ledger::{Entry, Outcome};
 
 use crate::agent::Agent;
 use crate::agent::api::{Answer, Failure, MeasurementInfo, SessionText};
+use crate::agent::authority::Caller;
 use crate::agent::guest::{Guest, Resources, TapChoice};
 use crate::agent::record::{Ownership, OwnershipState};
 use crate::agent::vmm_process::lock;
@@ -27,6 +28,7 @@ impl Agent {
     /// `casemate run`.
     pub(super) fn launch(
         &self,
+        caller: &Caller,
         description: &Path,
         session: Option<SessionText>,
     ) -> Result<Answer, Failure> {
@@ -42,10 +44,11 @@ impl Agent {
             memory_mib: plan.memory_bytes >> 20,
             policy_bits: plan.technology.policy_bits(),
         };
-        self.decide("operator", &plan.name, plan.technology.emulated(), &action)?;
-        let launched = self.launch_decided(&spec, &plan, binding, begun);
+        let claims = self.launch_claims(&spec, &plan)?;
+        self.decide_on(caller, &plan.name, &action, claims)?;
+        let launched = self.launch_decided(caller, &spec, &plan, binding, begun);
         if let Err(failure) = &launched {
-            self.record_failure("operator", "launch", &plan, failure);
+            self.record_failure(&caller.name(), "launch", &plan, failure);
         }
         launched
     }
@@ -53,6 +56,7 @@ impl Agent {
     /// What the policy has allowed.
     fn launch_decided(
         &self,
+        caller: &Caller,
         spec: &MachineSpec,
         plan: &MachinePlan,
         binding: Box<LaunchBinding>,
@@ -66,7 +70,7 @@ impl Agent {
             return Err(Failure::new("VMM_GONE", "the VMM answered something else"));
         };
         self.evidence.record(
-            Entry::new("operator", "launch", &plan.name, Outcome::Done)
+            Entry::new(caller.name(), "launch", &plan.name, Outcome::Done)
                 .emulated(plan.technology.emulated())
                 .with("vm_id", hex::encode(plan.vm_id))
                 .with(
@@ -109,11 +113,17 @@ impl Agent {
     /// The owner's secret: injected once, then the guest starts.
     pub(super) fn inject_secret(
         &self,
+        caller: &Caller,
         name: &str,
         header: &str,
         ciphertext: &str,
     ) -> Result<Answer, Failure> {
         let guest = self.guest(name)?;
+        let action = Action::InjectSecret {
+            technology: guest.plan.technology.in_policy(),
+            emulated: guest.plan.technology.emulated(),
+        };
+        self.decide(caller, name, &action)?;
         let mut held = lock(&guest.measurement);
         if held.is_none() {
             return Err(not_waiting(name));
@@ -153,7 +163,7 @@ impl Agent {
                 bridge: n.bridge.clone(),
             })
             .collect();
-        let processor = self.processor_for(plan.technology)?;
+        let processor = self.processor_for(plan)?;
         let folder = self.guest_folder(&plan.name);
         let resources = Resources::open(plan, &folder, &disks, &taps, processor)?
             .with_boot(&spec.kernel, &spec.initrd)?;

@@ -3,8 +3,10 @@
 //! It holds the host's key and never touches guest memory, nor a byte that a peer sent before a mover has parsed it.
 
 pub mod api;
+pub mod authority;
 pub mod client;
 pub mod config;
+mod decision;
 pub mod evidence;
 mod guest;
 mod incoming;
@@ -14,22 +16,25 @@ mod outgoing;
 mod processor;
 mod record;
 mod server;
+mod sev;
 mod tap;
 mod transfer;
 mod vmm_process;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use casemate_policy::HostPolicy;
 use casemate_policy::ledger::{Entry, Outcome};
-use casemate_policy::{Action, HostPolicy, evaluate};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::agent::api::{Answer, Failure, GuestInfo, PlatformInfo, Request};
+use crate::agent::authority::{Authority, Caller};
 use crate::agent::config::AgentConfig;
 use crate::agent::evidence::Evidence;
 use crate::agent::guest::Guest;
@@ -45,7 +50,7 @@ use crate::machine::spec::{Offer, Strongest};
 use crate::mover::protocol::AgentAnswer;
 use crate::sandbox::Role;
 use crate::sandbox::jail::{JailSpec, RoleProcess, end_cgroup, spawn_role, sweep_cgroups};
-use crate::vmm::protocol::{RoleError, VmmReply, VmmRequest};
+use crate::vmm::protocol::{HandleKind, RoleError, VmmReply, VmmRequest};
 
 /// Runs the agent until it is told to stop (SIGTERM, SIGINT). Its guests end with it.
 pub fn run(config: &Path) -> Result<(), Failure> {
@@ -74,7 +79,7 @@ pub fn run(config: &Path) -> Result<(), Failure> {
 /// The agent of one host.
 pub struct Agent {
     config: AgentConfig,
-    policy: HostPolicy,
+    authority: Authority,
     evidence: Evidence,
     records: Records,
     identity: Option<HostCredentials>,
@@ -88,10 +93,9 @@ pub struct Agent {
 
 impl Agent {
     fn start(config: AgentConfig) -> Result<Self, Failure> {
-        let policy =
-            HostPolicy::load(&config.policy).map_err(|e| Failure::new("POLICY", e.to_string()))?;
         std::fs::create_dir_all(&config.state_dir)
             .map_err(|e| Failure::new("STATE", format!("{}: {e}", config.state_dir.display())))?;
+        let (authority, admitted) = Authority::open(&config)?;
         let evidence = Evidence::open(&config.state_dir, &config.name)?;
         let records = Records::open(&config.state_dir.join("ownership"))
             .map_err(|e| Failure::new("STATE", e.to_string()))?;
@@ -110,7 +114,7 @@ impl Agent {
             tracing::warn!(swept, "removed the cgroups that a killed agent left behind");
         }
         let mut agent = Self {
-            policy,
+            authority,
             evidence,
             records,
             identity,
@@ -121,15 +125,14 @@ impl Agent {
             groups: Mutex::new(Some(BTreeSet::new())),
             config,
         };
-        let digest = agent.policy.digest().to_string();
-        agent
-            .evidence
-            .record_start(&agent.config.name, &digest, &agent.config.policy)?;
-        if agent.policy.technologies.allow_emulated {
-            let (process, channel) = agent.spawn(Role::Psp, None, 0)?;
+        let digest = admitted.mark().digest.to_string();
+        agent.evidence.record_start(&agent.config.name, &digest)?;
+        agent.authority.put_in_force(&agent.evidence, admitted)?;
+        if agent.policy().technologies.allow_emulated {
+            let (process, channel) = agent.spawn(Role::Psp, Bounds::default())?;
             let peer_roots = agent.emulated_roots();
             let snp = agent
-                .policy
+                .policy()
                 .technologies
                 .allowed
                 .contains(&casemate_policy::Technology::SevSnp);
@@ -146,34 +149,38 @@ impl Agent {
 
     fn handle(
         &self,
+        caller: &Caller,
         request: Request,
         progress: &mut dyn FnMut(serde_json::Value),
     ) -> Result<Answer, Failure> {
+        self.gate(caller, &request)?;
         match request {
             Request::Run {
                 description,
                 session,
-            } => self.launch(&description, session),
+            } => self.launch(caller, &description, session),
             Request::List => self.list(),
             Request::Status { name } => Ok(Answer::Guest(self.guest(&name)?.info()?)),
-            Request::Stop { name } => self.stop(&name),
-            Request::Pause { name } => self.order(&name, &VmmRequest::Pause, "pause"),
-            Request::Resume { name } => self.order(&name, &VmmRequest::Resume, "resume"),
+            Request::Stop { name } => self.stop(caller, &name),
+            Request::Pause { name } => self.order(caller, &name, &VmmRequest::Pause, "pause"),
+            Request::Resume { name } => self.order(caller, &name, &VmmRequest::Resume, "resume"),
             Request::Measurement { name } => self.measurement(&name),
             Request::InjectSecret {
                 name,
                 header,
                 ciphertext,
-            } => self.inject_secret(&name, &header, &ciphertext),
+            } => self.inject_secret(caller, &name, &header, &ciphertext),
             Request::Migrate {
                 name,
                 to,
                 downtime_limit_ms,
-            } => self.migrate(&name, &to, downtime_limit_ms, progress),
+            } => self.migrate(caller, &name, &to, downtime_limit_ms, progress),
             Request::Cancel { name } => self.cancel(&name),
             Request::Platform => self.platform(),
-            Request::SandboxProbe { name } => self.probe(&name),
+            Request::SandboxProbe { name } => self.probe(caller, &name),
             Request::SandboxReport { name } => self.sandbox_report(&name),
+            Request::PolicyLoad { policy } => self.load_policy(caller, &policy),
+            Request::Approve { id } => self.approve(caller, &id),
         }
     }
 
@@ -186,7 +193,7 @@ impl Agent {
         Ok(Answer::Guests { guests })
     }
 
-    fn stop(&self, name: &str) -> Result<Answer, Failure> {
+    fn stop(&self, caller: &Caller, name: &str) -> Result<Answer, Failure> {
         let guest = self.guest(name)?;
         if lock(&guest.mover).is_some() {
             return Err(Failure::new(
@@ -194,7 +201,7 @@ impl Agent {
                 format!("{name} is being moved; cancel that first"),
             ));
         }
-        self.end(name, &guest)?;
+        self.end(caller.name(), name, &guest)?;
         lock(&self.guests).remove(name);
         Ok(Answer::Done)
     }
@@ -202,7 +209,7 @@ impl Agent {
     fn stop_all(&self) {
         let guests = std::mem::take(&mut *lock(&self.guests));
         for (name, guest) in guests {
-            if let Err(failure) = self.end(&name, &guest) {
+            if let Err(failure) = self.end("agent", &name, &guest) {
                 tracing::warn!(code = failure.code, "{name}: {}", failure.error);
             }
         }
@@ -211,7 +218,7 @@ impl Agent {
         groups.iter().flatten().for_each(|name| end_cgroup(name));
     }
 
-    fn end(&self, name: &str, guest: &Guest) -> Result<(), Failure> {
+    fn end(&self, who: &str, name: &str, guest: &Guest) -> Result<(), Failure> {
         guest.vmm.kill();
         let epoch = *lock(&guest.epoch);
         let vm_id = hex::encode(guest.plan.vm_id);
@@ -232,12 +239,18 @@ impl Agent {
                 },
             )?;
         }
-        let entry = Entry::new("operator", "stop", name, Outcome::Done);
+        let entry = Entry::new(who, "stop", name, Outcome::Done);
         self.evidence
             .record(entry.emulated(guest.plan.technology.emulated()))
     }
 
-    fn order(&self, name: &str, request: &VmmRequest, action: &str) -> Result<Answer, Failure> {
+    fn order(
+        &self,
+        caller: &Caller,
+        name: &str,
+        request: &VmmRequest,
+        action: &str,
+    ) -> Result<Answer, Failure> {
         let guest = self.guest(name)?;
         if lock(&guest.mover).is_some() {
             return Err(Failure::new(
@@ -256,7 +269,7 @@ impl Agent {
             ));
         }
         guest.vmm.call(request, &[])?;
-        let entry = Entry::new("operator", action, name, Outcome::Done);
+        let entry = Entry::new(caller.name(), action, name, Outcome::Done);
         self.evidence
             .record(entry.emulated(guest.plan.technology.emulated()))?;
         Ok(Answer::Guest(guest.info()?))
@@ -277,14 +290,8 @@ impl Agent {
         }))
     }
 
-    fn probe(&self, name: &str) -> Result<Answer, Failure> {
+    fn probe(&self, caller: &Caller, name: &str) -> Result<Answer, Failure> {
         let guest = self.guest(name)?;
-        self.decide(
-            "operator",
-            name,
-            guest.plan.technology.emulated(),
-            &Action::SandboxProbe,
-        )?;
         let VmmReply::Probe(vmm) = guest.vmm.call(&VmmRequest::SandboxProbe, &[])? else {
             return Err(Failure::new("VMM_GONE", "the VMM answered something else"));
         };
@@ -295,7 +302,7 @@ impl Agent {
         let held = reports.iter().flat_map(|r| &r.attempts).all(|a| a.refused);
         let outcome = if held { Outcome::Done } else { Outcome::Failed };
         self.evidence
-            .record(Entry::new("operator", "sandbox-probe", name, outcome))?;
+            .record(Entry::new(caller.name(), "sandbox-probe", name, outcome))?;
         Ok(Answer::Probe { reports })
     }
 
@@ -314,45 +321,6 @@ impl Agent {
                 .transpose()?,
         );
         Ok(Answer::Sandbox { reports })
-    }
-
-    /// Asks the policy and writes the decision down before it is acted upon.
-    fn decide(
-        &self,
-        actor: &str,
-        object: &str,
-        emulated: bool,
-        action: &Action,
-    ) -> Result<(), Failure> {
-        let decision = evaluate(&self.policy, action);
-        self.evidence
-            .record(Entry::decided(actor, action.name(), object, &decision).emulated(emulated))?;
-        if decision.allowed {
-            return Ok(());
-        }
-        let reasons: Vec<String> = decision
-            .refusals()
-            .map(|r| {
-                format!(
-                    "{}: want {}, found {}. {}",
-                    r.rule, r.wanted, r.found, r.remedy
-                )
-                .trim_end()
-                .to_owned()
-            })
-            .collect();
-        let code = serde_json::to_value(decision.code)
-            .ok()
-            .and_then(|c| c.as_str().map(str::to_uppercase));
-        let code = format!("POLICY_{}", code.unwrap_or_default().replace('-', "_"));
-        Err(Failure {
-            code,
-            error: format!(
-                "the policy of {} refuses: {}",
-                self.config.name,
-                reasons.join("; ")
-            ),
-        })
     }
 
     fn guest(&self, name: &str) -> Result<Arc<Guest>, Failure> {
@@ -412,6 +380,11 @@ impl Agent {
         })
     }
 
+    /// The policy in force.
+    fn policy(&self) -> Arc<HostPolicy> {
+        self.authority.policy()
+    }
+
     fn host_sign(&self, message: &[u8]) -> Result<AgentAnswer, RoleError> {
         self.credentials()
             .map_err(|e| role_error(&e.code, e.error))?
@@ -421,15 +394,20 @@ impl Agent {
     /// Whether a SEV guest launched here is served by the software secure processor. Where there is no other, a policy
     /// that forbids it must hear the truth.
     fn emulates(&self) -> bool {
-        self.processor.is_some() || !Path::new("/dev/sev").exists()
+        self.processor.is_some() || !sev::present()
     }
 
     /// What a guest launched here can have. For `auto` the strongest technology that the policy allows too.
     fn offer(&self) -> Offer {
         use casemate_policy::Technology as Policy;
-        let allowed = &self.policy.technologies.allowed;
+        let policy = self.policy();
+        let allowed = &policy.technologies.allowed;
         let has_snp = self.processor.as_ref().is_some_and(Processor::has_snp);
-        let strongest = if has_snp && allowed.contains(&Policy::SevSnp) {
+        let emulated = self.emulates();
+        let strongest = if !emulated {
+            // More than this needs a firmware on a real processor.
+            Strongest::Sev
+        } else if has_snp && allowed.contains(&Policy::SevSnp) {
             Strongest::SevSnp
         } else if allowed.contains(&Policy::SevEs) {
             Strongest::SevEs
@@ -437,23 +415,29 @@ impl Agent {
             Strongest::Sev
         };
         Offer {
-            emulated: self.emulates(),
+            emulated,
             strongest,
         }
     }
 
-    fn processor_for(&self, technology: Technology) -> Result<Option<GuestLink>, Failure> {
-        if technology == Technology::None {
-            return Ok(None);
+    /// The secure processor as the VMM of a guest gets it: the software one's channels, or `/dev/sev`.
+    fn processor_for(&self, plan: &MachinePlan) -> Result<Vec<(HandleKind, OwnedFd)>, Failure> {
+        if !plan.technology.emulated() {
+            sev::check_boot(plan)?;
+            return sev::handles(plan, self.config.amd_certificates.as_deref());
         }
         let processor = self.processor.as_ref().ok_or_else(no_processor)?;
-        let snp = matches!(technology, Technology::SevSnp { .. });
-        processor.connect(snp).map(Some)
+        let snp = matches!(plan.technology, Technology::SevSnp { .. });
+        processor.connect(snp).map(GuestLink::into_handles)
     }
 
     fn spawn_vmm(&self, plan: &MachinePlan) -> Result<VmmProcess, Failure> {
-        let (process, channel) =
-            self.spawn(Role::Vmm, Some(plan.memory_bytes), plan.vcpus.into())?;
+        let bounds = Bounds {
+            memory: Some(plan.memory_bytes),
+            vcpus: plan.vcpus.into(),
+            locked: sev::locked_memory(plan),
+        };
+        let (process, channel) = self.spawn(Role::Vmm, bounds)?;
         let name = plan.name.clone();
         let on_event = move |event| match event {
             Some(event) => tracing::info!(guest = name, ?event, "guest"),
@@ -464,17 +448,16 @@ impl Agent {
     }
 
     fn spawn_mover(&self, memory_bytes: u64) -> Result<MoverProcess, Failure> {
-        let (process, channel) = self.spawn(Role::Mover, Some(memory_bytes), 0)?;
+        let bounds = Bounds {
+            memory: Some(memory_bytes),
+            ..Bounds::default()
+        };
+        let (process, channel) = self.spawn(Role::Mover, bounds)?;
         Ok(MoverProcess::new(process, channel))
     }
 
     /// Starts a role in a cell of its own, under a user of its own.
-    fn spawn(
-        &self,
-        role: Role,
-        memory: Option<u64>,
-        vcpus: u32,
-    ) -> Result<(RoleProcess, Channel), Failure> {
+    fn spawn(&self, role: Role, bounds: Bounds) -> Result<(RoleProcess, Channel), Failure> {
         let number = self.next_role.fetch_add(1, Ordering::Relaxed) % MAX_ROLES;
         let name = group_name(&self.config.name, role.name(), number);
         // Held until the group is there, so that the end of the agent finds it.
@@ -487,9 +470,10 @@ impl Agent {
         };
         started.insert(name.clone());
         let mut spec = JailSpec::new(name, self.config.uid_base + number);
-        spec.memory_max = memory.map(|bytes| bytes + ROLE_OVERHEAD);
-        spec.pids_max += vcpus;
-        spec.landlock_min = self.policy.sandbox.landlock_min_abi.get();
+        spec.memory_max = bounds.memory.map(|bytes| bytes + ROLE_OVERHEAD);
+        spec.memlock_max = bounds.locked;
+        spec.pids_max += bounds.vcpus;
+        spec.landlock_min = self.policy().sandbox.landlock_min_abi.get();
         let (ours, theirs) =
             Channel::pair().map_err(|e| Failure::new("INTERNAL", e.to_string()))?;
         let process =
@@ -499,7 +483,7 @@ impl Agent {
 
     /// The emulated roots, besides this host's own, that policy trusts as targets.
     fn emulated_roots(&self) -> Vec<[u8; 32]> {
-        self.policy
+        self.policy()
             .migration
             .trusted_emulated_roots
             .iter()
@@ -514,6 +498,17 @@ impl Agent {
     fn fresh_tap(&self) -> String {
         format!("cm-{}", self.next_role.fetch_add(1, Ordering::Relaxed))
     }
+}
+
+/// What a role needs of memory and threads, besides what every role does.
+#[derive(Clone, Copy, Default)]
+struct Bounds {
+    /// Guest memory in bytes.
+    memory: Option<u64>,
+    /// vCPUs.
+    vcpus: u32,
+    /// Bytes that it may lock.
+    locked: u64,
 }
 
 /// A name kept for a launch under way.

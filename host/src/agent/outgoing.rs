@@ -10,6 +10,7 @@ use casemate_policy::ledger::{Entry, Outcome};
 
 use crate::agent::Agent;
 use crate::agent::api::{Answer, Failure};
+use crate::agent::authority::Caller;
 use crate::agent::guest::Guest;
 use crate::agent::mover_process::MoverProcess;
 use crate::agent::record::{Ownership, OwnershipState};
@@ -26,6 +27,7 @@ impl Agent {
     /// `casemate migrate`.
     pub(super) fn migrate(
         &self,
+        caller: &Caller,
         name: &str,
         to: &str,
         downtime_limit_ms: Option<u32>,
@@ -39,7 +41,7 @@ impl Agent {
             emulated,
             peer_name: to.to_owned(),
         };
-        self.decide("operator", name, emulated, &action)?;
+        self.decide(caller, name, &action)?;
         if lock(&guest.measurement).is_some() {
             return Err(Failure::new(
                 "NOT_RUNNING",
@@ -81,10 +83,11 @@ impl Agent {
                 format!("the policy names no peer {to:?}"),
             )
         };
-        let peer = self.policy.peer_named(to).ok_or_else(unknown)?;
+        let policy = self.policy();
+        let peer = policy.peer_named(to).ok_or_else(unknown)?;
         let description = postcard::to_stdvec(&guest.plan)
             .map_err(|e| Failure::new("INTERNAL", e.to_string()))?;
-        let limit = downtime.unwrap_or(self.policy.migration.downtime_limit_ms.get());
+        let limit = downtime.unwrap_or(policy.migration.downtime_limit_ms.get());
         Ok(SourceStart {
             credentials: self.credentials()?.credentials.clone(),
             peer: peer_entry(peer),

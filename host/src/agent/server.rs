@@ -1,6 +1,7 @@
 //! What reaches the agent: API requests over a Unix socket, migrations over TCP.
 //!
-//! Whoever connects is not believed: the kernel says who it is, and only root and the agent's own user may ask.
+//! Whoever connects is not believed: the kernel says who it is, and only root, the agent's own user and those whom the
+//! policy names as people may ask.
 
 use std::future::Future;
 use std::io::{ErrorKind, Read, Write};
@@ -18,10 +19,12 @@ use tokio::sync::Semaphore;
 
 use crate::agent::Agent;
 use crate::agent::api::{Answer, Failure, Line, MAX_LINE, Request};
+use crate::agent::authority::{Caller, other_users};
 
 /// Accepts requests and migrations until `ended` resolves.
 pub async fn serve(agent: Arc<Agent>, ended: impl Future<Output = ()>) -> Result<(), Failure> {
     let api = bind_api(&agent.config.socket)?;
+    agent.open_socket()?;
     let arrivals = match agent.config.listen {
         Some(address) => Some(bind_arrivals(address).await?),
         None => None,
@@ -67,6 +70,18 @@ fn bind_api(socket: &Path) -> Result<UnixListener, Failure> {
     let listener = UnixListener::bind(socket).map_err(failed)?;
     std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
     Ok(listener)
+}
+
+impl Agent {
+    /// Lets users whom the policy names as people reach the socket; the kernel says who they are, and others are turned
+    /// away before a byte of theirs is read.
+    pub(super) fn open_socket(&self) -> Result<(), Failure> {
+        let socket = &self.config.socket;
+        let others = other_users(&self.policy(), geteuid().as_raw());
+        let mode = if others.is_empty() { 0o600 } else { 0o666 };
+        std::fs::set_permissions(socket, std::fs::Permissions::from_mode(mode))
+            .map_err(|e| Failure::new("LISTEN", format!("{}: {e}", socket.display())))
+    }
 }
 
 async fn bind_arrivals(address: SocketAddr) -> Result<TcpListener, Failure> {
@@ -133,12 +148,16 @@ async fn accepted<T>(result: std::io::Result<T>) -> Option<T> {
 fn serve_client(agent: &Agent, mut stream: UnixStream) -> std::io::Result<()> {
     stream.set_nonblocking(false)?;
     let who = getsockopt(&stream, PeerCredentials)?.uid();
-    let last = if who == 0 || who == geteuid().as_raw() {
-        answer(agent, &mut stream)
+    let policy = agent.policy();
+    let own = geteuid().as_raw();
+    let last = if who == 0 || who == own || other_users(&policy, own).contains(&who) {
+        answer(agent, &Caller::local(who, &policy), &mut stream)
     } else {
         Err(Failure::new(
             "NOT_PERMITTED",
-            format!("user {who} may not talk to this agent; use root"),
+            format!(
+                "user {who} may not talk to this agent; use root, or add a [[person]] to its policy"
+            ),
         ))
     };
     let line = match last {
@@ -150,10 +169,10 @@ fn serve_client(agent: &Agent, mut stream: UnixStream) -> std::io::Result<()> {
     write_line(&mut stream, &line)
 }
 
-fn answer(agent: &Agent, stream: &mut UnixStream) -> Result<Answer, Failure> {
+fn answer(agent: &Agent, caller: &Caller, stream: &mut UnixStream) -> Result<Answer, Failure> {
     let request = read_request(stream).map_err(|e| Failure::new("BAD_REQUEST", e.to_string()))?;
     let mut lost = false;
-    agent.handle(request, &mut |event| {
+    agent.handle(caller, request, &mut |event| {
         // A client that stopped listening does not stop the work.
         lost = lost || write_line(stream, &Line::Progress { event }).is_err();
     })

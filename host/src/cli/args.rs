@@ -7,6 +7,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use super::attest::AttestCommand;
 use super::broker::BrokerArgs;
 use super::evidence::EvidenceCommand;
+use super::policy::PolicyCommand;
 
 /// Casemate: a security-hardened confidential VM host.
 ///
@@ -111,6 +112,13 @@ pub enum Command {
     },
     /// Release secrets to guests that proved themselves; with a command, keep those secrets.
     Broker(BrokerArgs),
+    /// Policies: check, sign, test, put in force; why a decision came out so, what a new policy would change.
+    #[command(after_help = "policy/POLICY.md describes every key of the document.")]
+    Policy {
+        /// What to do.
+        #[command(subcommand)]
+        command: PolicyCommand,
+    },
     /// The secure processor of this host.
     Platform {
         /// What to do.

@@ -6,6 +6,7 @@ mod broker;
 mod evidence;
 mod migrate;
 mod owner;
+mod policy;
 mod render;
 mod roles;
 mod verdict;
@@ -93,6 +94,7 @@ fn run(cli: Cli) -> Result<u8, Failure> {
         Command::Owner { command } => owner::run(agent, command, json),
         Command::Attest { command } => attest::run(command, json),
         Command::Broker(args) => broker::run(args, json),
+        Command::Policy { command } => policy::run(agent, command, json),
         Command::Platform {
             command: PlatformCommand::Show,
         } => show(agent, &Request::Platform, json),

@@ -31,6 +31,14 @@ pub fn answer(answer: &Answer) -> String {
         Answer::Migrated { outcome } => outcome_text(outcome),
         Answer::Probe { reports } => reports.iter().map(probe).collect(),
         Answer::Sandbox { reports } => reports.iter().map(sandbox).collect(),
+        Answer::Policy {
+            version,
+            digest,
+            signers,
+        } => format!(
+            "policy version {version} is in force\n  sha256    {digest}\n  signers   {}\n",
+            signers.join(", ")
+        ),
         Answer::Done => "done\n".to_owned(),
     }
 }

@@ -11,7 +11,7 @@ use crate::confidential::protocol::{
 };
 use crate::ipc::{Channel, IpcError};
 use crate::sandbox::report::{ProbeReport, SandboxReport};
-use crate::vmm::protocol::RoleError;
+use crate::vmm::protocol::{HandleKind, RoleError};
 
 /// The agent's end of the control channel. The psp ends when this is dropped.
 #[derive(Debug)]
@@ -26,6 +26,15 @@ pub struct GuestLink {
     pub channel: Channel,
     /// The guest's own messages, one packet each; of a SEV-SNP guest.
     pub messages: Option<OwnedFd>,
+}
+
+impl GuestLink {
+    /// As the VMM gets them.
+    pub fn into_handles(self) -> Vec<(HandleKind, OwnedFd)> {
+        let messages = self.messages.map(|fd| (HandleKind::GuestMessages, fd));
+        let channel = (HandleKind::Processor, self.channel.into_fd());
+        [channel].into_iter().chain(messages).collect()
+    }
 }
 
 impl ProcessorLink {

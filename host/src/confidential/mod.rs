@@ -11,7 +11,10 @@ pub mod protocol;
 pub mod shared;
 pub mod software;
 
+use std::fs::File;
+use std::io::Read;
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 
 use crate::confidential::kvm::{KvmSev, RealSev, SevVm};
 use crate::confidential::launch::GuestProtection;
@@ -19,7 +22,7 @@ use crate::confidential::shared::MemoryLayout;
 use crate::confidential::software::SoftwareFirmware;
 use crate::ipc::Channel;
 use crate::machine::plan::{MachinePlan, Technology};
-use crate::vmm::hooks::Handles;
+use crate::vmm::hooks::{BareMachine, Handles};
 use crate::vmm::protocol::{HandleKind, RoleError};
 
 /// Where a guest's memory lies.
@@ -31,19 +34,34 @@ pub struct GuestMemoryView<'a> {
     pub runs: &'a [(u64, u64)],
 }
 
-/// The VMM's hook ([`Hooks::protection`](crate::vmm::hooks::Hooks)): takes the psp's channel from the handles.
+/// The VMM's hook ([`Hooks::protection`](crate::vmm::hooks::Hooks)): takes the psp's channel, or `/dev/sev`, from the
+/// handles.
 pub fn protection(
     plan: &MachinePlan,
     handles: &mut Handles,
-    memory: BorrowedFd<'_>,
-    exchange: BorrowedFd<'_>,
+    machine: &BareMachine<'_>,
 ) -> Result<Option<GuestProtection>, RoleError> {
-    let processor = handles.take(HandleKind::Processor).map(Channel::from_fd);
     let view = GuestMemoryView {
-        file: memory,
+        file: machine.memory,
         runs: &[(0, plan.memory_bytes)],
     };
-    open(plan, view, exchange, processor)
+    let Some(initialise) = machine.vm.encrypted() else {
+        let processor = handles.take(HandleKind::Processor).map(Channel::from_fd);
+        return open(plan, view, machine.exchange, processor);
+    };
+    let Technology::Sev { policy, .. } = plan.technology else {
+        return Err(RoleError::new(
+            "FIRMWARE_NEEDED",
+            "SEV-ES and SEV-SNP guests of a real processor need a firmware, which this VMM does not boot",
+        ));
+    };
+    let real = RealSev {
+        vm: Arc::clone(machine.vm.fd()),
+        initialise,
+        device: handles.require(HandleKind::SevDevice)?,
+        amd: certificates(handles)?,
+    };
+    open_real(policy, view, machine.exchange, real).map(Some)
 }
 
 /// Opens the confidential technology that a plan asks for; `None` for a plain guest.
@@ -61,7 +79,7 @@ pub fn open(
     if !plan.technology.emulated() {
         return Err(RoleError::new(
             "SEV_NOT_AVAILABLE",
-            "this VMM boots no guest under AMD's own secure processor yet; describe the guest with `emulated = true`",
+            "a guest of AMD's own secure processor needs its own kind of machine",
         ));
     }
     let channel = processor.ok_or_else(|| {
@@ -76,7 +94,7 @@ pub fn open(
     Ok(Some(GuestProtection::new(firmware)))
 }
 
-/// Opens AMD's own secure processor for a VMM that can boot such a guest; see [`kvm`] for what is untested.
+/// Opens AMD's own secure processor; see [`kvm`] for what is untested.
 pub fn open_real<V: SevVm + 'static>(
     policy: u32,
     memory: GuestMemoryView<'_>,
@@ -87,6 +105,22 @@ pub fn open_real<V: SevVm + 'static>(
     let firmware = KvmSev::attach(real, policy, memory.file, layout, exchange)?;
     Ok(GuestProtection::new(firmware))
 }
+
+/// ASK ‖ ARK, if the agent has them: they are needed only where a guest is to arrive.
+fn certificates(handles: &mut Handles) -> Result<Vec<u8>, RoleError> {
+    let Some(file) = handles.take(HandleKind::AmdCertificates) else {
+        return Ok(Vec::new());
+    };
+    let mut bytes = Vec::new();
+    let read = File::from(file)
+        .take(MAX_CERTIFICATES)
+        .read_to_end(&mut bytes);
+    read.map_err(|e| RoleError::new("AMD_CERTIFICATES", format!("cannot be read: {e}")))?;
+    Ok(bytes)
+}
+
+/// Two of AMD's largest are 3.3 KiB.
+const MAX_CERTIFICATES: u64 = 16 << 10;
 
 #[cfg(test)]
 mod snp_tests;

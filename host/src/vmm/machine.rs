@@ -11,11 +11,12 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::boot::BootError;
 use super::bus::{GuestBus, MachineBus, StopNotice};
 use super::device_thread::{DeviceThread, DeviceThreadError};
-use super::hooks::{Handles, Hooks, ThreadKind};
+use super::hooks::{BareMachine, Handles, Hooks, ThreadKind};
 use super::irq::{Interrupts, MsiRouter};
 use super::kvm::{KvmError, Vm, during};
 use super::layout::{COM1_GSI, MAX_FUNCTIONS, VIRTIO_BAR_SIZE, VIRTIO_BARS};
 use super::memory::{ExchangeMemory, GuestMemory, MemoryError};
+use super::page_sharing::PageSharing;
 use super::pci::msix::Msix;
 use super::pci::{PciBus, PciFunction};
 use super::protocol::{HandleKind, RoleError};
@@ -23,6 +24,7 @@ use super::state::{MachineStateV1, StateFormatError};
 use super::vcpu::entry::power_on_msrs;
 use super::vcpu::state::{StateContext, StateError};
 use super::vcpu::{Vcpu, VcpuError, cpuid};
+use crate::confidential::kvm::real_kind;
 use crate::confidential::launch::GuestProtection;
 use crate::devices::serial::{Console, ConsoleStateError};
 use crate::devices::virtio::VirtioDevice;
@@ -45,6 +47,7 @@ pub struct Machine {
     kernel: Option<File>,
     initrd: Option<File>,
     protection: Option<GuestProtection>,
+    sharing: Option<Arc<PageSharing>>,
     plan: MachinePlan,
 }
 
@@ -62,7 +65,17 @@ impl Machine {
         memory.set_reader(reader);
         let memory = Arc::new(memory);
         let exchange = ExchangeMemory::new()?;
-        let vm = Vm::new(handles.require(HandleKind::Kvm)?, Arc::clone(&memory))?;
+        let kvm = handles.require(HandleKind::Kvm)?;
+        let kind = real_kind(plan.technology);
+        let vm = Vm::new(kvm, Arc::clone(&memory), kind)?;
+        let sharing = kind.map(|_| Arc::new(PageSharing::new(Arc::clone(&memory))));
+        // KVM takes no machine that has a vCPU for an encrypted one.
+        let bare = BareMachine {
+            vm: &vm,
+            memory: memory.file(),
+            exchange: exchange.file(),
+        };
+        let protection = (hooks.protection)(&plan, handles, &bare)?;
         let context = Arc::new(StateContext::new(vm.kvm(), vm.fd())?);
         let vcpu_fds = make_vcpus(&vm, &context, &plan)?;
         let interrupts = Arc::new(Interrupts::new(Arc::clone(vm.fd())));
@@ -85,10 +98,10 @@ impl Machine {
             Arc::clone(&pci),
             functions.clone(),
             Arc::clone(&stop),
+            sharing.clone(),
         ));
         let kernel = handles.take(HandleKind::Kernel).map(File::from);
         let initrd = handles.take(HandleKind::Initrd).map(File::from);
-        let protection = (hooks.protection)(&plan, handles, memory.file(), exchange.file())?;
 
         (hooks.confine_process)().map_err(MachineError::Confine)?;
         let devices = DeviceThread::spawn(wake, functions.clone(), hooks.confine_thread)?;
@@ -117,6 +130,7 @@ impl Machine {
             kernel,
             initrd,
             protection,
+            sharing,
             plan,
         })
     }
@@ -191,6 +205,9 @@ impl Machine {
         for function in &self.functions {
             function.rouse();
         }
+        if let Some(sharing) = &self.sharing {
+            sharing.arrived();
+        }
         Ok(())
     }
 
@@ -245,6 +262,14 @@ impl Machine {
     /// The confidential technology, if there is one.
     pub fn protection(&mut self) -> Option<&mut GuestProtection> {
         self.protection.as_mut()
+    }
+
+    /// Whether the guest can be moved as it is now; more than this only a guest of AMD's own processor has to fulfil.
+    pub fn check_movable(&self) -> Result<(), RoleError> {
+        match &self.sharing {
+            Some(sharing) => sharing.check_movable(),
+            None => Ok(()),
+        }
     }
 
     /// Hears when the guest stops itself.
@@ -320,6 +345,7 @@ impl MachineError {
         match self {
             Self::Plan(_) => "BAD_PLAN",
             Self::Memory(_) => "MEMORY",
+            Self::Kvm(KvmError::Sev(error)) => error.code(),
             Self::Kvm(_) => "KVM",
             Self::Vcpu(_) | Self::Devices(_) => "THREAD",
             Self::VcpuState(_)
@@ -369,7 +395,7 @@ fn make_vcpus(
     context: &StateContext,
     plan: &MachinePlan,
 ) -> Result<Vec<(u8, VcpuFd)>, MachineError> {
-    let encrypted = plan.technology != Technology::None && !plan.technology.emulated();
+    let encrypted = vm.encrypted().is_some();
     (0..plan.vcpus)
         .map(|id| {
             let fd = vm.create_vcpu(id)?;

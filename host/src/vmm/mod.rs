@@ -13,6 +13,7 @@ pub mod layout;
 pub mod machine;
 pub mod memory;
 pub mod models;
+pub mod page_sharing;
 pub mod pci;
 pub mod protocol;
 pub mod role;

@@ -25,11 +25,13 @@ pub enum HandleKind {
     VsockListener,
     /// Channel to the software secure processor.
     Processor,
-    /// `/dev/sev`.
+    /// `/dev/sev`, for reading: guests' commands and the platform's status and certificates.
     SevDevice,
     /// One end of a `SOCK_SEQPACKET` pair whose other end the software secure processor has: an SNP guest's requests
     /// go there, a packet each, and the replies come back (`casemate_attest::processor::snp::request_frame`).
     GuestMessages,
+    /// ASK ‖ ARK of the processor behind `/dev/sev`, as AMD publishes them.
+    AmdCertificates,
 }
 
 /// Agent to VMM.

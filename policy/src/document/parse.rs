@@ -1,16 +1,20 @@
 //! From the text of a policy to [`HostPolicy`]: what is written, then the checks that look at more than one key.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::path::{Component, PathBuf};
 
 use serde::{Deserialize, Deserializer, de};
 use toml::Spanned;
 
+use super::guest::{GuestBook, GuestRules};
+use super::people::{People, Person};
 use super::{
-    Host, HostPolicy, IncomingDisk, IncomingNet, Limits, Migration, Peer, PeerPath, PolicyError,
-    Sandbox, Technologies,
+    FirmwareMinimum, Host, HostPolicy, IncomingDisk, IncomingNet, Limits, Migration, Peer,
+    PeerPath, PolicyError, Sandbox, Technologies, Validity,
 };
-use crate::types::{DnsName, Fingerprint, Identity};
+use crate::action::ActionKind;
+use crate::types::{DnsName, Fingerprint, Identity, Timestamp};
 
 /// Parses and checks a whole document.
 pub(super) fn document(file: &str, text: &str) -> Result<HostPolicy, PolicyError> {
@@ -25,6 +29,10 @@ pub(super) fn document(file: &str, text: &str) -> Result<HostPolicy, PolicyError
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Document {
+    #[serde(default)]
+    version: u64,
+    not_before: Option<Timestamp>,
+    not_after: Option<Spanned<Timestamp>>,
     host: Host,
     technologies: Technologies,
     #[serde(default)]
@@ -38,6 +46,18 @@ struct Document {
     incoming_disk: Vec<Spanned<IncomingDisk>>,
     #[serde(default)]
     incoming_net: Vec<Spanned<IncomingNet>>,
+    #[serde(default)]
+    firmware: Vec<Spanned<FirmwareMinimum>>,
+    guest: Option<Vec<Spanned<GuestRules>>>,
+    people: Option<Spanned<RawPeople>>,
+    person: Option<Vec<Spanned<Person>>>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawPeople {
+    #[serde(default)]
+    two_person: BTreeSet<ActionKind>,
 }
 
 #[derive(Deserialize)]
@@ -49,6 +69,8 @@ struct RawPeer {
     spki: Fingerprint,
     path: RawPath,
     gateway: Option<Identity>,
+    #[serde(default, deserialize_with = "optional_label")]
+    site: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -60,53 +82,22 @@ enum RawPath {
 
 impl Document {
     fn check(self, file: &str, text: &str) -> Result<HostPolicy, PolicyError> {
-        let refuse = |at: Range<usize>, problem: String| Err(invalid(file, text, at, problem));
-        let mut peers: Vec<Peer> = Vec::new();
-        for raw in self.peer {
-            let at = raw.span();
-            let peer = match raw.into_inner().check() {
-                Ok(peer) => peer,
-                Err(problem) => return refuse(at, problem),
-            };
-            if let Some(other) = peers
-                .iter()
-                .find(|p| p.name == peer.name || p.identity == peer.identity)
-            {
-                return refuse(
-                    at,
-                    format!(
-                        "peer `{}` repeats the name or the identity of `{}`",
-                        peer.name, other.name
-                    ),
-                );
-            }
-            peers.push(peer);
-        }
-        let mut incoming_disks: Vec<IncomingDisk> = Vec::new();
-        for disk in self.incoming_disk {
-            if incoming_disks
-                .iter()
-                .any(|d| d.id == disk.as_ref().id || d.path == disk.as_ref().path)
-            {
-                let problem = format!(
-                    "disk `{}` repeats an id or a path; give each its own",
-                    disk.as_ref().id
-                );
-                return refuse(disk.span(), problem);
-            }
-            incoming_disks.push(disk.into_inner());
-        }
-        let mut incoming_nets: Vec<IncomingNet> = Vec::new();
-        for net in self.incoming_net {
-            if incoming_nets.iter().any(|n| n.id == net.as_ref().id) {
-                return refuse(
-                    net.span(),
-                    format!("network id `{}` is used twice", net.as_ref().id),
-                );
-            }
-            incoming_nets.push(net.into_inner());
-        }
+        let refuse = |(at, problem): Refused| invalid(file, text, at, problem);
+        let validity = validity(self.not_before, self.not_after).map_err(refuse)?;
+        let peers = each(self.peer, RawPeer::check, peer_repeats).map_err(refuse)?;
+        let incoming_disks = each(self.incoming_disk, Ok, disk_repeats).map_err(refuse)?;
+        let incoming_nets = each(self.incoming_net, Ok, net_repeats).map_err(refuse)?;
+        let firmware = each(self.firmware, Ok, firmware_repeats).map_err(refuse)?;
+        let names: BTreeSet<&str> = peers.iter().map(|peer| peer.name.as_str()).collect();
+        let guests = self.guest.map(|all| {
+            let check = |rules: GuestRules| rules.check(&names).map(|()| rules);
+            each(all, check, guest_repeats).map(GuestBook::new)
+        });
+        let guests = guests.transpose().map_err(refuse)?;
+        let people = people(self.people, self.person).map_err(refuse)?;
         Ok(HostPolicy {
+            version: self.version,
+            validity,
             host: self.host,
             technologies: self.technologies,
             sandbox: self.sandbox,
@@ -115,9 +106,114 @@ impl Document {
             peers,
             incoming_disks,
             incoming_nets,
+            firmware,
+            guests,
+            people,
             digest: Fingerprint::of(text.as_bytes()),
         })
     }
+}
+
+/// Where a document is wrong, and why.
+type Refused = (Range<usize>, String);
+
+/// Checks every section by itself and against those before it.
+fn each<R, T>(
+    sections: Vec<Spanned<R>>,
+    check: impl Fn(R) -> Result<T, String>,
+    repeats: impl Fn(&T, &[T]) -> Option<String>,
+) -> Result<Vec<T>, Refused> {
+    let mut good = Vec::with_capacity(sections.len());
+    for section in sections {
+        let at = section.span();
+        let one = check(section.into_inner()).map_err(|problem| (at.clone(), problem))?;
+        if let Some(problem) = repeats(&one, &good) {
+            return Err((at, problem));
+        }
+        good.push(one);
+    }
+    Ok(good)
+}
+
+fn peer_repeats(peer: &Peer, before: &[Peer]) -> Option<String> {
+    let other = before
+        .iter()
+        .find(|p| p.name == peer.name || p.identity == peer.identity)?;
+    Some(format!(
+        "peer `{}` repeats the name or the identity of `{}`",
+        peer.name, other.name
+    ))
+}
+
+fn disk_repeats(disk: &IncomingDisk, before: &[IncomingDisk]) -> Option<String> {
+    let mut before = before.iter();
+    before.find(|d| d.id == disk.id || d.path == disk.path)?;
+    Some(format!(
+        "disk `{}` repeats an id or a path; give each its own",
+        disk.id
+    ))
+}
+
+fn net_repeats(net: &IncomingNet, before: &[IncomingNet]) -> Option<String> {
+    before.iter().find(|n| n.id == net.id)?;
+    Some(format!("network id `{}` is used twice", net.id))
+}
+
+fn firmware_repeats(minimum: &FirmwareMinimum, before: &[FirmwareMinimum]) -> Option<String> {
+    let mut before = before.iter();
+    before.find(|m| m.technology == minimum.technology)?;
+    Some(format!(
+        "firmware for {} is described twice; keep the higher one",
+        minimum.technology
+    ))
+}
+
+fn guest_repeats(rules: &GuestRules, before: &[GuestRules]) -> Option<String> {
+    let of_owner = before.iter().filter(|other| other.owner == rules.owner);
+    let pattern = of_owner.flat_map(|other| rules.names.intersection(&other.names));
+    let pattern = pattern.into_iter().next()?;
+    Some(format!(
+        "`{}` has rules for `{pattern}` already; put them into one [[guest]]",
+        rules.owner
+    ))
+}
+
+fn validity(
+    not_before: Option<Timestamp>,
+    not_after: Option<Spanned<Timestamp>>,
+) -> Result<Validity, Refused> {
+    if let (Some(begin), Some(end)) = (not_before, &not_after)
+        && *end.as_ref() <= begin
+    {
+        let problem = format!("the policy ends before it begins, at {begin}; exchange them");
+        return Err((end.span(), problem));
+    }
+    Ok(Validity {
+        not_before,
+        not_after: not_after.map(Spanned::into_inner),
+    })
+}
+
+/// `[people]` and `[[person]]`: either of them brings the people section into force.
+fn people(
+    section: Option<Spanned<RawPeople>>,
+    persons: Option<Vec<Spanned<Person>>>,
+) -> Result<Option<People>, Refused> {
+    if section.is_none() && persons.is_none() {
+        return Ok(None);
+    }
+    let mut good: Vec<Person> = Vec::new();
+    for person in persons.into_iter().flatten() {
+        let at = person.span();
+        let person = person.into_inner();
+        person.check(&good).map_err(|problem| (at, problem))?;
+        good.push(person);
+    }
+    let at = section.as_ref().map_or(0..0, Spanned::span);
+    let two_person = section.map(|s| s.into_inner().two_person);
+    People::new(good, two_person.unwrap_or_default())
+        .map(Some)
+        .map_err(|problem| (at, problem))
 }
 
 impl RawPeer {
@@ -152,6 +248,7 @@ impl RawPeer {
             name: self.name,
             identity,
             path,
+            site: self.site,
         })
     }
 }
@@ -159,18 +256,29 @@ impl RawPeer {
 /// A short name that is safe in paths, logs and interface names.
 pub(super) fn label<'de, D: Deserializer<'de>>(from: D) -> Result<String, D::Error> {
     let text = String::deserialize(from)?;
-    let good = (1..=64).contains(&text.len())
-        && text.starts_with(|c: char| c.is_ascii_alphanumeric())
-        && text
-            .bytes()
-            .all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
-    if good {
+    if is_label(&text) {
         Ok(text)
     } else {
         Err(de::Error::custom(
             "a name has 1 to 64 letters, digits, `-`, `_` or `.`, and starts with a letter or digit",
         ))
     }
+}
+
+/// Whether a text is such a name.
+pub(super) fn is_label(text: &str) -> bool {
+    (1..=64).contains(&text.len())
+        && text.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && text
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+}
+
+/// A name that may be left out.
+pub(super) fn optional_label<'de, D: Deserializer<'de>>(
+    from: D,
+) -> Result<Option<String>, D::Error> {
+    label(from).map(Some)
 }
 
 /// A path that means the same from every directory.
@@ -237,235 +345,4 @@ fn key_at(text: &str, line: usize) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::path::Path;
-
-    use super::super::MAX_DOCUMENT;
-    use super::*;
-    use crate::types::Technology;
-
-    const GOOD: &str = r#"[host]
-name = "site-a"
-
-[technologies]
-allowed = ["none", "sev"]
-allow_emulated = true
-
-[sandbox]
-landlock_min_abi = 2
-
-[limits]
-max_vcpus = 4
-max_memory_mib = 2048
-
-[migration]
-outgoing = true
-incoming = true
-downtime_limit_ms = 300
-trusted_emulated_roots = ["sha256:1111111111111111111111111111111111111111111111111111111111111111"]
-
-[[peer]]
-name = "site-b"
-san = "site-b.casemate.test"
-spki = "sha256:2222222222222222222222222222222222222222222222222222222222222222"
-path = "gateway"
-gateway = { san = "gw.casemate.test", spki = "sha256:3333333333333333333333333333333333333333333333333333333333333333" }
-
-[[incoming_disk]]
-id = "data"
-path = "/var/lib/casemate/data.img"
-
-[[incoming_net]]
-id = "net0"
-bridge = "br0"
-"#;
-
-    fn refused(text: &str) -> (usize, String, String) {
-        match HostPolicy::parse("p.toml", text) {
-            Err(PolicyError::Invalid {
-                file,
-                line,
-                key,
-                problem,
-            }) => {
-                assert_eq!(file, "p.toml");
-                (line, key, problem)
-            }
-            other => panic!("expected a refusal, got {other:?}"),
-        }
-    }
-
-    #[test]
-    fn a_whole_policy_parses() {
-        let policy = HostPolicy::parse("p.toml", GOOD).unwrap();
-        assert_eq!(policy.host.name, "site-a");
-        assert!(
-            policy.technologies.allowed.contains(&Technology::Sev)
-                && policy.technologies.allow_emulated
-        );
-        assert_eq!(policy.migration.downtime_limit_ms.get(), 300);
-        let peer = policy.peer_named("site-b").unwrap();
-        assert_eq!(policy.peer_with(&peer.identity), Some(peer));
-        assert_eq!(peer.tls_identity().san.as_str(), "gw.casemate.test");
-        let mut stolen_name = peer.identity.clone();
-        stolen_name.spki = peer.tls_identity().spki;
-        assert_eq!(policy.peer_with(&stolen_name), None);
-        assert_eq!(
-            policy.incoming_disk("data").unwrap().path,
-            Path::new("/var/lib/casemate/data.img")
-        );
-        assert_eq!(policy.digest(), Fingerprint::of(GOOD.as_bytes()));
-    }
-
-    #[test]
-    fn defaults_are_the_closed_ones() {
-        let text = "[host]\nname='h'\n[technologies]\nallowed=[]\n[limits]\nmax_vcpus=1\nmax_memory_mib=1\n";
-        let policy = HostPolicy::parse("p.toml", text).unwrap();
-        assert!(
-            !policy.technologies.allow_emulated
-                && !policy.migration.outgoing
-                && !policy.migration.incoming
-        );
-        assert_eq!(
-            (
-                policy.sandbox.landlock_min_abi.get(),
-                policy.migration.downtime_limit_ms.get()
-            ),
-            (1, 500)
-        );
-    }
-
-    #[test]
-    fn errors_name_line_key_and_remedy() {
-        let cases = [
-            (
-                "outgoing = true",
-                "outgoign = true",
-                16,
-                "migration.outgoign",
-                "expected one of",
-            ),
-            (
-                "max_vcpus = 4",
-                "max_vcpus = 0",
-                12,
-                "limits.max_vcpus",
-                "nonzero",
-            ),
-            (
-                "max_vcpus = 4",
-                "max_vcpus = \"4\"",
-                12,
-                "limits.max_vcpus",
-                "expected",
-            ),
-            (
-                "[\"none\", \"sev\"]",
-                "[\"none\",\n \"tdx\"]",
-                6,
-                "technologies.allowed",
-                "`sev-snp`",
-            ),
-            (
-                "path = \"/var",
-                "path = \"var",
-                30,
-                "incoming_disk.path",
-                "absolute path",
-            ),
-            (
-                "data.img",
-                "../x",
-                30,
-                "incoming_disk.path",
-                "absolute path",
-            ),
-            (
-                "sha256:1111",
-                "sha256:111",
-                19,
-                "migration.trusted_emulated_roots",
-                "64 lower-case hex",
-            ),
-            (
-                "site-b.casemate.test",
-                "*.casemate.test",
-                23,
-                "peer.san",
-                "lower-case labels",
-            ),
-            (
-                "bridge = \"br0\"",
-                "bridge = \"a-bridge-with-a-long-name\"",
-                34,
-                "incoming_net.bridge",
-                "15",
-            ),
-            ("name = \"site-a\"", "", 1, "host", "missing field `name`"),
-        ];
-        for (from, to, line, key, remedy) in cases {
-            let found = refused(&GOOD.replacen(from, to, 1));
-            assert_eq!(
-                (found.0, found.1.as_str()),
-                (line, key),
-                "{from} -> {to}: {}",
-                found.2
-            );
-            assert!(found.2.contains(remedy), "{from} -> {to}: {}", found.2);
-        }
-    }
-
-    #[test]
-    fn gateway_is_there_exactly_when_the_path_says_so() {
-        let gateway_line = GOOD.lines().find(|l| l.starts_with("gateway")).unwrap();
-        let (line, key, problem) = refused(&GOOD.replace(gateway_line, ""));
-        assert_eq!((line, key.as_str()), (21, "peer"));
-        assert!(problem.contains("add gateway"), "{problem}");
-        assert!(
-            refused(&GOOD.replace("\"gateway\"", "\"direct\""))
-                .2
-                .contains("remove `gateway`")
-        );
-        assert!(
-            refused(&GOOD.replace("3333", "2222"))
-                .2
-                .contains("its own gateway")
-        );
-    }
-
-    #[test]
-    fn repeated_entries_are_refused() {
-        let peer = &GOOD[GOOD.find("[[peer]]").unwrap()..GOOD.find("[[incoming_disk]]").unwrap()];
-        assert!(
-            refused(&format!(
-                "{GOOD}{}",
-                peer.replace("\"site-b\"", "\"site-c\"")
-            ))
-            .2
-            .contains("repeats")
-        );
-        assert!(
-            refused(&format!("{GOOD}[[incoming_disk]]\nid='data'\npath='/x'\n"))
-                .2
-                .contains("repeats")
-        );
-        assert!(
-            refused(&format!("{GOOD}[[incoming_net]]\nid='net0'\nbridge='b'\n"))
-                .2
-                .contains("twice")
-        );
-    }
-
-    #[test]
-    fn missing_and_huge_files_are_refused() {
-        let missing = HostPolicy::load(Path::new("/nonexistent/policy.toml"))
-            .unwrap_err()
-            .to_string();
-        assert!(missing.contains("/nonexistent/policy.toml"), "{missing}");
-        let huge = "#".repeat(MAX_DOCUMENT as usize + 1);
-        assert!(matches!(
-            HostPolicy::parse("p", &huge),
-            Err(PolicyError::TooLarge { .. })
-        ));
-    }
-}
+mod tests;

@@ -24,6 +24,11 @@ pub enum Ask {
         /// The asker's nonce.
         mnonce: [u8; 16],
     },
+    /// Launches such a guest, and takes SEND_START and SEND_FINISH straight to the firmware.
+    SendFinish {
+        /// Whom to.
+        target: Certificates,
+    },
     /// Makes an SNP guest's machine and memory.
     SnpAttach {
         /// Pages of memory.

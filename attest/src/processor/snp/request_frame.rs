@@ -32,6 +32,7 @@ pub const CERTIFICATES_MAX: usize = 64 << 10;
 /// What a guest asks its host for: the exit codes of publication 56421, table "List of Supported
 /// Non-Automatic Events".
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u64)]
 pub enum RequestKind {
     /// SNP Guest Request: the firmware's answer.
     Plain = 0x8000_0011,

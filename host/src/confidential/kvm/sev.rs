@@ -317,6 +317,13 @@ impl<V: SevVm> Firmware for KvmSev<V> {
     }
 
     fn evidence(&mut self) -> Result<PlatformEvidence, RoleError> {
+        if self.amd.is_empty() {
+            return Err(RoleError::new(
+                "AMD_CERTIFICATES",
+                "no source sends a guest here without AMD's certificates of this processor (ASK and ARK); name their \
+                 file as `amd_certificates` in the agent's configuration",
+            ));
+        }
         let certificates = self.device.pdh_cert_export()?;
         Ok(PlatformEvidence {
             pdh: certificates.pdh,

@@ -25,8 +25,13 @@ pub(super) const CONTROL: &[Rule] = &[
     ),
     permit!(
         SYS_ioctl,
-        [Cond::Among(1, kvm::SEV)],
-        "SEV commands on the VM and the platform"
+        [Cond::Among(1, kvm::SEV_GUEST)],
+        "a SEV guest is launched, sent and received"
+    ),
+    permit!(
+        SYS_ioctl,
+        [Cond::Among(1, kvm::SEV_PLATFORM)],
+        "API version and certificates of the platform, for its owner and for a source"
     ),
     permit!(
         SYS_madvise,

@@ -1,4 +1,4 @@
-//! The Linux/x86 boot protocol, 64-bit: the header of a bzImage and the zero page.
+//! The Linux/x86 boot protocol: the header of a bzImage and the zero page.
 //!
 //! The kernel image comes from whoever described the guest; every field is checked before it is used.
 
@@ -128,6 +128,8 @@ impl<'a> KernelImage<'a> {
 
 /// Where the kernel's 64-bit entry point is.
 pub const ENTRY: u64 = KERNEL + ENTRY_OFFSET as u64;
+/// Where its 32-bit entry point is.
+pub const ENTRY_32: u64 = KERNEL;
 /// Address of the zero page, which goes into RSI.
 pub const BOOT_PARAMS_ADDRESS: u64 = BOOT_PARAMS;
 

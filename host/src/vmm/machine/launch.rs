@@ -7,7 +7,7 @@ use super::{Machine, MachineError};
 use crate::confidential::launch::SpecialPage;
 use crate::vmm::boot::{BootError, BootImage, measured};
 use crate::vmm::protocol::{LaunchBinding, Measurement};
-use crate::vmm::vcpu::entry::{Entry, enter_long_mode, wait_at_reset};
+use crate::vmm::vcpu::entry::{Entry, enter_long_mode, enter_protected_mode, wait_at_reset};
 use crate::vmm::vcpu::{VcpuError, cpuid};
 
 impl Machine {
@@ -39,7 +39,11 @@ impl Machine {
             .vcpus
             .split_first()
             .ok_or(MachineError::Vcpu(VcpuError::Gone))?;
-        first.call(|fd| enter_long_mode(fd, Entry::LINUX))??;
+        if self.sharing.is_some() {
+            first.call(enter_protected_mode)??;
+        } else {
+            first.call(|fd| enter_long_mode(fd, Entry::LINUX))??;
+        }
         if self.plan.technology.measures_registers() {
             for vcpu in others {
                 vcpu.call(wait_at_reset)??;

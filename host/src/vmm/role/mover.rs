@@ -159,6 +159,7 @@ impl Control {
 
     fn send_start(&mut self, target: &PlatformEvidence) -> Result<MoverReply, RoleError> {
         self.expect(SOURCE, "SEND_START")?;
+        self.machine.check_movable()?;
         let (policy, source_pdh, session) = self.protection()?.send_start(target)?;
         self.moving.sending = true;
         Ok(MoverReply::SendStarted {
@@ -211,6 +212,8 @@ impl Control {
         if self.machine.stop_notice().reason().is_some() {
             return Err(wrong_state("the guest has switched itself off"));
         }
+        // What it said since SEND_START counts too, and it says no more now.
+        self.machine.check_movable()?;
         if let Some(protection) = self.machine.protection() {
             protection.send_finish()?;
         }

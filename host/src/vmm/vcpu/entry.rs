@@ -1,4 +1,8 @@
-//! State of the first vCPU at the 64-bit entry point of the Linux boot protocol.
+//! State of the first vCPU at the entry points of the Linux boot protocol.
+//!
+//! A guest in clear starts at the 64-bit one. A guest of AMD's own processor starts at the 32-bit one: without paging
+//! its accesses are to encrypted memory whatever the tables say, it makes its own tables with the C-bit, and so the
+//! position of that bit, which differs between hosts, is no input of the measurement.
 
 use kvm_bindings::{Msrs, kvm_dtable, kvm_msr_entry, kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
@@ -22,6 +26,37 @@ impl Entry {
         rip: linux::ENTRY,
         rsi: linux::BOOT_PARAMS_ADDRESS,
     };
+}
+
+/// Puts a vCPU into protected mode without paging at the 32-bit entry point, with the descriptor table of the layout.
+pub fn enter_protected_mode(vcpu: &VcpuFd) -> Result<(), KvmError> {
+    let mut sregs = vcpu.get_sregs().map_err(during("KVM_GET_SREGS"))?;
+    let code = segment(paging::CODE_SELECTOR, CODE_TYPE, false);
+    let data = segment(paging::DATA_SELECTOR, DATA_TYPE, false);
+    sregs.cs = code;
+    (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
+    sregs.tr = kvm_segment {
+        selector: paging::TSS_SELECTOR,
+        type_: TSS_TYPE,
+        s: 0,
+        db: 0,
+        ..data
+    };
+    sregs.gdt = kvm_dtable {
+        base: GDT + paging::GDT32_OFFSET,
+        limit: paging::gdt_limit(),
+        ..Default::default()
+    };
+    sregs.idt = kvm_dtable::default();
+    sregs.cr0 |= CR0_PE | CR0_ET;
+    vcpu.set_sregs(&sregs).map_err(during("KVM_SET_SREGS"))?;
+    let regs = kvm_regs {
+        rip: linux::ENTRY_32,
+        rsi: linux::BOOT_PARAMS_ADDRESS,
+        rflags: 2,
+        ..Default::default()
+    };
+    vcpu.set_regs(&regs).map_err(during("KVM_SET_REGS"))
 }
 
 /// Puts a vCPU into long mode at `entry`, with the descriptor and page tables of the layout.

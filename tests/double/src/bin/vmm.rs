@@ -17,7 +17,8 @@ use casemate::vmm::protocol::{
     EXCHANGE_SIZE, LaunchBinding, OwnerSession, PACKET_STRIDE, RoleError,
 };
 use casemate_double::protocol::{
-    Answer, Ask, Device, Outcome, START, SnpStep, Step, Wrong, read_frame, write_frame,
+    Answer, Ask, Certificates, Device, Outcome, START, SnpStep, Step, Wrong, read_frame,
+    write_frame,
 };
 use kvm_bindings::{kvm_regs, kvm_sev_cmd, kvm_sregs, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
@@ -74,6 +75,7 @@ impl Child {
                 .attach(policy, pages * 4096, amd, wrong)
                 .map(|()| Answer::Done),
             Ask::Report { mnonce } => report(mnonce).map(Answer::Bytes),
+            Ask::SendFinish { target } => send_finish(target).map(|()| Answer::Done),
             Ask::SnpAttach { pages } => self.attach_snp(pages * 4096).map(|()| Answer::Done),
             Ask::Open => {
                 self.device = Some(SevDevice::open()?);
@@ -435,8 +437,20 @@ fn device(device: &SevDevice, command: &Device) -> Result<Answer, RoleError> {
     })
 }
 
-/// The one thing that the VMM's own interface has no word for: SEV's attestation report.
+/// What the VMM's own interface has no word for: SEV's attestation report.
 fn report(mnonce: [u8; 16]) -> Result<Vec<u8>, RoleError> {
+    Ok(unguarded()?.attestation_report(mnonce)?)
+}
+
+/// What it issues only when nobody listens any more: SEND_FINISH.
+fn send_finish((pdh, platform, amd): Certificates) -> Result<(), RoleError> {
+    let mut sev = unguarded()?;
+    sev.send_start(&PlatformEvidence { pdh, platform, amd })?;
+    sev.send_finish()
+}
+
+/// A launched SEV guest of one empty page.
+fn unguarded() -> Result<KvmSev<Arc<VmFd>>, RoleError> {
     let kvm = Kvm::new().map_err(fault)?;
     let (vm, initialise) = create_vm(&kvm, GuestKind::Sev)?;
     let (memory, exchange) = (sealed(4096)?, sealed(EXCHANGE_SIZE as u64)?);
@@ -457,7 +471,7 @@ fn report(mnonce: [u8; 16]) -> Result<Vec<u8>, RoleError> {
     if (status.policy, status.state) != (1, 3) {
         return Err(fault(format!("{status:?}")));
     }
-    Ok(sev.attestation_report(mnonce)?)
+    Ok(sev)
 }
 
 fn running(guest: &mut SnpRunning<Arc<VmFd>>, step: SnpStep) -> Result<Answer, RoleError> {

@@ -1,0 +1,253 @@
+//! Every request passes here: the policy decides, the ledger keeps the decision, and only then something is done.
+
+use std::path::Path;
+use std::time::SystemTime;
+
+use casemate_policy::claims::{Firmware, GuestClaims, HostClaims, SandboxLevel};
+use casemate_policy::ledger::{Entry, Outcome};
+use casemate_policy::{
+    Action, ActionKind, Code, Decision, HostPolicy, Inquiry, Timestamp, decide, history, may_ask,
+};
+
+use crate::agent::Agent;
+use crate::agent::api::{Answer, Failure, Request};
+use crate::agent::authority::{Caller, PolicyText};
+use crate::machine::plan::{MachinePlan, Technology};
+use crate::machine::spec::MachineSpec;
+use crate::vmm::boot::{BootImage, measured};
+
+/// What a request asks of the policy before anything that it names is looked at.
+enum Asked<'a> {
+    /// All there is to decide.
+    Whole(Action, &'a str),
+    /// Whether the caller may ask for this at all; what it comes to is decided once that is known.
+    First(ActionKind, Option<&'a str>),
+}
+
+impl Request {
+    /// A request that is not here cannot be compiled.
+    fn asked(&self) -> Asked<'_> {
+        match self {
+            Self::Run { .. } => Asked::First(ActionKind::Launch, None),
+            Self::InjectSecret { name, .. } => Asked::First(ActionKind::InjectSecret, Some(name)),
+            Self::Migrate { name, .. } => Asked::First(ActionKind::MigrateOut, Some(name)),
+            Self::PolicyLoad { .. } => Asked::First(ActionKind::PolicyLoad, None),
+            Self::Approve { .. } => Asked::First(ActionKind::Approve, None),
+            Self::List => Asked::Whole(Action::List, ""),
+            Self::Platform => Asked::Whole(Action::PlatformShow, ""),
+            Self::Status { name } => Asked::Whole(Action::Status, name),
+            Self::Measurement { name } => Asked::Whole(Action::Measurement, name),
+            Self::SandboxReport { name } => Asked::Whole(Action::SandboxReport, name),
+            Self::SandboxProbe { name } => Asked::Whole(Action::SandboxProbe, name),
+            Self::Stop { name } => Asked::Whole(Action::Stop, name),
+            Self::Pause { name } => Asked::Whole(Action::Pause, name),
+            Self::Resume { name } => Asked::Whole(Action::Resume, name),
+            Self::Cancel { name } => Asked::Whole(Action::Cancel, name),
+        }
+    }
+}
+
+impl Agent {
+    /// Decides a request as far as it can be decided unseen.
+    pub(super) fn gate(&self, caller: &Caller, request: &Request) -> Result<(), Failure> {
+        match request.asked() {
+            Asked::Whole(action, object) => self.decide(caller, object, &action),
+            Asked::First(kind, object) => {
+                let policy = self.policy();
+                let decision = may_ask(&policy, caller.actor(), kind, object);
+                if decision.allowed {
+                    return Ok(());
+                }
+                let entry = Entry::decided(
+                    caller.name(),
+                    kind.as_str(),
+                    object.unwrap_or_default(),
+                    &decision,
+                );
+                self.evidence.record(
+                    entry
+                        .with("policy", policy.digest().to_string())
+                        .with("asked_by", caller.actor().to_string()),
+                )?;
+                Err(self.refusal(&decision))
+            }
+        }
+    }
+
+    /// Asks the policy, and writes the decision down before it is acted upon.
+    pub(super) fn decide(
+        &self,
+        caller: &Caller,
+        object: &str,
+        action: &Action,
+    ) -> Result<(), Failure> {
+        self.decide_on(caller, object, action, GuestClaims::default())
+    }
+
+    /// [`Agent::decide`], with what was verified of the guest. Looking that is allowed leaves no record.
+    pub(super) fn decide_on(
+        &self,
+        caller: &Caller,
+        object: &str,
+        action: &Action,
+        claims: GuestClaims,
+    ) -> Result<(), Failure> {
+        let policy = self.policy();
+        let clock = Timestamp::of(SystemTime::now());
+        let object: String = object.chars().take(MAX_OBJECT).collect();
+        let mut inquiry = Inquiry::new(caller.actor().clone(), &object, action.clone(), clock);
+        inquiry.guest = claims;
+        inquiry.host = self.host_claims(&policy, action);
+        inquiry.approvals = self.authority.approvals(&inquiry);
+        let decision = decide(&policy, &inquiry);
+        if !(decision.allowed && action.kind().reads()) {
+            let entry = history::entry(caller.name(), &inquiry, &decision, policy.digest());
+            let of_guest = self.guest(&object).ok();
+            let emulated = of_guest.is_some_and(|guest| guest.plan.technology.emulated());
+            let emulated = emulated || action.technology().is_some_and(|(_, emulated)| emulated);
+            self.evidence.record(entry.emulated(emulated))?;
+        }
+        if decision.allowed {
+            self.authority.spend(&inquiry);
+            return Ok(());
+        }
+        let mut refusal = self.refusal(&decision);
+        let alone = decision.refusals().all(|r| r.code == Code::ApprovalMissing);
+        if alone {
+            let id = self.authority.wait_for_second(&inquiry);
+            refusal.error.push_str(&format!(
+                " It waits 15 minutes: a second person runs `casemate policy approve {id}`, then ask again."
+            ));
+        }
+        Err(refusal)
+    }
+
+    /// `casemate policy load`.
+    pub(super) fn load_policy(&self, caller: &Caller, file: &Path) -> Result<Answer, Failure> {
+        let _one = self.authority.loading();
+        let text = PolicyText::read(file)?;
+        let (action, digest) = self.authority.proposal(&text)?;
+        self.decide(caller, &digest.to_string(), &action)?;
+        let ready = match self.authority.admit(text) {
+            Ok(ready) => ready,
+            Err(failure) => {
+                let entry = Entry::new(
+                    caller.name(),
+                    "policy-load",
+                    &digest.to_string(),
+                    Outcome::Failed,
+                );
+                self.evidence.record(entry.code(&failure.code))?;
+                return Err(failure);
+            }
+        };
+        let answer = Answer::Policy {
+            version: ready.mark().version,
+            digest: digest.to_string(),
+            signers: ready.signers().map(ToString::to_string).collect(),
+        };
+        self.authority.put_in_force(&self.evidence, ready)?;
+        self.open_socket()?;
+        Ok(answer)
+    }
+
+    /// `casemate policy approve`.
+    pub(super) fn approve(&self, caller: &Caller, id: &str) -> Result<Answer, Failure> {
+        let (kind, object) = self.authority.waiting(id).ok_or_else(|| {
+            Failure::new(
+                "NOT_WAITING",
+                format!("nothing waits for a second person under {id:?}; ask for it again"),
+            )
+        })?;
+        self.decide(caller, &object, &Action::Approve { action: kind })?;
+        self.authority.agree(id, caller.actor());
+        let entry = Entry::new(caller.name(), "approve", &object, Outcome::Done);
+        self.evidence
+            .record(entry.with("approved", kind.as_str()).with("id", id))?;
+        Ok(Answer::Done)
+    }
+
+    /// The launch digest, where an owner's rules need it: what this host's firmware is going to measure.
+    pub(super) fn launch_claims(
+        &self,
+        spec: &MachineSpec,
+        plan: &MachinePlan,
+    ) -> Result<GuestClaims, Failure> {
+        let mut claims = GuestClaims::default();
+        let policy = self.policy();
+        let wanted = policy.guests().is_some_and(|book| {
+            book.of(&plan.name)
+                .iter()
+                .any(|r| r.launch_digests.is_some())
+        });
+        if !wanted || plan.technology == Technology::None {
+            return Ok(claims);
+        }
+        let failed = |path: &Path, e: &dyn std::fmt::Display| {
+            Failure::new("DESCRIPTION", format!("{}: {e}", path.display()))
+        };
+        let read = |path: &Path| std::fs::read(path).map_err(|e| failed(path, &e));
+        let image = BootImage::assemble(plan, &read(&spec.kernel)?, &read(&spec.initrd)?)
+            .map_err(|e| failed(&spec.kernel, &e))?;
+        claims.launch_digest = measured::launch_digest(plan, &image)
+            .and_then(|digest| digest.to_string().parse().ok());
+        Ok(claims)
+    }
+
+    fn host_claims(&self, policy: &HostPolicy, action: &Action) -> HostClaims {
+        let Some((technology, _)) = action.technology() else {
+            return HostClaims::default();
+        };
+        let firmware = policy.firmware(technology).and_then(|_| {
+            let status = self.processor.as_ref()?.status().ok()?;
+            Some(Firmware {
+                major: status.api.0,
+                minor: status.api.1,
+                build: status.api.2,
+            })
+        });
+        HostClaims {
+            landlock_abi: Some(crate::sandbox::landlock_abi()),
+            // A role in which anything of its cell is not in force refuses to start.
+            sandbox: Some(SandboxLevel::Full),
+            firmware,
+        }
+    }
+
+    /// What the caller is told. Who may not ask learns nothing of the other rules.
+    fn refusal(&self, decision: &Decision) -> Failure {
+        let of_people = |code: Code| {
+            matches!(
+                code,
+                Code::PersonUnknown | Code::RoleNotAllowed | Code::GuestNotTheirs
+            )
+        };
+        let outsider = decision.refusals().any(|r| of_people(r.code));
+        let shown: Vec<_> = decision
+            .refusals()
+            .filter(|r| !outsider || of_people(r.code))
+            .collect();
+        let reasons = shown.iter().map(|r| {
+            let (rule, wanted, found, remedy) = (r.rule, &r.wanted, &r.found, r.remedy);
+            let text = format!("{rule}: want {wanted}, found {found}. {remedy}");
+            text.trim_end().to_owned()
+        });
+        let reasons: Vec<String> = reasons.collect();
+        let first = shown.first().map_or(decision.code, |r| r.code);
+        let code = first.as_str().to_uppercase().replace('-', "_");
+        Failure {
+            code: format!("POLICY_{code}"),
+            error: format!(
+                "the policy of {} refuses: {}",
+                self.config.name,
+                reasons.join("; ")
+            ),
+        }
+    }
+}
+
+/// The longest object in an inquiry, in characters; guests' names are shorter.
+const MAX_OBJECT: usize = 128;
+
+#[cfg(test)]
+mod tests;

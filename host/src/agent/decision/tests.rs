@@ -1,0 +1,324 @@
+//! No request passes without the policy, and none that is refused or changes something without a record.
+
+use std::path::PathBuf;
+
+use casemate_policy::ledger::{Detail, Record, VerifyingKey, verify};
+use casemate_policy::sign::{Signatures, SigningKey};
+
+use super::*;
+use crate::agent::config::AgentConfig;
+
+const POLICY: &str = "[host]\nname = 'h'\n[technologies]\nallowed = ['none', 'sev']\n[limits]\nmax_vcpus = 1\nmax_memory_mib = 64\n";
+const PEOPLE: &str = "[people]\ntwo_person = ['policy-load']\n\
+    [[person]]\nname = 'olga'\nrole = 'operator'\nuid = 1000\n\
+    [[person]]\nname = 'vera'\nrole = 'viewer'\nuid = 1001\n\
+    [[person]]\nname = 'sam'\nrole = 'security-officer'\nuid = 1002\n\
+    [[person]]\nname = 'sue'\nrole = 'security-officer'\nuid = 1003\n";
+
+struct Host {
+    folder: tempfile::TempDir,
+    agent: Option<Agent>,
+}
+
+impl Host {
+    /// An agent without roles: nothing here is emulated, so it starts no process.
+    fn new(policy: &str, trust: &str) -> Self {
+        let mut host = Self {
+            folder: tempfile::tempdir().unwrap(),
+            agent: None,
+        };
+        std::fs::write(host.path("policy.toml"), policy).unwrap();
+        let name = host.folder.path().file_name().unwrap().to_str().unwrap();
+        let name = name.trim_start_matches('.');
+        let config = format!(
+            "name = '{name}'\nstate_dir = 'state'\nsocket = 's'\npolicy = 'policy.toml'\n{trust}"
+        );
+        std::fs::write(host.path("agent.toml"), config).unwrap();
+        std::fs::write(host.path("s"), "").unwrap();
+        host.start().unwrap();
+        host
+    }
+
+    fn start(&mut self) -> Result<(), Failure> {
+        self.agent = None;
+        let config = AgentConfig::load(&self.path("agent.toml")).unwrap();
+        self.agent = Some(Agent::start(config)?);
+        Ok(())
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn ask(&self, uid: u32, request: Request) -> Result<Answer, Failure> {
+        let agent = self.agent.as_ref().unwrap();
+        let caller = Caller::local(uid, &agent.policy());
+        agent.handle(&caller, request, &mut |_| {})
+    }
+
+    fn code(&self, uid: u32, request: Request) -> String {
+        match self.ask(uid, request) {
+            Ok(_) => "ok".to_owned(),
+            Err(failure) => failure.code,
+        }
+    }
+
+    fn load(&self, uid: u32, file: &str) -> Result<Answer, Failure> {
+        let policy = self.path(file);
+        self.ask(uid, Request::PolicyLoad { policy })
+    }
+
+    fn records(&self) -> Vec<Record> {
+        let text = std::fs::read_to_string(self.path("state/ledger.pub")).unwrap();
+        let key: VerifyingKey = text.trim().parse().unwrap();
+        let verified = verify(&self.path("state/ledger"), &key).unwrap();
+        verified.records().to_vec()
+    }
+}
+
+fn name() -> String {
+    "vm".to_owned()
+}
+
+/// One of each. The match makes a request that is missing here an error of the compiler.
+fn every_request() -> Vec<Request> {
+    let all = vec![
+        Request::Run {
+            description: PathBuf::from("/etc/shadow"),
+            session: None,
+        },
+        Request::List,
+        Request::Status { name: name() },
+        Request::Stop { name: name() },
+        Request::Pause { name: name() },
+        Request::Resume { name: name() },
+        Request::Measurement { name: name() },
+        Request::InjectSecret {
+            name: name(),
+            header: String::new(),
+            ciphertext: String::new(),
+        },
+        Request::Migrate {
+            name: name(),
+            to: name(),
+            downtime_limit_ms: None,
+        },
+        Request::Cancel { name: name() },
+        Request::Platform,
+        Request::SandboxProbe { name: name() },
+        Request::SandboxReport { name: name() },
+        Request::PolicyLoad {
+            policy: PathBuf::from("/etc/shadow"),
+        },
+        Request::Approve { id: name() },
+    ];
+    let mut kinds: Vec<usize> = all.iter().map(kind).collect();
+    kinds.dedup();
+    assert_eq!(kinds, (0..=LAST).collect::<Vec<_>>());
+    all
+}
+
+const LAST: usize = 14;
+
+fn kind(request: &Request) -> usize {
+    match request {
+        Request::Run { .. } => 0,
+        Request::List => 1,
+        Request::Status { .. } => 2,
+        Request::Stop { .. } => 3,
+        Request::Pause { .. } => 4,
+        Request::Resume { .. } => 5,
+        Request::Measurement { .. } => 6,
+        Request::InjectSecret { .. } => 7,
+        Request::Migrate { .. } => 8,
+        Request::Cancel { .. } => 9,
+        Request::Platform => 10,
+        Request::SandboxProbe { .. } => 11,
+        Request::SandboxReport { .. } => 12,
+        Request::PolicyLoad { .. } => 13,
+        Request::Approve { .. } => LAST,
+    }
+}
+
+#[test]
+fn every_request_of_a_stranger_is_refused_by_policy_and_recorded() {
+    let host = Host::new(&format!("{POLICY}{PEOPLE}"), "");
+    for request in every_request() {
+        let before = host.records().len();
+        let shown = format!("{request:?}");
+        let failure = host.ask(4444, request).unwrap_err();
+        assert_eq!(failure.code, "POLICY_PERSON_UNKNOWN", "{shown}");
+        assert!(!failure.error.contains("shadow"), "{}", failure.error);
+        let records = host.records();
+        assert_eq!(records.len(), before + 1, "{shown}");
+        let last = records.last().unwrap();
+        assert_eq!(
+            (last.outcome, last.code.as_str(), last.actor.as_str()),
+            (Outcome::Refused, "person-unknown", "uid 4444"),
+            "{shown}"
+        );
+        let digest = host.agent.as_ref().unwrap().policy().digest().to_string();
+        assert_eq!(last.detail.get("policy"), Some(&Detail::Text(digest)));
+    }
+}
+
+#[test]
+fn every_request_that_changes_something_is_refused_to_a_viewer_and_recorded_for_others() {
+    let host = Host::new(&format!("{POLICY}{PEOPLE}"), "");
+    for request in every_request() {
+        let shown = format!("{request:?}");
+        let reads = match request.asked() {
+            Asked::Whole(action, _) => action.kind().reads(),
+            Asked::First(kind, _) => kind.reads(),
+        };
+        let before = host.records().len();
+        let found = host.code(1001, request);
+        assert_eq!(
+            found == "POLICY_ROLE_NOT_ALLOWED",
+            !reads,
+            "{shown}: {found}"
+        );
+        assert_eq!(host.records().len() > before, !reads, "{shown}");
+    }
+    // What an operator may do is decided, recorded with all it takes to decide again, and then finds no guest.
+    for action in ["stop", "pause", "resume", "cancel", "sandbox-probe"] {
+        let request = every_request()
+            .into_iter()
+            .find(|r| matches!(r.asked(), Asked::Whole(a, _) if a.name() == action));
+        assert_eq!(host.code(1000, request.unwrap()), "NO_SUCH_GUEST");
+        let records = host.records();
+        let last = records.last().unwrap();
+        assert_eq!(
+            (last.action.as_str(), last.actor.as_str()),
+            (action, "olga")
+        );
+        assert_eq!(last.outcome, Outcome::Allowed);
+        let recorded = history::Recorded::of(last).unwrap();
+        let policy = host.agent.as_ref().unwrap().policy();
+        let explained = recorded.explain(|_| Some((*policy).clone())).unwrap();
+        assert!(explained.agrees, "{explained:?}");
+    }
+}
+
+#[test]
+fn without_people_the_socket_s_users_are_operators_as_before() {
+    let host = Host::new(POLICY, "");
+    assert_eq!(host.code(0, Request::List), "ok");
+    assert_eq!(
+        host.code(0, Request::Stop { name: name() }),
+        "NO_SUCH_GUEST"
+    );
+    assert_eq!(host.records().last().unwrap().actor, "operator");
+    std::fs::write(host.path("next.toml"), format!("version = 1\n{POLICY}")).unwrap();
+    host.load(0, "next.toml").unwrap();
+}
+
+#[test]
+fn a_policy_is_loaded_by_two_and_the_first_alone_is_told_how() {
+    let mut host = Host::new(&format!("version = 5\n{POLICY}{PEOPLE}"), "");
+    let next = format!("version = 6\n{POLICY}{PEOPLE}").replace("max_vcpus = 1", "max_vcpus = 2");
+    std::fs::write(host.path("next.toml"), &next).unwrap();
+    assert_eq!(
+        host.load(1000, "next.toml").unwrap_err().code,
+        "POLICY_ROLE_NOT_ALLOWED"
+    );
+    let alone = host.load(1002, "next.toml").unwrap_err();
+    assert_eq!(alone.code, "POLICY_APPROVAL_MISSING");
+    let id = alone.error.rsplit("approve ").next().unwrap();
+    let id = id.split('`').next().unwrap().to_owned();
+    let approve = |uid| host.code(uid, Request::Approve { id: id.clone() });
+    // Not by oneself, nor by somebody who may not.
+    assert_eq!(approve(1002), "ok");
+    assert_eq!(approve(1001), "POLICY_ROLE_NOT_ALLOWED");
+    assert_eq!(approve(1000), "ok");
+    assert_eq!(
+        host.load(1002, "next.toml").unwrap_err().code,
+        "POLICY_APPROVAL_MISSING"
+    );
+    assert_eq!(approve(1003), "ok");
+    // What was agreed to is this text, asked by this person.
+    let other = next.replace("max_vcpus = 2", "max_vcpus = 9");
+    std::fs::write(host.path("other.toml"), other).unwrap();
+    assert_eq!(
+        host.load(1002, "other.toml").unwrap_err().code,
+        "POLICY_APPROVAL_MISSING"
+    );
+    host.load(1002, "next.toml").unwrap();
+    let limits = |host: &Host| host.agent.as_ref().unwrap().policy().limits.max_vcpus.get();
+    assert_eq!(limits(&host), 2);
+    // And once.
+    assert_eq!(
+        host.load(1002, "next.toml").unwrap_err().code,
+        "POLICY_APPROVAL_MISSING"
+    );
+    // Back is no way, by loading or by starting again with the old file.
+    std::fs::write(
+        host.path("old.toml"),
+        format!("version = 5\n{POLICY}{PEOPLE}"),
+    )
+    .unwrap();
+    assert_eq!(
+        host.load(1002, "old.toml").unwrap_err().code,
+        "POLICY_OLDER_VERSION"
+    );
+    host.start().unwrap();
+    assert_eq!(limits(&host), 2);
+    let loads = host.records();
+    let loads = loads
+        .iter()
+        .filter(|r| r.action == "policy-load" && r.outcome == Outcome::Done);
+    assert_eq!(loads.count(), 2);
+}
+
+#[test]
+fn a_host_that_demands_signatures_starts_and_loads_with_nothing_else() {
+    let keys = [(); 2].map(|()| SigningKey::read(&SigningKey::generate().unwrap()).unwrap());
+    let mut host = Host::new(POLICY, "");
+    let sign = |host: &Host, file: &str, text: &str, count: usize| {
+        let mut all = Signatures::default();
+        for key in keys.iter().take(count) {
+            all.add(key.sign(text.as_bytes())).unwrap();
+        }
+        std::fs::write(host.path(file), text).unwrap();
+        let name = format!("{file}.sig");
+        std::fs::write(host.path(&name), all.to_toml().unwrap()).unwrap();
+    };
+    let config = std::fs::read_to_string(host.path("agent.toml")).unwrap();
+    let named: Vec<String> = keys.iter().map(|k| format!("'{}'", k.public())).collect();
+    let trust = format!(
+        "policy_trust = {{ keys = [{}], threshold = 2 }}\n",
+        named.join(", ")
+    );
+    std::fs::write(host.path("agent.toml"), format!("{config}{trust}")).unwrap();
+    assert_eq!(host.start().unwrap_err().code, "UNDER_THRESHOLD");
+    let first = format!("version = 1\n{POLICY}");
+    sign(&host, "policy.toml", &first, 1);
+    assert_eq!(host.start().unwrap_err().code, "UNDER_THRESHOLD");
+    sign(&host, "policy.toml", &first, 2);
+    std::fs::write(host.path("policy.toml"), format!("{first}# more\n")).unwrap();
+    assert_eq!(host.start().unwrap_err().code, "SIGNATURES_INVALID");
+    sign(&host, "policy.toml", &first, 2);
+    host.start().unwrap();
+    let second = format!("version = 2\n{POLICY}");
+    sign(&host, "next.toml", &second, 1);
+    assert_eq!(
+        host.load(0, "next.toml").unwrap_err().code,
+        "POLICY_UNSIGNED"
+    );
+    sign(&host, "next.toml", &second, 2);
+    host.load(0, "next.toml").unwrap();
+    assert_eq!(host.agent.as_ref().unwrap().policy().version, 2);
+    // Not valid now: decided, and then not admitted.
+    let late = format!("version = 3\nnot_after = '2020-01-01T00:00:00Z'\n{POLICY}");
+    sign(&host, "late.toml", &late, 2);
+    assert_eq!(host.load(0, "late.toml").unwrap_err().code, "NOT_VALID_NOW");
+    assert_eq!(host.agent.as_ref().unwrap().policy().version, 2);
+    // Started again with the older file: what was loaded stays in force. Without trust: nothing does.
+    host.start().unwrap();
+    assert_eq!(host.agent.as_ref().unwrap().policy().version, 2);
+    std::fs::write(host.path("agent.toml"), config).unwrap();
+    assert_eq!(host.start().unwrap_err().code, "TRUST_GONE");
+    // Nor with a mark that somebody damaged.
+    std::fs::write(host.path("state/policy.mark"), "{}").unwrap();
+    assert_eq!(host.start().unwrap_err().code, "MARK_UNUSABLE");
+}
