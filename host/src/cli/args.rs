@@ -6,6 +6,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 
 use super::attest::AttestCommand;
 use super::broker::BrokerArgs;
+use super::platform::PlatformArgs;
 
 /// Casemate: a security-hardened confidential VM host.
 ///
@@ -110,12 +111,12 @@ pub enum Command {
     },
     /// Release secrets to guests that proved themselves; with a command, keep those secrets.
     Broker(BrokerArgs),
-    /// The secure processor of this host.
-    Platform {
-        /// What to do.
-        #[command(subcommand)]
-        command: PlatformCommand,
-    },
+    /// The secure processor of this host: status, certificates, owner, SEV-SNP configuration.
+    #[command(
+        after_help = "To take a platform: oca new (on the owner's machine), csr (on the host), oca sign (owner), import \
+            (host). All that changes the processor is written into the agent's ledger."
+    )]
+    Platform(PlatformArgs),
     /// The cells of a guest's processes.
     Sandbox {
         /// What to do.
@@ -187,19 +188,6 @@ pub enum OwnerCommand {
     Measure {
         /// Description of the guest.
         description: PathBuf,
-    },
-}
-
-/// What can be asked of the secure processor.
-#[derive(Debug, Subcommand)]
-pub enum PlatformCommand {
-    /// Status, and whether it is emulated.
-    Show,
-    /// Write its certificates for a guest owner.
-    Export {
-        /// Folder for pdh.cert, platform.cert, amd.cert.
-        #[arg(long)]
-        out: PathBuf,
     },
 }
 

@@ -2,7 +2,7 @@
 
 mod certificate;
 mod fetch;
-mod files;
+pub(super) mod files;
 mod get;
 mod guest;
 mod id_block;
@@ -15,6 +15,7 @@ mod shared;
 mod verify;
 
 use clap::Subcommand;
+pub(super) use fetch::tcb;
 
 use crate::agent::api::Failure;
 
