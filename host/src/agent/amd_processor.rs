@@ -11,7 +11,7 @@ use casemate_attest::legacy::{CaCertificate, Generation};
 use nix::errno::Errno;
 
 use crate::agent::api::Failure;
-use crate::agent::config::SecureProcessorFiles;
+use crate::agent::config::AgentConfig;
 use crate::agent::processor::OperatedProcessor;
 use crate::confidential::kvm::{SevDevice, SevError, SnpConfig, VLEK_WRAPPED};
 use crate::confidential::protocol::{
@@ -30,11 +30,11 @@ pub struct AmdProcessor {
 
 impl AmdProcessor {
     /// Opens `/dev/sev` and asks for its status.
-    pub fn open(files: &SecureProcessorFiles) -> Result<Self, Failure> {
+    pub fn open(config: &AgentConfig) -> Result<Self, Failure> {
         let device = SevDevice::open().map_err(refused)?;
         device.status().map_err(refused)?;
-        let amd = files.amd_certificates.as_deref().map(amd_certificates);
-        let chip = files.chip_certificate.as_deref().map(chip_certificate);
+        let amd = config.amd_certificates.as_deref().map(amd_certificates);
+        let chip = config.chip_certificate.as_deref().map(chip_certificate);
         Ok(Self {
             device,
             amd: amd.transpose()?,
@@ -181,7 +181,7 @@ type Wrong<'a> = Box<dyn Fn(&dyn std::fmt::Display) -> Failure + 'a>;
 
 fn configured(path: &Path) -> Result<(Vec<u8>, Wrong<'_>), Failure> {
     let wrong = move |e: &dyn std::fmt::Display| {
-        let text = format!("[secure_processor] {}: {e}", path.display());
+        let text = format!("{}: {e}", path.display());
         Failure::new("CONFIGURATION", text)
     };
     let bytes = std::fs::read(path).map_err(|e| wrong(&e))?;

@@ -76,17 +76,17 @@ pub enum Request {
     },
     /// Certificates and status of the secure processor.
     Platform {
-        /// Which one; AMD's by default, where it answers.
+        /// Which one; by default the one by which guests are launched.
         processor: Option<ProcessorKind>,
     },
     /// What its SNP reports are signed under.
     SnpCertificates {
-        /// Which one; AMD's by default, where it answers.
+        /// Which one; by default the one by which guests are launched.
         processor: Option<ProcessorKind>,
     },
     /// An order of the platform's operator.
     PlatformOrder {
-        /// Which one; AMD's by default, where it answers.
+        /// Which one; by default the one by which guests are launched.
         processor: Option<ProcessorKind>,
         /// The order.
         order: PlatformOrderText,

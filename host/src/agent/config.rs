@@ -25,9 +25,11 @@ pub struct AgentConfig {
     /// Addresses of the peers that the policy names.
     #[serde(default)]
     pub peers: BTreeMap<String, SocketAddr>,
-    /// What AMD publishes of this host's own secure processor.
-    #[serde(default)]
-    pub secure_processor: SecureProcessorFiles,
+    /// ASK ‖ ARK of this host's own AMD processor, as AMD publishes them; by default those of its generation that come
+    /// with Casemate.
+    pub amd_certificates: Option<PathBuf>,
+    /// Certificate (CEK) of this host's own AMD processor with AMD's signature, which the processor exports without.
+    pub chip_certificate: Option<PathBuf>,
     /// First of the user ids given to roles.
     #[serde(default = "default_uid_base")]
     pub uid_base: u32,
@@ -43,16 +45,6 @@ pub struct IdentityFiles {
     pub key: PathBuf,
     /// Certificate authorities of the peers.
     pub ca: PathBuf,
-}
-
-/// Certificates that AMD's key service has, in the format of the SEV API.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct SecureProcessorFiles {
-    /// ASK ‖ ARK; by default those of the processor's generation that come with Casemate.
-    pub amd_certificates: Option<PathBuf>,
-    /// The chip's certificate (CEK) with AMD's signature, which the processor itself exports without.
-    pub chip_certificate: Option<PathBuf>,
 }
 
 impl AgentConfig {
@@ -77,8 +69,7 @@ impl AgentConfig {
             .identity
             .iter_mut()
             .flat_map(|i| [&mut i.certificate, &mut i.key, &mut i.ca]);
-        let files = &mut config.secure_processor;
-        let published = [&mut files.amd_certificates, &mut files.chip_certificate];
+        let published = [&mut config.amd_certificates, &mut config.chip_certificate];
         let published = published.into_iter().flatten();
         for path in paths.chain(identity).chain(published) {
             *path = folder.join(&*path);

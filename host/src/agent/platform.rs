@@ -2,6 +2,8 @@
 //!
 //! What changes it is written down before it is done and once more when it is, with the keys that there are then.
 
+use std::path::Path;
+
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use casemate_attest::legacy::SevCertificate;
@@ -91,26 +93,19 @@ impl Agent {
         })
     }
 
-    /// AMD's processor where it is there and answers, or the software one; or the one that is asked for.
+    /// The one that is asked for, or the one by which guests are launched here: the software one where the policy allows
+    /// it, else AMD's.
     fn with_processor<T>(
         &self,
         kind: Option<ProcessorKind>,
         act: impl FnOnce(&dyn OperatedProcessor) -> Result<T, Failure>,
     ) -> Result<T, Failure> {
-        let software = || self.processor.as_ref().ok_or_else(no_processor);
-        let amd = || AmdProcessor::open(&self.config.secure_processor);
-        match kind {
-            Some(ProcessorKind::Emulated) => act(software()?),
-            Some(ProcessorKind::Amd) => act(&amd()?),
-            None if std::path::Path::new(DEVICE_PATH).exists() => match (amd(), &self.processor) {
-                (Ok(amd), _) => act(&amd),
-                (Err(failure), None) => Err(failure),
-                (Err(failure), Some(software)) => {
-                    tracing::warn!(code = failure.code, "{DEVICE_PATH}: {}", failure.error);
-                    act(software)
-                }
-            },
-            None => act(software()?),
+        let amd = || AmdProcessor::open(&self.config);
+        match (kind, &self.processor) {
+            (Some(ProcessorKind::Amd), _) => act(&amd()?),
+            (_, Some(software)) => act(software),
+            (None, None) if Path::new(DEVICE_PATH).exists() => act(&amd()?),
+            _ => Err(no_processor()),
         }
     }
 }

@@ -22,7 +22,8 @@ use crate::agent::evidence::write_secret;
 /// Which processor, and what to do with it.
 #[derive(Debug, Args)]
 pub struct PlatformArgs {
-    /// Which secure processor: AMD's where /dev/sev is there and answers, else the software one.
+    /// Which secure processor; by default the one by which guests are launched: the software one where the host's
+    /// policy allows it, else AMD's behind /dev/sev.
     #[arg(long, global = true, value_enum)]
     processor: Option<ProcessorKind>,
     /// What to do.
@@ -333,15 +334,15 @@ impl HostProcessor<'_> {
         if info.amd.is_empty() {
             notes.push(
                 "amd.cert is missing: this processor's generation is not known; name a file with AMD's ASK and \
-                 ARK as `amd_certificates` under [secure_processor] in the agent's configuration"
+                 ARK as `amd_certificates` in the agent's configuration"
                     .to_owned(),
             );
         }
         if !signed_by_amd(&from_base64(&info.platform)?) {
             notes.push(format!(
                 "the chip's certificate has no signature of AMD's, which the processor does not keep: fetch \
-                 https://kdsintf.amd.com/cek/id/{chip} and name the file as `chip_certificate` under \
-                 [secure_processor] in the agent's configuration, then export again"
+                 https://kdsintf.amd.com/cek/id/{chip} and name the file as `chip_certificate` in \
+                 the agent's configuration, then export again"
             ));
         }
         if let Some(snp) = &info.snp {
