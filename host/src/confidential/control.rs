@@ -15,7 +15,6 @@ use crate::sandbox::report::{ProbeReport, SandboxReport};
 use crate::vmm::protocol::RoleError;
 
 /// What an order of the platform's operator led to.
-#[derive(Debug)]
 pub enum Ordered {
     /// Nothing more to say.
     Done,
@@ -23,6 +22,17 @@ pub enum Ordered {
     Bytes(Vec<u8>),
     /// The platform's identity is another one now: secret, to be kept in place of the old one.
     Changed(Zeroizing<Vec<u8>>),
+}
+
+impl std::fmt::Debug for Ordered {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Done => f.write_str("Done"),
+            Self::Bytes(bytes) => f.debug_tuple("Bytes").field(bytes).finish(),
+            // The identity is secret.
+            Self::Changed(_) => f.write_str("Changed"),
+        }
+    }
 }
 
 /// The agent's end of the control channel. The psp ends when this is dropped.

@@ -148,7 +148,7 @@ mod tests {
     }
 
     fn code(psp: &ProcessorLink, order: &PlatformOrder) -> String {
-        psp.order(order).err().expect("it should be refused").code
+        psp.order(order).expect_err("it should be refused").code
     }
 
     fn chain(psp: &ProcessorLink) -> VerifiedChain {
