@@ -133,8 +133,9 @@ fn only_one_request_is_under_way() {
     rig.turn();
     assert!(peer.request().is_none());
     peer.reply(b"first");
-    assert_eq!(rig.gather(), b"first");
+    rig.vsock.fd_event(0);
     assert!(peer.request().as_deref() == Some(&both[REQUEST_LEN..]));
+    assert_eq!(rig.gather(), b"first");
     peer.reply(b"second");
     assert_eq!(rig.gather(), b"second");
 }
@@ -285,6 +286,7 @@ fn nobody_at_the_other_end_closes_the_port() {
         rig.connect();
         if under_way {
             rig.send(WIRED, RW, &[1; REQUEST_LEN]);
+            peer.expect(1);
         }
         drop(peer);
         rig.turn();
@@ -359,7 +361,7 @@ fn a_reply_waits_for_room_and_buffers() {
     rig.send(WIRED, RW, &[1; REQUEST_LEN]);
     let reply = numbered(REPLY_MAX, 2);
     peer.reply(&reply);
-    rig.turn();
+    rig.vsock.fd_event(0);
     let mut got = Vec::new();
     while let Some((_, bytes)) = rig.receive() {
         got.extend(bytes);
@@ -370,11 +372,27 @@ fn a_reply_waits_for_room_and_buffers() {
         nix::poll::PollFlags::POLLIN,
     );
     assert_eq!(nix::poll::poll(&mut [waiting], 0u8), Ok(0), "it spins");
+    rig.vsock.release().expect("always");
     rig.offer(4);
+    assert!(rig.receive().is_none(), "the guest is being moved");
+    rig.vsock.acquire().expect("always");
     while let Some((_, bytes)) = rig.receive() {
         got.extend(bytes);
     }
     assert!(got == reply);
+
+    // A guest that had no room before the reply came is asked for it.
+    let (mut rig, peer) = wired_rig();
+    rig.alloc = 0;
+    rig.connect();
+    rig.send(WIRED, RW, &[1; REQUEST_LEN]);
+    peer.reply(b"reply");
+    rig.turn();
+    rig.receive_op(CREDIT_REQUEST);
+    assert!(rig.receive().is_none(), "asks once");
+    rig.alloc = 1 << 20;
+    rig.send(WIRED, CREDIT_UPDATE, b"");
+    assert_eq!(rig.gather(), b"reply");
 }
 
 #[test]
