@@ -187,7 +187,13 @@ fn a_socket_left_behind_is_replaced_and_nothing_else_is() {
     let ran = host.start_fails();
     assert_eq!(ran.code, Some(1), "{ran:?}");
     host.json(&["list"]);
-    host.json(&["evidence", "state/ledger", "--key", "state/ledger.pub"]);
+    host.json(&[
+        "evidence",
+        "verify",
+        "state/ledger",
+        "--key",
+        "state/ledger.pub",
+    ]);
     assert!(host.end(nix::sys::signal::Signal::SIGTERM).success());
     assert!(!host.socket.exists());
     // A file that is no socket is somebody's, not ours to remove.

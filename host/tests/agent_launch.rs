@@ -262,6 +262,10 @@ fn the_ledger_tells_what_happened_and_shows_a_change() {
     )
     .expect(0);
     host.run(&["stop", "vault"]).expect(0);
+    // Allowed, and then it cannot be: that is a record as well.
+    let broken = host.describe("broken", "broken", SEV);
+    host.write("broken/vmlinuz", b"no kernel");
+    host.run(&["run", &broken]).expect(1);
     let records = host.records();
     let found = |action: &str, object: &str, outcome: &str| {
         let record = records
@@ -286,7 +290,25 @@ fn the_ledger_tells_what_happened_and_shows_a_change() {
         );
     }
     assert_eq!(refusal["emulated"], true);
-    let verify = ["evidence", "state/ledger", "--key", "state/ledger.pub"];
+    found("launch", "broken", "allowed");
+    let failure = found("launch", "broken", "failed");
+    assert!(
+        failure["emulated"] == true && failure["code"] != "",
+        "{failure}"
+    );
+    let start = records.iter().find(|r| r["action"] == "start").unwrap();
+    let binary = fs::read(env!("CARGO_BIN_EXE_casemate")).unwrap();
+    let hash = ring::digest::digest(&ring::digest::SHA256, &binary);
+    assert_eq!(start["detail"]["binary_sha256"], hex::encode(hash));
+    assert_eq!(start["detail"]["sandbox"].as_array().unwrap().len(), 2);
+    assert!(records.iter().any(|r| r["action"] == "policy-load"));
+    let verify = [
+        "evidence",
+        "verify",
+        "state/ledger",
+        "--key",
+        "state/ledger.pub",
+    ];
     let summary = host.json(&verify);
     assert_eq!(summary["records"], records.len());
     assert_eq!(summary["uncovered"], 0);
@@ -294,15 +316,16 @@ fn the_ledger_tells_what_happened_and_shows_a_change() {
     every_flipped_byte_is_refused(&host);
     let other = Host::new("other");
     other.write("state/x", b"");
-    host.run(&["evidence", "state/ledger", "--key", "policy.toml"])
+    host.run(&["evidence", "verify", "state/ledger", "--key", "policy.toml"])
         .expect(1);
-    host.run(&["evidence", "nowhere", "--key", "state/ledger.pub"])
-        .refused(1, &["nowhere"]);
+    host.run(&["evidence", "verify", "nowhere", "--key", "state/ledger.pub"])
+        .refused(2, &["nowhere"]);
 }
 
 fn every_flipped_byte_is_refused(host: &Host) {
     let good = fs::read(host.path("state/ledger")).unwrap();
-    let key = host.path("state/ledger.pub");
+    let key = fs::read_to_string(host.path("state/ledger.pub")).unwrap();
+    let key = key.trim().parse().unwrap();
     // Through the library, so that many positions can be tried.
     let step = good.len() / 97;
     for at in (0..good.len()).step_by(step.max(1)) {
@@ -310,7 +333,7 @@ fn every_flipped_byte_is_refused(host: &Host) {
         bad[at] ^= 1;
         let path = host.write("bad", &bad);
         assert!(
-            casemate::agent::evidence::verify(&path, &key).is_err(),
+            casemate_policy::ledger::verify(&path, &key).is_err(),
             "byte {at}"
         );
     }
@@ -318,7 +341,7 @@ fn every_flipped_byte_is_refused(host: &Host) {
     let middle = bad.len() / 2;
     bad[middle] ^= 0x40;
     host.write("bad", &bad);
-    host.run(&["evidence", "bad", "--key", "state/ledger.pub"])
+    host.run(&["evidence", "verify", "bad", "--key", "state/ledger.pub"])
         .refused(1, &["EVIDENCE", "bad"]);
 }
 
@@ -336,8 +359,14 @@ fn an_agent_started_again_is_the_same_platform_and_goes_on_with_its_ledger() {
         .iter()
         .filter(|r| r["action"] == "start")
         .count();
-    assert_eq!((starts, host.records().len()), (2, before + 1));
-    host.json(&["evidence", "state/ledger", "--key", "state/ledger.pub"]);
+    assert_eq!((starts, host.records().len()), (2, before + 2));
+    host.json(&[
+        "evidence",
+        "verify",
+        "state/ledger",
+        "--key",
+        "state/ledger.pub",
+    ]);
     // An identity that was damaged is refused, not replaced behind the owners' backs.
     host.end(Signal::SIGTERM);
     host.write("state/processor.identity", b"damaged");

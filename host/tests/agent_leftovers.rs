@@ -70,7 +70,13 @@ fn an_agent_that_is_killed_leaves_no_process_and_the_next_clears_the_rest() {
     host.end(Signal::SIGKILL);
     host.start();
     host.run(&["run", &path]).expect(0);
-    host.json(&["evidence", "state/ledger", "--key", "state/ledger.pub"]);
+    host.json(&[
+        "evidence",
+        "verify",
+        "state/ledger",
+        "--key",
+        "state/ledger.pub",
+    ]);
 }
 
 #[test]

@@ -51,6 +51,12 @@ impl Evidence {
     pub fn record(&self, entry: Entry) -> Result<(), Failure> {
         let mut ledger = lock(&self.ledger);
         ledger.append_signed(entry).map_err(|e| failed(&e))?;
+        // The record is durable; a file that could not be changed grows on and is tried again at the next record.
+        if ledger.file_bytes() >= MAX_FILE
+            && let Err(error) = ledger.rotate_file()
+        {
+            tracing::warn!("the ledger goes on in the same file: {error}");
+        }
         Ok(())
     }
 }
@@ -104,3 +110,6 @@ pub fn replace_secret(path: &Path, bytes: &[u8]) -> io::Result<()> {
 fn failed(error: &dyn fmt::Display) -> Failure {
     Failure::new("EVIDENCE", format!("evidence: {error}"))
 }
+
+/// The size from which the ledger goes on in a new file, in bytes; what a start reads.
+const MAX_FILE: u64 = 64 << 20;

@@ -43,7 +43,7 @@ pub(super) fn read(
     if path.is_dir() {
         read_folder(path, small, line)
     } else {
-        read_archive(path, small, line)
+        read_archive(File::open(path)?, small, line)
     }
 }
 
@@ -69,12 +69,13 @@ fn read_folder(
     lines(File::open(path.join(RECORDS))?, line)
 }
 
-fn read_archive(
-    path: &Path,
+/// The same of a tar file's bytes.
+pub(super) fn read_archive(
+    from: impl Read,
     small: &mut dyn FnMut(BTreeMap<String, Vec<u8>>) -> Result<(), BundleError>,
     line: &mut dyn FnMut(&[u8]) -> Result<(), BundleError>,
 ) -> Result<Digest, BundleError> {
-    let mut archive = tar::Archive::new(BufReader::new(File::open(path)?));
+    let mut archive = tar::Archive::new(BufReader::new(from));
     let mut members = BTreeMap::new();
     let mut digest = None;
     for entry in archive.entries()? {

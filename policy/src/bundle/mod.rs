@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 
 pub use error::BundleError;
 pub use export::{Exported, Selection, export};
-pub use verify::{Expectations, Found, verify};
+pub use verify::{Expectations, Found, verify, verify_archive};
 
 use crate::ledger::{Detail, Hash, Record, Rotation, hashes};
 

@@ -1,6 +1,8 @@
 //! Verifying a bundle, of which nothing is believed.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
+use std::io::Read;
 use std::path::Path;
 
 use serde::Serialize;
@@ -46,9 +48,29 @@ pub fn verify(
     expectations: &Expectations,
     each: &mut dyn FnMut(Record),
 ) -> Result<Found, BundleError> {
-    let state = std::cell::RefCell::new(None);
-    let digest = members::read(
-        path,
+    with_members(expectations, each, |small, line| {
+        members::read(path, small, line)
+    })
+}
+
+/// [`verify`] of a tar file's bytes.
+pub fn verify_archive(
+    from: impl Read,
+    expectations: &Expectations,
+    each: &mut dyn FnMut(Record),
+) -> Result<Found, BundleError> {
+    with_members(expectations, each, |small, line| {
+        members::read_archive(from, small, line)
+    })
+}
+
+fn with_members(
+    expectations: &Expectations,
+    each: &mut dyn FnMut(Record),
+    read: impl FnOnce(&mut Small<'_>, &mut Line<'_>) -> Result<Digest, BundleError>,
+) -> Result<Found, BundleError> {
+    let state = RefCell::new(None);
+    let digest = read(
         &mut |small| {
             *state.borrow_mut() = Some(State::new(small, expectations)?);
             Ok(())
@@ -62,6 +84,11 @@ pub fn verify(
     let state = state.ok_or_else(|| BundleError::malformed(MANIFEST, "missing"))?;
     state.finish(&digest, expectations)
 }
+
+/// Takes the small members.
+type Small<'a> = dyn FnMut(BTreeMap<String, Vec<u8>>) -> Result<(), BundleError> + 'a;
+/// Takes a record's line.
+type Line<'a> = dyn FnMut(&[u8]) -> Result<(), BundleError> + 'a;
 
 /// A checkpoint that somebody kept.
 struct Held {

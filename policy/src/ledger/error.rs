@@ -82,6 +82,12 @@ pub enum LedgerError {
         /// The first record that is there.
         first: u64,
     },
+    /// The newest file is not the one that was written to.
+    #[error("{} is newer than the file that should be the newest, which was lost or replaced; restore it from a copy, and treat the host as suspect", file.display())]
+    NewestLost {
+        /// The file that should be older.
+        file: PathBuf,
+    },
     /// Not all records are there any more.
     #[error("retention has removed the records before {first}; read the rest with an audit")]
     Pruned {
@@ -130,6 +136,7 @@ impl LedgerError {
             Self::File { source, .. } => source.code(),
             Self::UntrustedKey => "UNTRUSTED_KEY",
             Self::Removed { .. } => "REMOVED",
+            Self::NewestLost { .. } => "NEWEST_LOST",
             Self::Pruned { .. } => "PRUNED",
             Self::Held(_) => "HELD_CHECKPOINT",
             Self::RolledBack { .. } => "ROLLED_BACK",

@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use super::LedgerError;
@@ -54,24 +55,31 @@ pub(super) fn fresh(path: &Path) -> PathBuf {
     with_suffix(path, ".new")
 }
 
-/// Finishes the change of files that a crash interrupted: the old one has its number, the next is whole (it was
-/// synchronised before) and has not got its name.
-pub(super) fn resume(path: &Path) -> Result<(), LedgerError> {
-    let fresh = fresh(path);
-    let there = |path: &Path| path.try_exists().map_err(LedgerError::Io);
-    if there(&fresh)? && !there(path)? {
-        fs::rename(&fresh, path).map_err(LedgerError::Io)?;
+/// Undoes a change of files that a crash interrupted: the next file that has not got its name, and the number that the
+/// newest file, beginning with record `first`, has got already. The caller holds the ledger.
+///
+/// Any other file that begins there or later means that the newest one was lost: then nothing may be written, for it would
+/// be another history.
+pub(super) fn settle(path: &Path, first: u64) -> Result<(), LedgerError> {
+    match fs::remove_file(fresh(path)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(LedgerError::Io(error));
+        }
+        _ => {}
+    }
+    let newest = fs::metadata(path).map_err(LedgerError::Io)?;
+    for file in closed(path)? {
+        if first_of(&file).is_some_and(|begins| begins < first) {
+            continue;
+        }
+        let found = fs::metadata(&file).map_err(LedgerError::Io)?;
+        if (found.dev(), found.ino()) != (newest.dev(), newest.ino()) {
+            return Err(LedgerError::NewestLost { file });
+        }
+        fs::remove_file(&file).map_err(LedgerError::Io)?;
         sync_folder(path)?;
     }
     Ok(())
-}
-
-/// Removes a next file that never got its name. The caller holds the ledger.
-pub(super) fn forget(path: &Path) -> Result<(), LedgerError> {
-    match fs::remove_file(fresh(path)) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(LedgerError::Io(error)),
-        _ => Ok(()),
-    }
 }
 
 /// Makes names in the ledger's folder durable.

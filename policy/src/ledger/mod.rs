@@ -87,10 +87,10 @@ impl Ledger {
         signers: Vec<Signer>,
         clock: Box<dyn Clock>,
     ) -> Result<Self, LedgerError> {
-        files::resume(path)?;
         let mut file = open_locked(path, false)?;
-        files::forget(path)?;
-        let mut tree = match start_of(path)? {
+        let start = start_of(path)?;
+        files::settle(path, start.as_ref().map_or(0, Frontier::size))?;
+        let mut tree = match start {
             Some(start) => TileTree::load(&files::tiles(path), start)?,
             None => TileTree::new(&files::tiles(path)),
         };
@@ -98,6 +98,8 @@ impl Ledger {
         let mut scanner = Scanner::new(path, &trusted, &[])?;
         let end = scanner.file(path, &mut |_, leaf| {
             tree.push(merkle::leaf_hash(leaf.as_bytes()));
+            // What cannot be written now is tried again before the first new record.
+            let _ = tree.flush();
         })?;
         let void = scanner.rotation_pending();
         let state = scanner.finish_open()?;
@@ -207,10 +209,15 @@ impl Ledger {
         file.write_all(text.as_bytes())
             .and_then(|()| file.sync_all())
             .map_err(LedgerError::Io)?;
-        files::sync_folder(&self.path)?;
-        fs::rename(&self.path, files::numbered(&self.path, first)).map_err(LedgerError::Io)?;
-        files::sync_folder(&self.path)?;
-        fs::rename(&fresh, &self.path).map_err(LedgerError::Io)?;
+        // The old file gets its number before the new one takes its name: there is a newest file at every moment.
+        let numbered = files::numbered(&self.path, first);
+        fs::hard_link(&self.path, &numbered).map_err(LedgerError::Io)?;
+        let renamed = files::sync_folder(&self.path)
+            .and_then(|()| fs::rename(&fresh, &self.path).map_err(LedgerError::Io));
+        if let Err(error) = renamed {
+            let _ = fs::remove_file(&numbered);
+            return Err(error);
+        }
         files::sync_folder(&self.path)?;
         (self.file, self.length, self.failed) = (file, text.len() as u64, false);
         Ok(())

@@ -436,3 +436,19 @@ fn a_batch_is_whole_or_not_there() {
     assert!(directory.path().join("ledger.tiles/tile/0/000").exists());
     assert_eq!(count(&path, &[key(1)], &[]).unwrap(), 300);
 }
+
+#[test]
+fn a_ledger_without_its_newest_file_is_not_begun_anew() {
+    for keep_oldest in [true, false] {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, _) = long(&directory);
+        if !keep_oldest {
+            fs::remove_file(files::numbered(&path, 0)).unwrap();
+        }
+        fs::remove_file(&path).unwrap();
+        let keys = vec![signer(1), signer(2)];
+        let opened = Ledger::open_with_keys(&path, keys, Box::new(StoppedClock));
+        assert!(matches!(opened, Err(LedgerError::NewestLost { .. })));
+        assert!(count(&path, &[key(1)], &[]).is_err());
+    }
+}

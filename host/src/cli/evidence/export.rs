@@ -37,13 +37,17 @@ fn bundle(args: ExportArgs) -> Result<Exported, Failure> {
     let source = Source::ledger(&args.source)?;
     let filter = source::filter(args.filter)?;
     let mut since = source::notes(&args.checkpoint)?;
-    since.extend(steady(|| Ok(cosign::stored(source.path())?))?);
+    since.extend(steady(source.path(), || {
+        Ok(cosign::stored(source.path())?)
+    })?);
     let only = |record: &Record| filter.matches(record);
     let selection = Selection {
         only: (!filter.is_empty()).then_some(&only),
         since,
     };
-    steady(|| bundle::export(source.path(), source.trusted(), &selection, &args.out))
+    steady(source.path(), || {
+        bundle::export(source.path(), source.trusted(), &selection, &args.out)
+    })
 }
 
 /// The log as anybody can serve it: tiles, entry bundles and checkpoint.
@@ -51,7 +55,7 @@ fn tiles(args: &ExportArgs) -> Result<Exported, Failure> {
     let source = Source::ledger(&args.source)?;
     fs::create_dir(&args.out)
         .map_err(|e| output_failed(&format!("{}: {e}", args.out.display())))?;
-    steady(|| {
+    steady(source.path(), || {
         let mut leaves = Vec::new();
         let each = &mut |_: Record, leaf: &str| leaves.push(leaf.to_owned());
         let (audited, tree) = ledger::audit_with_tree(source.path(), source.trusted(), &[], each)?;

@@ -110,7 +110,7 @@ impl Source {
 
     /// Verifies everything, and keeps the records that match. They are believed only if this returns.
     pub fn records(&self, filter: &Filter) -> Result<(Verified, Vec<Record>), Failure> {
-        steady(|| {
+        steady(&self.path, || {
             let mut records = Vec::new();
             let verified = self.read(&mut |record| {
                 if filter.matches(&record) {
@@ -127,7 +127,7 @@ impl Source {
         fresh: impl Fn() -> T,
         mut each: impl FnMut(&mut T, Record),
     ) -> Result<(Verified, T), Failure> {
-        steady(|| {
+        steady(&self.path, || {
             let mut state = fresh();
             let verified = self.read(&mut |record| each(&mut state, record))?;
             Ok((verified, state))
@@ -201,27 +201,33 @@ impl Source {
 }
 
 /// A running agent may be in the middle of a line: then once more.
-pub fn steady<T>(mut read: impl FnMut() -> Result<T, BundleError>) -> Result<T, Failure> {
+pub fn steady<T>(
+    path: &Path,
+    mut read: impl FnMut() -> Result<T, BundleError>,
+) -> Result<T, Failure> {
     for _ in 0..RETRIES {
         match read() {
             Err(BundleError::Ledger(LedgerError::TornTail { .. })) => {
                 std::thread::sleep(Duration::from_millis(20));
             }
-            other => return other.map_err(|error| failed(&error)),
+            other => return other.map_err(|error| failed(path, &error)),
         }
     }
-    read().map_err(|error| failed(&error))
+    read().map_err(|error| failed(path, &error))
 }
 
 /// A refusal, or that it cannot be told.
-pub fn failed(error: &BundleError) -> Failure {
+pub fn failed(path: &Path, error: &BundleError) -> Failure {
     if error.cannot_tell() {
-        return Failure::new("EVIDENCE_UNAVAILABLE", format!("evidence: {error}"));
+        return Failure::new(
+            "EVIDENCE_UNAVAILABLE",
+            format!("evidence: {}: {error}", path.display()),
+        );
     }
     let code = format!("EVIDENCE_{}", error.code());
     Failure {
         code,
-        error: format!("evidence: {error}"),
+        error: format!("evidence: {}: {error}", path.display()),
     }
 }
 

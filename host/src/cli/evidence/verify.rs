@@ -30,7 +30,7 @@ pub fn run(
 /// Prints the newest checkpoint.
 pub fn checkpoint(args: &SourceArgs) -> Result<u8, Failure> {
     let source = Source::ledger(args)?;
-    let note = steady(|| {
+    let note = steady(source.path(), || {
         let audited = ledger::audit(source.path(), source.trusted(), &[], &mut |_, _| {})?;
         audited.last_note.ok_or(BundleError::NothingSigned)
     })?;
@@ -47,7 +47,7 @@ pub fn cosign(
     let source = Source::ledger(args)?;
     let witnesses: Witnesses = source::witnesses(witnesses, None)?;
     let note = source::text(note)?;
-    let signed = steady(|| {
+    let signed = steady(source.path(), || {
         Ok(store::store(
             source.path(),
             source.trusted(),
