@@ -51,6 +51,10 @@ fn refused(folder: &Path, arguments: &[&str], code: i32, word: &str) {
     assert!(ran.err.contains(word), "{arguments:?}: {}", ran.err);
 }
 
+fn check<'a>(trust: &[&'a str], more: &[&'a str]) -> Vec<&'a str> {
+    [&["policy", "check", "p.toml"], trust, more].concat()
+}
+
 #[test]
 fn a_policy_is_signed_by_two_and_checked() {
     let folder = tempfile::tempdir().unwrap();
@@ -64,7 +68,7 @@ fn a_policy_is_signed_by_two_and_checked() {
     refused(at, &["policy", "keygen", "--out", "a.key"], 1, "a.key");
     let when = "2026-06-01T00:00:00Z";
     let trust = ["--trust", &a, "--trust", &b, "--at", when];
-    let check = |more: &[&str]| [&["policy", "check", "p.toml"], &trust[..], more].concat();
+    let check = |more: &[&'static str]| check(&trust, more);
     refused(at, &check(&[]), 1, "UNDER_THRESHOLD");
     json(at, &["policy", "sign", "p.toml", "--key", "a.key"], 0);
     refused(at, &check(&[]), 1, "UNDER_THRESHOLD");
