@@ -16,11 +16,10 @@
 )]
 
 use casemate_attest::chain::Leaf;
+use casemate_attest::processor::snp::forge::report_fields;
 use casemate_attest::processor::snp::{ReportFields, SnpIdentity};
 use casemate_attest::product::Product;
-use casemate_attest::report::{
-    CpuidFms, FirmwareVersion, PlatformInfo, Report, ReportVersion, SigningKey, SnpPolicy,
-};
+use casemate_attest::report::{FirmwareVersion, Report, ReportVersion, SigningKey};
 use casemate_attest::tcb::TcbVersion;
 use casemate_attest::verify::policy::Fingerprint;
 use casemate_attest::verify::{
@@ -98,7 +97,7 @@ impl Case {
             microcode: 27,
         };
         let vcek = identity.vcek(Product::Genoa, tcb).unwrap();
-        let fields = fields(identity.chip_id(Product::Genoa).unwrap(), tcb);
+        let fields = fields(&identity, tcb);
         let published = identity.certificates();
         let root = Fingerprint(identity.root_fingerprint());
         let emulated = format!("allow_emulated = true\nemulated_roots = [\"{root}\"]\n");
@@ -264,45 +263,18 @@ fn policy(measurement: &[u8], microcode: u8, crl: &str) -> String {
     )
 }
 
-fn fields(chip_id: [u8; 64], tcb: TcbVersion) -> ReportFields {
-    let raw = tcb.to_raw(Product::Genoa).unwrap();
+/// Firmware as new as the policy wants it, and a digest and nonce that are not zero.
+fn fields(identity: &SnpIdentity, tcb: TcbVersion) -> ReportFields {
+    let (version, key) = (ReportVersion::V5, SigningKey::Vcek);
+    let mut fields = report_fields(identity, Product::Genoa, version, key, tcb);
     let firmware = FirmwareVersion {
         major: 1,
         minor: 55,
         build: 49,
     };
-    ReportFields {
-        version: ReportVersion::V5,
-        guest_svn: 0,
-        policy: SnpPolicy(0x3_0000),
-        family_id: [0; 16],
-        image_id: [0; 16],
-        vmpl: 0,
-        current_tcb: raw,
-        platform_info: PlatformInfo(0x25),
-        has_author_key: false,
-        masks_chip_key: false,
-        unsigned: false,
-        signing_key: SigningKey::Vcek,
-        report_data: [7; 64],
-        measurement: [9; 48],
-        host_data: [0; 32],
-        id_key_digest: [0; 48],
-        author_key_digest: [0; 48],
-        report_id: [1; 32],
-        report_id_ma: [0xff; 32],
-        reported_tcb: raw,
-        cpuid: CpuidFms {
-            family: 0x19,
-            model: 0xa0,
-            stepping: 2,
-        },
-        chip_id,
-        committed_tcb: raw,
-        current_firmware: firmware,
-        committed_firmware: firmware,
-        launch_tcb: raw,
-        launch_mitigations: 0xb,
-        current_mitigations: 0xb,
-    }
+    fields.current_firmware = firmware;
+    fields.committed_firmware = firmware;
+    fields.report_data = [7; 64];
+    fields.measurement = [9; 48];
+    fields
 }

@@ -79,8 +79,10 @@ fn main() {
         File::open(initrd).expect("initrd").into(),
     ));
     let mut vmm = Vmm::prepare(&plan, handles).expect("prepare");
-    vmm.ask(VmmRequest::Launch { session: None })
-        .expect("launch");
+    vmm.ask(VmmRequest::Launch {
+        binding: Box::default(),
+    })
+    .expect("launch");
     println!("boot_linux: loaded after {:?}", start.elapsed());
     vmm.ask(VmmRequest::Run).expect("run");
     wait_for(&lines, &mut vmm, start, until);

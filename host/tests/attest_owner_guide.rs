@@ -268,7 +268,8 @@ fn processor(folder: &Path) {
             stream.read_exact(&mut request).unwrap();
             let mut fields = launched(&folder);
             fields.report_data.copy_from_slice(&request[..64]);
-            let _ = stream.write_all(&answer(&fields));
+            let answer = Authority::shared().report_answer(Product::Genoa, &fields);
+            let _ = stream.write_all(&answer);
         }
     });
 }
@@ -307,41 +308,6 @@ fn launched(folder: &Path) -> ReportFields {
     fields.guest_svn = block.guest_svn;
     fields.id_key_digest = *keys.id_key.as_bytes();
     fields
-}
-
-/// MSG_REPORT_RSP and the certificates that the host has.
-fn answer(fields: &ReportFields) -> Vec<u8> {
-    let authority = Authority::shared();
-    let product = Product::Genoa;
-    let vcek = authority.identity().vcek(product, tcb(product)).unwrap();
-    let report = vcek.sign_report(fields).unwrap();
-    let table = table(&[
-        ("63da758de6644564adc5f4b93be8accd", vcek.certificate()),
-        ("4ab7b379bbac4fe4a02f05aef327c782", authority.ask()),
-        ("c0b406a4a803495297433fb6014cd0ae", authority.ark()),
-    ]);
-    let mut bytes = vec![0; 4];
-    bytes.extend(u32::try_from(report.len()).unwrap().to_le_bytes());
-    bytes.resize(32, 0);
-    bytes.extend(report);
-    bytes.extend(u32::try_from(table.len()).unwrap().to_le_bytes());
-    bytes.extend(table);
-    bytes
-}
-
-/// A certificate table as the hypervisor's interface has it: GUID, offset, length; a zero entry; the bytes.
-fn table(entries: &[(&str, &[u8])]) -> Vec<u8> {
-    let (mut head, mut data) = (Vec::new(), Vec::new());
-    let start = (entries.len() + 1) * 24;
-    for (guid, bytes) in entries {
-        head.extend(hex::decode(guid).unwrap());
-        head.extend(u32::try_from(start + data.len()).unwrap().to_le_bytes());
-        head.extend(u32::try_from(bytes.len()).unwrap().to_le_bytes());
-        data.extend_from_slice(bytes);
-    }
-    head.resize(start, 0);
-    head.extend(data);
-    head
 }
 
 /// In lines of 64 digits.

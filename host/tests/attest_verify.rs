@@ -12,12 +12,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use casemate_attest::processor::snp::{CaKeySize, ReportFields, SnpIdentity};
+use casemate_attest::processor::snp::forge::report_fields;
+use casemate_attest::processor::snp::{CaKeySize, SnpIdentity};
 use casemate_attest::product::Product;
 use casemate_attest::reference::{ReferenceDocument, Signatures, SigningKey};
-use casemate_attest::report::{
-    CpuidFms, FirmwareVersion, PlatformInfo, ReportVersion, SigningKey as KeyKind, SnpPolicy,
-};
+use casemate_attest::report::{ReportVersion, SigningKey as KeyKind};
 use casemate_attest::tcb::TcbVersion;
 use casemate_attest::token::{Ear, EarKey, Tier};
 use support::{Ran, casemate, finish};
@@ -340,7 +339,9 @@ impl Emulated {
             microcode: 200,
         };
         let vcek = identity.vcek(Product::Turin, tcb).unwrap();
-        let fields = fields(identity.chip_id(Product::Turin).unwrap(), tcb);
+        let (version, key) = (ReportVersion::V5, KeyKind::Vcek);
+        let mut fields = report_fields(&identity, Product::Turin, version, key, tcb);
+        fields.report_data = [7; 64];
         folder.write("report.bin", vcek.sign_report(&fields).unwrap());
         folder.write("vcek.der", vcek.certificate());
         let published = identity.certificates();
@@ -360,49 +361,6 @@ impl Emulated {
             ["report.bin", "vcek.der", "chain"].map(|name| self.folder.path(name));
         let args = ["--report", &report, "--leaf", &leaf, "--chain", &chain];
         run(&[&args[..], more].concat())
-    }
-}
-
-fn fields(chip_id: [u8; 64], tcb: TcbVersion) -> ReportFields {
-    let raw = tcb.to_raw(Product::Turin).unwrap();
-    let firmware = FirmwareVersion {
-        major: 1,
-        minor: 58,
-        build: 1,
-    };
-    ReportFields {
-        version: ReportVersion::V5,
-        guest_svn: 0,
-        policy: SnpPolicy(0x3_0000),
-        family_id: [0; 16],
-        image_id: [0; 16],
-        vmpl: 0,
-        current_tcb: raw,
-        platform_info: PlatformInfo(0x25),
-        has_author_key: false,
-        masks_chip_key: false,
-        unsigned: false,
-        signing_key: KeyKind::Vcek,
-        report_data: [7; 64],
-        measurement: [9; 48],
-        host_data: [0; 32],
-        id_key_digest: [0; 48],
-        author_key_digest: [0; 48],
-        report_id: [1; 32],
-        report_id_ma: [0xff; 32],
-        reported_tcb: raw,
-        cpuid: CpuidFms {
-            family: 0x1a,
-            model: 2,
-            stepping: 1,
-        },
-        chip_id,
-        committed_tcb: raw,
-        current_firmware: firmware,
-        committed_firmware: firmware,
-        launch_tcb: raw,
-        launch_mitigations: 0,
-        current_mitigations: 0,
     }
 }
 

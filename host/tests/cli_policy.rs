@@ -51,10 +51,6 @@ fn refused(folder: &Path, arguments: &[&str], code: i32, word: &str) {
     assert!(ran.err.contains(word), "{arguments:?}: {}", ran.err);
 }
 
-fn check<'a>(trust: &[&'a str], more: &[&'a str]) -> Vec<&'a str> {
-    [&["policy", "check", "p.toml"], trust, more].concat()
-}
-
 #[test]
 fn a_policy_is_signed_by_two_and_checked() {
     let folder = tempfile::tempdir().unwrap();
@@ -68,7 +64,7 @@ fn a_policy_is_signed_by_two_and_checked() {
     refused(at, &["policy", "keygen", "--out", "a.key"], 1, "a.key");
     let when = "2026-06-01T00:00:00Z";
     let trust = ["--trust", &a, "--trust", &b, "--at", when];
-    let check = |more: &[&'static str]| check(&trust, more);
+    let check = |more: &[&'static str]| [&["policy", "check", "p.toml"], &trust[..], more].concat();
     refused(at, &check(&[]), 1, "UNDER_THRESHOLD");
     json(at, &["policy", "sign", "p.toml", "--key", "a.key"], 0);
     refused(at, &check(&[]), 1, "UNDER_THRESHOLD");

@@ -238,9 +238,11 @@ fn bad_plans_and_images_are_refused_with_a_code() {
     let garbage = image_file(&[0x5a; 9000]);
     let mut vmm = Vmm::prepare(&plan(1, MEMORY, ""), handles(Some(garbage), &lines)).unwrap();
     assert_eq!(
-        vmm.ask(VmmRequest::Launch { session: None })
-            .unwrap_err()
-            .code,
+        vmm.ask(VmmRequest::Launch {
+            binding: Box::default()
+        })
+        .unwrap_err()
+        .code,
         "BAD_IMAGE"
     );
     assert_eq!(vmm.ask(VmmRequest::Run).unwrap_err().code, "WRONG_STATE");
@@ -252,7 +254,11 @@ fn launch(code: &[u8], lines: &Lines) -> Vmm {
         handles(Some(image_file(&bzimage(code))), lines),
     )
     .unwrap();
-    let launched = vmm.ask(VmmRequest::Launch { session: None }).unwrap();
+    let launched = vmm
+        .ask(VmmRequest::Launch {
+            binding: Box::default(),
+        })
+        .unwrap();
     assert!(matches!(launched, VmmReply::Launched(None)));
     vmm
 }

@@ -1,12 +1,13 @@
 //! What is allowed, and what happened.
 //!
-//! Three parts, usable without the rest of Casemate:
+//! Parts, usable without the rest of Casemate:
 //!
 //! - [`document`]: the host's policy, a typed TOML file. Errors name the file, the line, the key and what would be right.
 //! - [`evaluate`](mod@evaluate): a pure function from policy and [`Action`] to a [`Decision`] with a reason for every
 //!   rule it looked at; [`floor`] holds the rules that no file can loosen.
 //! - [`ledger`]: an append-only Merkle log of what was decided and done, with signed checkpoints that anyone holding the
-//!   public key can verify offline.
+//!   public key can verify offline; [`bundle`] hands it, or a part of it, to an auditor, [`export`]
+//!   gives its records to other systems, and [`report`] sets them beside the controls of known frameworks.
 //!
 //! ```
 //! use casemate_policy::{Action, HostPolicy, Technology, evaluate};
@@ -32,16 +33,19 @@
 #![forbid(unsafe_code)]
 
 pub mod action;
+pub mod bundle;
 pub mod cases;
 pub mod claims;
 pub mod document;
 pub mod evaluate;
+pub mod export;
 pub mod floor;
 pub mod history;
 pub mod ledger;
 pub mod mark;
 #[cfg(feature = "rego")]
 pub mod rego;
+pub mod report;
 pub mod sign;
 mod types;
 

@@ -10,7 +10,7 @@ use casemate_agent::client::{Client, ClientError, patiently};
 use casemate_agent::endpoint::Endpoint;
 use casemate_agent::output::write_private;
 use casemate_agent::source::{
-    EmulatedSocket, Live, ReportSource, SevGuestDevice, SourceError, Tsm,
+    EmulatedSocket, GuestMessages, Live, ReportSource, SevGuestDevice, SourceError, Tsm,
 };
 use casemate_attest::broker::ResourcePath;
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -61,7 +61,7 @@ enum Command {
 
 #[derive(Debug, Args)]
 struct SourceArgs {
-    /// Which of the kernel's interfaces to use.
+    /// Where the report comes from.
     #[arg(long, value_enum, default_value_t = Interface::Auto)]
     source: Interface,
     /// EMULATED: a software secure processor's Unix socket in the place of the kernel's interfaces. Proves nothing
@@ -75,12 +75,15 @@ struct SourceArgs {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Interface {
-    /// configfs-tsm where it is, else /dev/sev-guest.
+    /// configfs-tsm where it is, else /dev/sev-guest, else what `emulated` means.
     Auto,
     /// /sys/kernel/config/tsm/report.
     Tsm,
     /// /dev/sev-guest.
     SevGuest,
+    /// EMULATED: the software secure processor of Casemate's host, in a guest that was launched with it. Proves
+    /// nothing about hardware.
+    Emulated,
 }
 
 /// Why it failed, with the exit status.
@@ -165,6 +168,7 @@ impl SourceArgs {
             Interface::Auto => Box::new(Live::new(self.vmpl)),
             Interface::Tsm => Box::new(Tsm::new(self.vmpl)),
             Interface::SevGuest => Box::new(SevGuestDevice::new(self.vmpl)),
+            Interface::Emulated => Box::new(GuestMessages::system(self.vmpl)),
         }
     }
 }

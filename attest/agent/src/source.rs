@@ -1,11 +1,13 @@
 //! Where a report comes from: the kernel's configfs-tsm, `/dev/sev-guest`, or an emulated
-//! processor behind a socket, which says so wherever it is used.
+//! processor, behind a socket or the guest's own messages, which says so wherever it is used.
 
 mod emulated;
 mod live;
+mod messages;
 
 pub use emulated::EmulatedSocket;
 pub use live::{SevGuestDevice, Tsm};
+pub use messages::{GuestMessages, MessagesError, Places, Stream};
 
 use casemate_attest::broker::evidence::GuestCertificate;
 use casemate_attest::report::{Report, ReportError};
@@ -51,6 +53,9 @@ pub enum SourceError {
     /// The emulated processor's socket failed.
     #[error("the emulated processor at {0} gave no report: {1}")]
     Socket(String, io::Error),
+    /// An emulated guest's own messages failed.
+    #[error("the EMULATED processor gave no report: {0}")]
+    Messages(#[from] MessagesError),
     /// The emulated processor refused.
     #[error("the emulated processor refused with status {0:#x}")]
     Status(u32),
@@ -65,7 +70,8 @@ pub enum SourceError {
     NotBound,
 }
 
-/// The kernel's own source: configfs-tsm where it is, else the device.
+/// What this guest has: the kernel's configfs-tsm where it is, else its device; where the kernel has
+/// neither, the messages of a guest that is emulated and says so.
 pub struct Live {
     vmpl: Option<u8>,
 }
@@ -79,6 +85,22 @@ impl Live {
 
 impl ReportSource for Live {
     fn report(&mut self, report_data: &[u8; 64]) -> Result<GuestReport, SourceError> {
+        let real = match self.kernels(report_data) {
+            Ok(report) => return Ok(report),
+            Err(error) => error,
+        };
+        // A device of AMD's has the last word: what a host writes on the command line is no way
+        // round it.
+        let mut emulated = GuestMessages::system(self.vmpl);
+        if Path::new(SEV_GUEST).exists() || !emulated.is_named() {
+            return Err(real);
+        }
+        emulated.report(report_data)
+    }
+}
+
+impl Live {
+    fn kernels(&self, report_data: &[u8; 64]) -> Result<GuestReport, SourceError> {
         let tsm = match Tsm::new(self.vmpl).report(report_data) {
             Ok(report) => return Ok(report),
             Err(error) => error,
@@ -105,3 +127,4 @@ fn bound(raw: &[u8], report_data: &[u8; 64]) -> Result<Vec<u8>, SourceError> {
 }
 
 const TSM: &str = "/sys/kernel/config/tsm/report";
+const SEV_GUEST: &str = "/dev/sev-guest";

@@ -105,7 +105,48 @@ pub fn parse(table: &[u8]) -> Result<Vec<TableCertificate>, TableError> {
     Ok(found)
 }
 
+/// Writes a table that [`parse`] reads: the entries in their order, their bytes behind. No
+/// certificates are no bytes.
+pub fn encode(certificates: &[TableCertificate]) -> Result<Vec<u8>, TableError> {
+    if certificates.is_empty() {
+        return Ok(Vec::new());
+    }
+    // The closing entry counts.
+    let list_len = certificates.len().saturating_add(1);
+    let mut table = Vec::new();
+    let mut offset = list_len.saturating_mul(ENTRY_LEN);
+    for certificate in certificates {
+        let length = certificate.bytes.len();
+        table.extend(certificate.kind.guid());
+        for number in [offset, length] {
+            let number = u32::try_from(number).map_err(|_| TableError::TooLong(number))?;
+            table.extend(number.to_le_bytes());
+        }
+        offset = offset.saturating_add(length);
+    }
+    table.extend([0; ENTRY_LEN]);
+    for certificate in certificates {
+        table.extend(&certificate.bytes);
+    }
+    // A GUID of zeros closes the list.
+    match parse(&table)?.len() == certificates.len() {
+        true => Ok(table),
+        false => Err(TableError::NotClosed),
+    }
+}
+
 impl CertificateKind {
+    /// The GUID's bytes in the order they are written.
+    pub fn guid(self) -> [u8; 16] {
+        match self {
+            Self::Other(guid) => guid,
+            named => GUIDS
+                .into_iter()
+                .find(|(kind, _)| *kind == named)
+                .map_or([0; 16], |(_, guid)| guid),
+        }
+    }
+
     /// From the GUID's bytes in the order they are written.
     pub fn from_guid(guid: [u8; 16]) -> Self {
         GUIDS

@@ -51,6 +51,38 @@ fn raw_table(entries: &[(&str, u32, u32)], data: &[u8]) -> Vec<u8> {
 }
 
 #[test]
+fn a_table_is_written_as_it_is_read() {
+    use table::{CertificateKind, TableCertificate, TableError};
+    let entry = |kind, bytes: &[u8]| TableCertificate {
+        kind,
+        bytes: bytes.to_vec(),
+    };
+    let vcek = entry(CertificateKind::Vcek, b"leaf");
+    let ask = entry(CertificateKind::Ask, b"signer");
+    let written = table::encode(&[vcek.clone(), ask.clone()]).unwrap();
+    let by_hand = raw_table(&[(VCEK_GUID, 72, 4), (ASK_GUID, 76, 6)], b"leafsigner");
+    assert_eq!(written, by_hand);
+    assert_eq!(table::encode(&[]).unwrap(), [0; 0]);
+    let unwritable = [
+        vec![vcek.clone(), ask, vcek.clone()],
+        vec![entry(CertificateKind::Crl, b"")],
+        vec![entry(CertificateKind::Other([0; 16]), b"closing")],
+        vec![entry(CertificateKind::Ark, &vec![0; table::MAX_TABLE])],
+    ];
+    for certificates in &unwritable[..3] {
+        assert!(table::encode(certificates).is_err());
+    }
+    let refused = table::encode(&unwritable[3]);
+    assert!(matches!(refused, Err(TableError::TooLong(_))));
+    for n in 1..18u8 {
+        let many = (1..=n).map(|n| entry(CertificateKind::Other([n; 16]), &[n]));
+        let many: Vec<_> = many.collect();
+        let again = table::encode(&many).map(|table| table::parse(&table));
+        assert_eq!(again == Ok(Ok(many)), n <= 16);
+    }
+}
+
+#[test]
 fn every_form_of_one_report_decodes_to_it() {
     let wide: Vec<u8> = {
         let mut message = response(REPORT);

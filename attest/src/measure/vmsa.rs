@@ -1,9 +1,9 @@
 //! VMSA pages: a vCPU's first register state, which SEV-ES and SNP measure.
 //!
 //! Its content is the VMM's choice. [`Profile::Qemu`] is what KVM makes of QEMU's reset state, as
-//! `sev-snp-measure` computes it. [`Profile::Casemate`] is what this project's VMM submits. The
-//! VMM has no SEV-ES or SNP boot path yet; when it gets one, it loads its registers from here, so
-//! that what is measured and what is forecast cannot differ.
+//! `sev-snp-measure` computes it. [`Profile::Casemate`] is what this project's VMM submits of a
+//! vCPU at reset, and [`EntryState`] of the one that begins in a kernel that was loaded directly;
+//! a test of the VMM compares it with the registers that KVM then holds.
 //!
 //! Layout: AMD APM volume 2, table B-4, and `struct sev_es_save_area` of Linux.
 
@@ -37,6 +37,28 @@ pub struct ResetState {
     eip: u32,
     signature: CpuSignature,
     features: SevFeatures,
+}
+
+/// The state of the first vCPU of a guest whose kernel is loaded directly, without firmware: long
+/// mode, flat segments, identity-mapped page tables. The other vCPUs wait at reset.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EntryState {
+    /// Instruction pointer.
+    pub rip: u64,
+    /// First argument of the kernel's entry point: the zero page.
+    pub rsi: u64,
+    /// Stack.
+    pub rsp: u64,
+    /// Page tables.
+    pub cr3: u64,
+    /// Address of the descriptor table.
+    pub gdt: u32,
+    /// Its last byte.
+    pub gdt_limit: u16,
+    /// Selectors of the code segment, the data segments and the task.
+    pub selectors: [u16; 3],
+    /// SEV features.
+    pub features: SevFeatures,
 }
 
 /// Why a text names nothing here.
@@ -127,6 +149,62 @@ impl ResetState {
             (RIP, u64::from(self.eip & 0xffff)),
             (G_PAT, PAT_AT_RESET),
             (RDX, self.signature.0.into()),
+            (SEV_FEATURES, self.features.0),
+            (XCR0, XCR0_X87),
+        ] {
+            put(&mut page, at, &value.to_le_bytes());
+        }
+        put(&mut page, MXCSR, &MXCSR_AT_RESET.to_le_bytes());
+        put(&mut page, X87_FCW, &FCW_AFTER_INIT.to_le_bytes());
+        page
+    }
+}
+
+impl EntryState {
+    /// The page as it is measured.
+    pub fn page(&self) -> Page {
+        let [code, data, task] = self.selectors;
+        let flat = |selector, attributes| Segment {
+            selector,
+            attributes,
+            limit: u32::MAX,
+            base: 0,
+        };
+        let mut page = [0; PAGE_LEN];
+        for at in [ES, SS, DS, FS, GS] {
+            put(&mut page, at, &flat(data, FLAT_DATA).bytes());
+        }
+        let gdt = Segment {
+            base: self.gdt,
+            limit: self.gdt_limit.into(),
+            ..real_mode(0)
+        };
+        let no_table = Segment {
+            limit: 0,
+            ..real_mode(0)
+        };
+        for (at, segment) in [
+            (CS, flat(code, FLAT_64_BIT_CODE)),
+            (GDTR, gdt),
+            (LDTR, LOCAL_TABLE),
+            (IDTR, no_table),
+            (TR, flat(task, FLAT_TASK)),
+        ] {
+            put(&mut page, at, &segment.bytes());
+        }
+        for (at, value) in [
+            (EFER, EFER_SVME | EFER_LONG_MODE),
+            (CR4, CR4_MCE | CR4_PAE),
+            (CR3, self.cr3),
+            (CR0, CR0_ET | CR0_PROTECTED_PAGED),
+            (DR7, 0x400),
+            (DR6, 0xffff_0ff0),
+            (RFLAGS, 0x2),
+            (RIP, self.rip),
+            (RSP, self.rsp),
+            (G_PAT, PAT_AT_RESET),
+            (RBP, self.rsp),
+            (RSI, self.rsi),
             (SEV_FEATURES, self.features.0),
             (XCR0, XCR0_X87),
         ] {
@@ -286,6 +364,16 @@ const XCR0_X87: u64 = 1;
 const MXCSR_AT_RESET: u32 = 0x1f80;
 const FCW_AFTER_INIT: u16 = 0x37f;
 
+// Type, S, P, then L or D/B, and G: as the VMSA packs a descriptor's attributes.
+const FLAT_64_BIT_CODE: u16 = 0xa9b;
+const FLAT_DATA: u16 = 0xc93;
+const FLAT_TASK: u16 = 0x88b;
+/// LME and LMA.
+const EFER_LONG_MODE: u64 = 1 << 8 | 1 << 10;
+const CR4_PAE: u64 = 1 << 5;
+/// PE and PG.
+const CR0_PROTECTED_PAGED: u64 = 1 | 1 << 31;
+
 const ES: usize = 0x00;
 const CS: usize = 0x10;
 const SS: usize = 0x20;
@@ -298,13 +386,17 @@ const IDTR: usize = 0x80;
 const TR: usize = 0x90;
 const EFER: usize = 0xd0;
 const CR4: usize = 0x148;
+const CR3: usize = 0x150;
 const CR0: usize = 0x158;
 const DR7: usize = 0x160;
 const DR6: usize = 0x168;
 const RFLAGS: usize = 0x170;
 const RIP: usize = 0x178;
+const RSP: usize = 0x1d8;
 const G_PAT: usize = 0x268;
 const RDX: usize = 0x310;
+const RBP: usize = 0x328;
+const RSI: usize = 0x330;
 const SEV_FEATURES: usize = 0x3b0;
 const XCR0: usize = 0x3e8;
 const MXCSR: usize = 0x408;
@@ -350,6 +442,42 @@ mod tests {
     fn our_profile_is_frozen() {
         let hash = super::super::snp::sha384(&page(Profile::Casemate, RESET_VECTOR));
         assert_eq!(hex::encode(hash), FROZEN);
+    }
+
+    #[test]
+    fn a_kernel_is_entered_with_what_the_boot_protocol_wants() {
+        let page = EntryState {
+            rip: 0x100_0200,
+            rsi: 0x7000,
+            rsp: 0x8ff0,
+            cr3: 0x9000,
+            gdt: 0x6000,
+            gdt_limit: 0x27,
+            selectors: [0x10, 0x18, 0x20],
+            features: SevFeatures::SNP_ACTIVE,
+        }
+        .page();
+        let word = |at: usize| u64::from_le_bytes(page[at..at + 8].try_into().unwrap());
+        let named = [
+            (RIP, 0x100_0200),
+            (RSI, 0x7000),
+            (RSP, 0x8ff0),
+            (RBP, 0x8ff0),
+            (CR3, 0x9000),
+            (CR0, 0x8000_0011),
+            (CR4, 0x60),
+            (EFER, 0x1500),
+            (SEV_FEATURES, 1),
+            (RDX, 0),
+            (GDTR + 8, 0x6000),
+        ];
+        for (at, value) in named {
+            assert_eq!(word(at), value, "{at:#x}");
+        }
+        assert_eq!(word(CS), 0xffff_ffff_0a9b_0010);
+        assert_eq!(word(SS), 0xffff_ffff_0c93_0018);
+        assert_eq!(word(TR), 0xffff_ffff_088b_0020);
+        assert_eq!(word(IDTR), 0);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use casemate_policy::document::MAX_DOCUMENT;
-use casemate_policy::ledger::{Entry, Outcome};
+use casemate_policy::ledger::Entry;
 use casemate_policy::mark::{AdmitError, Admitted, Candidate, HighWater, MarkStore, ReadPolicy};
 use casemate_policy::sign::{MAX_SIGNATURES_LEN, SignerKey, Trust};
 use casemate_policy::{ActionKind, Actor, Fingerprint, HostPolicy, Inquiry, Timestamp};
@@ -180,7 +180,8 @@ impl Authority {
             .map_err(|e| Failure::new("STATE", format!("{}: {e}", self.archive.display())))?;
         if ready.changed {
             self.mark.raise(mark).map_err(refused)?;
-            let entry = Entry::new("agent", "policy-load", &ready.text.file, Outcome::Done);
+            let digest = mark.digest.to_string();
+            let entry = Entry::policy_loaded("agent", &ready.text.file, &digest, mark.version);
             evidence.record(ready.describe(entry))?;
         }
         *lock(&self.in_force) = Arc::new(ready.admitted.policy);

@@ -25,6 +25,9 @@ pub struct AgentConfig {
     pub policy_trust: Option<Trust>,
     /// Who this host is to others; needed for migration.
     pub identity: Option<IdentityFiles>,
+    /// ASK and ARK of this host's processor, one behind the other as AMD publishes them; needed where SEV guests of the
+    /// real processor arrive.
+    pub amd_certificates: Option<PathBuf>,
     /// Addresses of the peers that the policy names.
     #[serde(default)]
     pub peers: BTreeMap<String, SocketAddr>,
@@ -67,6 +70,7 @@ impl AgentConfig {
             .identity
             .iter_mut()
             .flat_map(|i| [&mut i.certificate, &mut i.key, &mut i.ca]);
+        let paths = paths.chain(&mut config.amd_certificates);
         for path in paths.chain(identity) {
             *path = folder.join(&*path);
         }

@@ -3,7 +3,6 @@
 use std::path::Path;
 use std::time::SystemTime;
 
-use casemate_attest::measure::LaunchDigester;
 use casemate_policy::claims::{Firmware, GuestClaims, HostClaims, SandboxLevel};
 use casemate_policy::ledger::{Entry, Outcome};
 use casemate_policy::{
@@ -15,7 +14,7 @@ use crate::agent::api::{Answer, Failure, Request};
 use crate::agent::authority::{Caller, PolicyText};
 use crate::machine::plan::{MachinePlan, Technology};
 use crate::machine::spec::MachineSpec;
-use crate::vmm::boot::BootImage;
+use crate::vmm::boot::{BootImage, measured};
 
 /// What a request asks of the policy before anything that it names is looked at.
 enum Asked<'a> {
@@ -190,11 +189,8 @@ impl Agent {
         let read = |path: &Path| std::fs::read(path).map_err(|e| failed(path, &e));
         let image = BootImage::assemble(plan, &read(&spec.kernel)?, &read(&spec.initrd)?)
             .map_err(|e| failed(&spec.kernel, &e))?;
-        let mut whole = LaunchDigester::new();
-        for part in &image {
-            whole.update(&part.bytes);
-        }
-        claims.launch_digest = whole.finish().to_string().parse().ok();
+        claims.launch_digest = measured::launch_digest(plan, &image)
+            .and_then(|digest| digest.to_string().parse().ok());
         Ok(claims)
     }
 

@@ -2,15 +2,16 @@
 
 use std::fmt;
 use std::fs::{self, OpenOptions};
-use std::io::Write;
+use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Mutex;
 
-use casemate_policy::ledger::{self, Entry, Ledger, Signer, VerifyingKey};
+use casemate_policy::ledger::events::Start;
+use casemate_policy::ledger::{Entry, Ledger, Signer};
+use ring::digest;
 use ring::rand::SystemRandom;
 use ring::signature::Ed25519KeyPair;
-use serde::Serialize;
 
 use crate::agent::api::Failure;
 use crate::agent::vmm_process::lock;
@@ -34,53 +35,37 @@ impl Evidence {
         })
     }
 
+    /// Records what begins here: the program by its hash, what holds its roles, and the policy it goes by.
+    pub fn record_start(&self, host: &str, policy: &str) -> Result<(), Failure> {
+        let binary = own_hash().map_err(|e| failed(&e))?;
+        self.record(Entry::started(Start {
+            host,
+            version: env!("CARGO_PKG_VERSION"),
+            binary: &binary,
+            policy,
+            sandbox: crate::doctor::sandbox(),
+        }))
+    }
+
     /// Appends a record and signs the tree over it. What cannot be recorded must not be done.
     pub fn record(&self, entry: Entry) -> Result<(), Failure> {
         let mut ledger = lock(&self.ledger);
-        ledger.append(entry).map_err(|e| failed(&e))?;
-        ledger.checkpoint().map_err(|e| failed(&e))?;
+        ledger.append_signed(entry).map_err(|e| failed(&e))?;
         Ok(())
     }
 }
 
-/// What an offline verification found.
-#[derive(Debug, Serialize)]
-pub struct Summary {
-    /// Records in the log.
-    pub records: u64,
-    /// Root of the tree, hex.
-    pub root: String,
-    /// Records behind the last checkpoint, which nothing signs yet.
-    pub uncovered: u64,
-    /// How many records say that an emulated technology was involved.
-    pub emulated: u64,
-}
-
-impl fmt::Display for Summary {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "ledger verified: {} records ({} emulated), root {}, {} not yet under a checkpoint",
-            self.records, self.emulated, self.root, self.uncovered
-        )
+/// SHA-256 of the program that runs, hex; of the very file, also if another has its name by now.
+fn own_hash() -> io::Result<String> {
+    let mut program = fs::File::open("/proc/self/exe")?;
+    let mut context = digest::Context::new(&digest::SHA256);
+    let mut block = vec![0; 1 << 20];
+    loop {
+        match program.read(&mut block)? {
+            0 => return Ok(hex::encode(context.finish())),
+            read => context.update(block.get(..read).unwrap_or_default()),
+        }
     }
-}
-
-/// Verifies a ledger with nothing but the file and the public key.
-pub fn verify(path: &Path, key: &Path) -> Result<Summary, Failure> {
-    let text = fs::read_to_string(key).map_err(|e| failed(&format!("{}: {e}", key.display())))?;
-    let key: VerifyingKey = text
-        .trim()
-        .parse()
-        .map_err(|e| failed(&format!("{}: {e}", key.display())))?;
-    let verified =
-        ledger::verify(path, &key).map_err(|e| failed(&format!("{}: {e}", path.display())))?;
-    Ok(Summary {
-        records: verified.records().len() as u64,
-        root: hex::encode(verified.tree().root()),
-        uncovered: verified.uncovered(),
-        emulated: verified.records().iter().filter(|r| r.emulated).count() as u64,
-    })
 }
 
 fn signing_key(path: &Path) -> Result<Vec<u8>, Failure> {
@@ -93,7 +78,7 @@ fn signing_key(path: &Path) -> Result<Vec<u8>, Failure> {
 }
 
 /// Writes a new file that only its owner can read.
-pub fn write_secret(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+pub fn write_secret(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut file = OpenOptions::new()
         .write(true)
         .create_new(true)

@@ -11,8 +11,7 @@ use crate::agent::api::{Failure, GuestInfo};
 use crate::agent::mover_process::MoverProcess;
 use crate::agent::tap;
 use crate::agent::vmm_process::{VmmProcess, lock};
-use crate::ipc::Channel;
-use crate::machine::plan::{MachinePlan, Technology};
+use crate::machine::plan::MachinePlan;
 use crate::vmm::protocol::{HandleKind, MachineState, Measurement, VmmReply, VmmRequest};
 
 /// A guest whose VMM runs.
@@ -102,7 +101,7 @@ impl Resources {
         folder: &Path,
         disks: &[&Path],
         taps: &[TapChoice],
-        processor: Option<Channel>,
+        processor: Vec<(HandleKind, OwnedFd)>,
     ) -> Result<Self, Failure> {
         std::fs::create_dir_all(folder).map_err(|e| unusable(folder, &e))?;
         let mut handles = vec![(HandleKind::Kvm, open_kvm()?)];
@@ -127,7 +126,7 @@ impl Resources {
         if let Some(path) = &vsock {
             handles.push((HandleKind::VsockListener, listen(path)?));
         }
-        handles.extend(processor.map(|channel| (HandleKind::Processor, channel.into_fd())));
+        handles.extend(processor);
         Ok(Self {
             handles,
             console,
@@ -241,18 +240,3 @@ fn unusable(path: &Path, error: &std::io::Error) -> Failure {
 
 /// Most console output kept of one guest on one host, in bytes.
 const CONSOLE_LIMIT: usize = 64 << 20;
-
-impl Technology {
-    /// `none` or `sev`.
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self::None => "none",
-            Self::Sev { .. } => "sev",
-        }
-    }
-
-    /// Whether the software secure processor stands in for AMD's.
-    pub fn emulated(&self) -> bool {
-        matches!(self, Self::Sev { emulated: true, .. })
-    }
-}

@@ -13,7 +13,6 @@ use crate::agent::Agent;
 use crate::agent::api::Failure;
 use crate::agent::authority::Caller;
 use crate::agent::guest::{Guest, Resources, TapChoice};
-use crate::agent::launch::policy_technology;
 use crate::agent::record::{Ownership, OwnershipState};
 use crate::agent::transfer::{peer_entries, role_error};
 use crate::agent::vmm_process::lock;
@@ -190,7 +189,7 @@ impl Agent {
             // The mover let nobody through but whom the peer's path names.
             tls: known.map_or_else(|| identity.clone(), |p| p.tls_identity().clone()),
             peer: identity,
-            technology: policy_technology(plan.technology),
+            technology: plan.technology.in_policy(),
             emulated,
             vcpus: plan.vcpus.into(),
             memory_mib: plan.memory_bytes >> 20,
@@ -225,7 +224,7 @@ impl Agent {
                 bridge: Some(net.bridge.clone()),
             })
             .collect();
-        let processor = self.processor_for(plan.technology)?;
+        let processor = self.processor_for(plan)?;
         let folder = self.guest_folder(&plan.name);
         Resources::open(plan, &folder, &disks, &taps, processor)?.prepare(
             self.spawn_vmm(plan)?,

@@ -1,13 +1,16 @@
 //! Launching a guest from its description.
 
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use casemate_attest::measure::id_block::{IdAuth, IdBlock, IdBlockError};
+use casemate_policy::Action;
 use casemate_policy::ledger::{Entry, Outcome};
-use casemate_policy::{Action, Technology as PolicyTechnology};
 
 use crate::agent::Agent;
 use crate::agent::api::{Answer, Failure, MeasurementInfo, SessionText};
@@ -15,9 +18,11 @@ use crate::agent::authority::Caller;
 use crate::agent::guest::{Guest, Resources, TapChoice};
 use crate::agent::record::{Ownership, OwnershipState};
 use crate::agent::vmm_process::lock;
-use crate::machine::plan::{MachinePlan, Technology};
-use crate::machine::spec::{ConfidentialSpec, MachineSpec};
-use crate::vmm::protocol::{MachineState, OwnerSession, VmmReply, VmmRequest};
+use crate::machine::plan::MachinePlan;
+use crate::machine::spec::{ConfidentialSpec, MachineSpec, SnpSpec};
+use crate::vmm::protocol::{
+    LaunchBinding, MachineState, OwnerSession, SnpBinding, SnpId, VmmReply, VmmRequest,
+};
 
 impl Agent {
     /// `casemate run`.
@@ -30,14 +35,10 @@ impl Agent {
         let begun = Instant::now();
         let spec = MachineSpec::load(description)
             .map_err(|e| Failure::new("DESCRIPTION", e.to_string()))?;
-        let wants_secret = matches!(
-            spec.confidential,
-            ConfidentialSpec::Sev { secret: true, .. }
-        );
-        let session = owner_session(&spec.name, wants_secret, session)?;
-        let plan = spec.plan(random_id()?, self.emulates());
+        let binding = Box::new(binding(&spec, session)?);
+        let plan = spec.plan(random_id()?, self.offer());
         let action = Action::Launch {
-            technology: policy_technology(plan.technology),
+            technology: plan.technology.in_policy(),
             emulated: plan.technology.emulated(),
             vcpus: plan.vcpus.into(),
             memory_mib: plan.memory_bytes >> 20,
@@ -45,10 +46,26 @@ impl Agent {
         };
         let claims = self.launch_claims(&spec, &plan)?;
         self.decide_on(caller, &plan.name, &action, claims)?;
+        let launched = self.launch_decided(caller, &spec, &plan, binding, begun);
+        if let Err(failure) = &launched {
+            self.record_failure(&caller.name(), "launch", &plan, failure);
+        }
+        launched
+    }
+
+    /// What the policy has allowed.
+    fn launch_decided(
+        &self,
+        caller: &Caller,
+        spec: &MachineSpec,
+        plan: &MachinePlan,
+        binding: Box<LaunchBinding>,
+        begun: Instant,
+    ) -> Result<Answer, Failure> {
         let _reserved = self.reserve(&plan.name)?;
-        let guest = self.build(&spec, &plan)?;
+        let guest = self.build(spec, plan)?;
         let VmmReply::Launched(measurement) =
-            guest.vmm.call(&VmmRequest::Launch { session }, &[])?
+            guest.vmm.call(&VmmRequest::Launch { binding }, &[])?
         else {
             return Err(Failure::new("VMM_GONE", "the VMM answered something else"));
         };
@@ -64,7 +81,7 @@ impl Agent {
                         .unwrap_or_default(),
                 ),
         )?;
-        let state = if wants_secret {
+        let state = if spec.confidential.secret() {
             *lock(&guest.measurement) = measurement;
             MachineState::Measured
         } else {
@@ -103,7 +120,7 @@ impl Agent {
     ) -> Result<Answer, Failure> {
         let guest = self.guest(name)?;
         let action = Action::InjectSecret {
-            technology: policy_technology(guest.plan.technology),
+            technology: guest.plan.technology.in_policy(),
             emulated: guest.plan.technology.emulated(),
         };
         self.decide(caller, name, &action)?;
@@ -115,13 +132,25 @@ impl Agent {
             header: bytes(header)?,
             ciphertext: bytes(ciphertext)?,
         };
-        guest.vmm.call(&request, &[])?;
+        if let Err(failure) = guest.vmm.call(&request, &[]) {
+            self.record_failure("owner", "inject-secret", &guest.plan, &failure);
+            return Err(failure);
+        }
         let entry = Entry::new("owner", "inject-secret", name, Outcome::Done);
         self.evidence
             .record(entry.emulated(guest.plan.technology.emulated()))?;
         self.first_run(&guest)?;
         *held = None;
         Ok(Answer::Guest(guest.info_in(MachineState::Running)))
+    }
+
+    /// What was allowed and did not come about. The caller hears the failure itself, also where it cannot be recorded.
+    fn record_failure(&self, actor: &str, action: &str, plan: &MachinePlan, failure: &Failure) {
+        let entry = Entry::failed(actor, action, &plan.name, &failure.code, &failure.error)
+            .emulated(plan.technology.emulated());
+        if let Err(unrecorded) = self.evidence.record(entry) {
+            tracing::error!(code = unrecorded.code, "{}", unrecorded.error);
+        }
     }
 
     fn build(&self, spec: &MachineSpec, plan: &MachinePlan) -> Result<Arc<Guest>, Failure> {
@@ -134,7 +163,7 @@ impl Agent {
                 bridge: n.bridge.clone(),
             })
             .collect();
-        let processor = self.processor_for(plan.technology)?;
+        let processor = self.processor_for(plan)?;
         let folder = self.guest_folder(&plan.name);
         let resources = Resources::open(plan, &folder, &disks, &taps, processor)?
             .with_boot(&spec.kernel, &spec.initrd)?;
@@ -150,38 +179,50 @@ impl Agent {
             peer: None,
         };
         self.record_ownership(&guest.plan.name, &record)?;
-        guest.vmm.call(&VmmRequest::Run, &[]).map(drop)
+        let VmmReply::Started { digest } = guest.vmm.call(&VmmRequest::Run, &[])? else {
+            return Err(Failure::new("VMM_GONE", "the VMM answered something else"));
+        };
+        let Some(digest) = digest else { return Ok(()) };
+        let entry = Entry::new("agent", "measured", &guest.plan.name, Outcome::Done);
+        self.evidence.record(
+            entry
+                .emulated(guest.plan.technology.emulated())
+                .with("launch_digest", digest),
+        )
     }
 }
 
-/// The technology in the policy's words.
-pub fn policy_technology(technology: Technology) -> PolicyTechnology {
-    match technology {
-        Technology::None => PolicyTechnology::None,
-        Technology::Sev { .. } => PolicyTechnology::Sev,
-    }
-}
-
-impl Technology {
-    /// The guest policy given to the firmware; 0 for a plain guest.
-    pub fn policy_bits(&self) -> u64 {
-        match self {
-            Self::None => 0,
-            Self::Sev { policy, .. } => (*policy).into(),
+/// What the description and the request bind the launch to.
+fn binding(spec: &MachineSpec, session: Option<SessionText>) -> Result<LaunchBinding, Failure> {
+    let given = session.map(decoded).transpose()?;
+    let mut binding = LaunchBinding::default();
+    match &spec.confidential {
+        ConfidentialSpec::Sev(sev) | ConfidentialSpec::SevEs(sev) => {
+            let described = sev.owner_session.as_deref().map(kept).transpose()?;
+            binding.session = owner_session(&spec.name, sev.secret, given.or(described))?;
+        }
+        ConfidentialSpec::SevSnp(snp) => {
+            owner_session(&spec.name, false, given)?;
+            binding.snp = snp_binding(snp)?;
+        }
+        ConfidentialSpec::None | ConfidentialSpec::Auto => {
+            owner_session(&spec.name, false, given)?;
         }
     }
+    Ok(binding)
 }
 
 fn owner_session(
     name: &str,
     wanted: bool,
-    given: Option<SessionText>,
+    given: Option<OwnerSession>,
 ) -> Result<Option<OwnerSession>, Failure> {
     match (wanted, given) {
         (true, None) => Err(Failure::new(
             "OWNER_SESSION",
             format!(
-                "{name} waits for its owner's secret (`confidential.secret`): give --owner-session, or set it to false"
+                "{name} waits for its owner's secret (`confidential.secret`): give --owner-session, describe \
+                 `confidential.owner_session`, or set it to false"
             ),
         )),
         (false, Some(_)) => Err(Failure::new(
@@ -190,15 +231,75 @@ fn owner_session(
                 "{name} takes no secret, so no owner's session either; set `confidential.secret = true`"
             ),
         )),
-        (_, given) => given
-            .map(|text| {
-                Ok(OwnerSession {
-                    certificate: bytes(&text.certificate)?,
-                    blob: bytes(&text.blob)?,
-                })
-            })
-            .transpose(),
+        (_, given) => Ok(given),
     }
+}
+
+fn decoded(text: SessionText) -> Result<OwnerSession, Failure> {
+    Ok(OwnerSession {
+        certificate: bytes(&text.certificate)?,
+        blob: bytes(&text.blob)?,
+    })
+}
+
+/// A session as `casemate owner session` writes it.
+fn kept(folder: &Path) -> Result<OwnerSession, Failure> {
+    Ok(OwnerSession {
+        certificate: small_file(&folder.join("owner.cert"))?,
+        blob: small_file(&folder.join("session.bin"))?,
+    })
+}
+
+fn snp_binding(snp: &SnpSpec) -> Result<SnpBinding, Failure> {
+    let id = snp.id.as_ref().map(|files| {
+        let (block, auth) = (small_file(&files.block)?, small_file(&files.auth)?);
+        let wrong = |e: IdBlockError| Failure::new("ID_BLOCK", e.to_string());
+        let wanted = IdBlock::parse(&block).map_err(wrong)?;
+        let author_key = IdAuth::parse(&auth)
+            .map_err(wrong)?
+            .claimed_keys()
+            .author_key
+            .is_some();
+        let policy = wanted.policy.0;
+        if policy != snp.policy {
+            return Err(Failure::new(
+                "ID_BLOCK",
+                format!(
+                    "the ID block wants guest policy {policy:#x}, the description says {:#x}",
+                    snp.policy
+                ),
+            ));
+        }
+        Ok(SnpId {
+            block,
+            auth,
+            author_key,
+        })
+    });
+    Ok(SnpBinding {
+        host_data: snp.host_data,
+        id: id.transpose()?,
+        vcek_disabled: snp.vcek_disabled,
+    })
+}
+
+/// A file that a description names and that is at most a few pages long.
+fn small_file(path: &Path) -> Result<Vec<u8>, Failure> {
+    let unusable = |problem: String| {
+        Failure::new(
+            "DESCRIPTION",
+            format!("{} cannot be used: {problem}", path.display()),
+        )
+    };
+    let file = File::open(path).map_err(|e| unusable(e.to_string()))?;
+    let mut bytes = Vec::new();
+    file.take(MAX_SMALL_FILE + 1)
+        .read_to_end(&mut bytes)
+        .map_err(|e| unusable(e.to_string()))?;
+    if bytes.len() as u64 > MAX_SMALL_FILE {
+        return Err(unusable(format!("it has more than {MAX_SMALL_FILE} bytes")));
+    }
+    Ok(bytes)
 }
 
 fn bytes(text: &str) -> Result<Vec<u8>, Failure> {
@@ -227,5 +328,7 @@ fn elapsed_us(begun: Instant) -> u64 {
     u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX)
 }
 
+/// Longest session, certificate or ID page in bytes.
+const MAX_SMALL_FILE: u64 = 16 * 1024;
 /// The epoch of a guest that has never moved.
 const FIRST_EPOCH: u64 = 1;

@@ -16,11 +16,13 @@ mod outgoing;
 mod processor;
 mod record;
 mod server;
+mod sev;
 mod tap;
 mod transfer;
 mod vmm_process;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
@@ -41,12 +43,14 @@ use crate::agent::processor::Processor;
 use crate::agent::record::{Ownership, OwnershipState, Records};
 use crate::agent::transfer::{HostCredentials, role_error};
 use crate::agent::vmm_process::{VmmProcess, lock};
+use crate::confidential::control::GuestLink;
 use crate::ipc::Channel;
 use crate::machine::plan::{MachinePlan, Technology};
+use crate::machine::spec::{Offer, Strongest};
 use crate::mover::protocol::AgentAnswer;
 use crate::sandbox::Role;
 use crate::sandbox::jail::{JailSpec, RoleProcess, end_cgroup, spawn_role, sweep_cgroups};
-use crate::vmm::protocol::{RoleError, VmmReply, VmmRequest};
+use crate::vmm::protocol::{HandleKind, RoleError, VmmReply, VmmRequest};
 
 /// Runs the agent until it is told to stop (SIGTERM, SIGINT). Its guests end with it.
 pub fn run(config: &Path) -> Result<(), Failure> {
@@ -121,21 +125,23 @@ impl Agent {
             groups: Mutex::new(Some(BTreeSet::new())),
             config,
         };
-        agent.evidence.record(
-            admitted.describe(
-                Entry::new("agent", "start", &agent.config.name, Outcome::Done)
-                    .with("version", env!("CARGO_PKG_VERSION")),
-            ),
-        )?;
+        let digest = admitted.mark().digest.to_string();
+        agent.evidence.record_start(&agent.config.name, &digest)?;
         agent.authority.put_in_force(&agent.evidence, admitted)?;
         if agent.policy().technologies.allow_emulated {
-            let (process, channel) = agent.spawn(Role::Psp, None, 0)?;
+            let (process, channel) = agent.spawn(Role::Psp, Bounds::default())?;
             let peer_roots = agent.emulated_roots();
+            let snp = agent
+                .policy()
+                .technologies
+                .allowed
+                .contains(&casemate_policy::Technology::SevSnp);
             agent.processor = Some(Processor::start(
                 process,
                 channel,
                 &agent.config.state_dir,
                 &peer_roots,
+                snp,
             )?);
         }
         Ok(agent)
@@ -388,24 +394,50 @@ impl Agent {
     /// Whether a SEV guest launched here is served by the software secure processor. Where there is no other, a policy
     /// that forbids it must hear the truth.
     fn emulates(&self) -> bool {
-        self.processor.is_some() || !Path::new("/dev/sev").exists()
+        self.processor.is_some() || !sev::present()
     }
 
-    fn processor_for(&self, technology: Technology) -> Result<Option<Channel>, Failure> {
-        match technology {
-            Technology::None => Ok(None),
-            Technology::Sev { .. } => self
-                .processor
-                .as_ref()
-                .ok_or_else(no_processor)?
-                .connect()
-                .map(Some),
+    /// What a guest launched here can have. For `auto` the strongest technology that the policy allows too.
+    fn offer(&self) -> Offer {
+        use casemate_policy::Technology as Policy;
+        let policy = self.policy();
+        let allowed = &policy.technologies.allowed;
+        let has_snp = self.processor.as_ref().is_some_and(Processor::has_snp);
+        let emulated = self.emulates();
+        let strongest = if !emulated {
+            // More than this needs a firmware on a real processor.
+            Strongest::Sev
+        } else if has_snp && allowed.contains(&Policy::SevSnp) {
+            Strongest::SevSnp
+        } else if allowed.contains(&Policy::SevEs) {
+            Strongest::SevEs
+        } else {
+            Strongest::Sev
+        };
+        Offer {
+            emulated,
+            strongest,
         }
     }
 
+    /// The secure processor as the VMM of a guest gets it: the software one's channels, or `/dev/sev`.
+    fn processor_for(&self, plan: &MachinePlan) -> Result<Vec<(HandleKind, OwnedFd)>, Failure> {
+        if !plan.technology.emulated() {
+            sev::check_boot(plan)?;
+            return sev::handles(plan, self.config.amd_certificates.as_deref());
+        }
+        let processor = self.processor.as_ref().ok_or_else(no_processor)?;
+        let snp = matches!(plan.technology, Technology::SevSnp { .. });
+        processor.connect(snp).map(GuestLink::into_handles)
+    }
+
     fn spawn_vmm(&self, plan: &MachinePlan) -> Result<VmmProcess, Failure> {
-        let (process, channel) =
-            self.spawn(Role::Vmm, Some(plan.memory_bytes), plan.vcpus.into())?;
+        let bounds = Bounds {
+            memory: Some(plan.memory_bytes),
+            vcpus: plan.vcpus.into(),
+            locked: sev::locked_memory(plan),
+        };
+        let (process, channel) = self.spawn(Role::Vmm, bounds)?;
         let name = plan.name.clone();
         let on_event = move |event| match event {
             Some(event) => tracing::info!(guest = name, ?event, "guest"),
@@ -416,17 +448,16 @@ impl Agent {
     }
 
     fn spawn_mover(&self, memory_bytes: u64) -> Result<MoverProcess, Failure> {
-        let (process, channel) = self.spawn(Role::Mover, Some(memory_bytes), 0)?;
+        let bounds = Bounds {
+            memory: Some(memory_bytes),
+            ..Bounds::default()
+        };
+        let (process, channel) = self.spawn(Role::Mover, bounds)?;
         Ok(MoverProcess::new(process, channel))
     }
 
     /// Starts a role in a cell of its own, under a user of its own.
-    fn spawn(
-        &self,
-        role: Role,
-        memory: Option<u64>,
-        vcpus: u32,
-    ) -> Result<(RoleProcess, Channel), Failure> {
+    fn spawn(&self, role: Role, bounds: Bounds) -> Result<(RoleProcess, Channel), Failure> {
         let number = self.next_role.fetch_add(1, Ordering::Relaxed) % MAX_ROLES;
         let name = group_name(&self.config.name, role.name(), number);
         // Held until the group is there, so that the end of the agent finds it.
@@ -439,8 +470,9 @@ impl Agent {
         };
         started.insert(name.clone());
         let mut spec = JailSpec::new(name, self.config.uid_base + number);
-        spec.memory_max = memory.map(|bytes| bytes + ROLE_OVERHEAD);
-        spec.pids_max += vcpus;
+        spec.memory_max = bounds.memory.map(|bytes| bytes + ROLE_OVERHEAD);
+        spec.memlock_max = bounds.locked;
+        spec.pids_max += bounds.vcpus;
         spec.landlock_min = self.policy().sandbox.landlock_min_abi.get();
         let (ours, theirs) =
             Channel::pair().map_err(|e| Failure::new("INTERNAL", e.to_string()))?;
@@ -466,6 +498,17 @@ impl Agent {
     fn fresh_tap(&self) -> String {
         format!("cm-{}", self.next_role.fetch_add(1, Ordering::Relaxed))
     }
+}
+
+/// What a role needs of memory and threads, besides what every role does.
+#[derive(Clone, Copy, Default)]
+struct Bounds {
+    /// Guest memory in bytes.
+    memory: Option<u64>,
+    /// vCPUs.
+    vcpus: u32,
+    /// Bytes that it may lock.
+    locked: u64,
 }
 
 /// A name kept for a launch under way.

@@ -12,7 +12,6 @@ use crate::agent::Agent;
 use crate::agent::api::{Answer, Failure};
 use crate::agent::authority::Caller;
 use crate::agent::guest::Guest;
-use crate::agent::launch::policy_technology;
 use crate::agent::mover_process::MoverProcess;
 use crate::agent::record::{Ownership, OwnershipState};
 use crate::agent::transfer::{peer_entry, role_error};
@@ -36,7 +35,7 @@ impl Agent {
     ) -> Result<Answer, Failure> {
         let guest = self.guest(name)?;
         let emulated = guest.plan.technology.emulated();
-        let technology = policy_technology(guest.plan.technology);
+        let technology = guest.plan.technology.in_policy();
         let action = Action::MigrateOut {
             technology,
             emulated,

@@ -6,6 +6,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 
 use super::attest::AttestCommand;
 use super::broker::BrokerArgs;
+use super::evidence::EvidenceCommand;
 use super::policy::PolicyCommand;
 
 /// Casemate: a security-hardened confidential VM host.
@@ -130,13 +131,14 @@ pub enum Command {
         #[command(subcommand)]
         command: SandboxCommand,
     },
-    /// Verify an agent's ledger offline.
+    /// What happened on a host: follow, search, hand over and verify its records.
+    #[command(
+        after_help = "`verify` exits with 0 if everything verified, 1 if it was refused, 2 if something needed to tell is missing."
+    )]
     Evidence {
-        /// The ledger file.
-        ledger: PathBuf,
-        /// The ledger's public key, a C2SP verifier key in a file.
-        #[arg(long)]
-        key: PathBuf,
+        /// What to do.
+        #[command(subcommand)]
+        command: EvidenceCommand,
     },
     /// Print a completion script.
     Completion {

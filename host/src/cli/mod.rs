@@ -3,6 +3,7 @@
 mod args;
 mod attest;
 mod broker;
+mod evidence;
 mod migrate;
 mod owner;
 mod policy;
@@ -106,7 +107,7 @@ fn run(cli: Cli) -> Result<u8, Failure> {
         Command::Sandbox {
             command: SandboxCommand::Report { name },
         } => show(agent, &Request::SandboxReport { name }, json),
-        Command::Evidence { ledger, key } => verify_evidence(&ledger, &key, json),
+        Command::Evidence { command } => evidence::run(command, json),
         Command::Completion { shell } => {
             let mut text = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "casemate", &mut text);
@@ -184,16 +185,6 @@ fn export_platform(agent: &Path, out: &Path) -> Result<u8, Failure> {
         )
         .as_bytes(),
     )
-}
-
-fn verify_evidence(ledger: &Path, key: &Path, json: bool) -> Result<u8, Failure> {
-    let summary = crate::agent::evidence::verify(ledger, key)?;
-    if json {
-        print_json(&summary)?;
-    } else {
-        print_bytes(format!("{summary}\n").as_bytes())?;
-    }
-    Ok(0)
 }
 
 fn read_session(folder: &Path) -> Result<SessionText, Failure> {

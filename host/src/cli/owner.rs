@@ -9,7 +9,8 @@ use casemate_attest::legacy::{
     ApiVersion, ChainError, GuestPolicy, LegacyChain, MeasureBlob, OwnerSession, TrustAnchors,
     VerifiedChain,
 };
-use casemate_attest::measure::{LaunchDigest, LaunchDigester};
+use casemate_attest::measure::LaunchDigest;
+use casemate_attest::measure::guest::GuestDigest;
 use casemate_attest::verify::{
     Component, PlatformEvidence, SevLaunchEvidence, SevLaunchExpected, Verdict, verify_sev_launch,
 };
@@ -20,8 +21,8 @@ use crate::agent::client::ask;
 use crate::agent::evidence::write_secret;
 use crate::cli::args::OwnerCommand;
 use crate::cli::{print_bytes, print_json, verdict};
-use crate::machine::spec::{ConfidentialSpec, MachineSpec};
-use crate::vmm::boot::BootImage;
+use crate::machine::spec::{ConfidentialSpec, MachineSpec, Offer, Strongest};
+use crate::vmm::boot::{BootImage, measured};
 
 /// Runs an owner's command.
 pub fn run(agent: &Path, command: OwnerCommand, json: bool) -> Result<u8, Failure> {
@@ -55,6 +56,56 @@ pub fn run(agent: &Path, command: OwnerCommand, json: bool) -> Result<u8, Failur
 }
 
 /// What a description leads to, and nothing that a host says.
+struct Described {
+    confidential: ConfidentialSpec,
+    digest: GuestDigest,
+    components: Vec<Component>,
+}
+
+impl Described {
+    fn read(description: &Path) -> Result<Self, Failure> {
+        let spec = MachineSpec::load(description)
+            .map_err(|e| Failure::new("DESCRIPTION", e.to_string()))?;
+        let refuse = |problem: &str| {
+            let text = format!("{} {problem}", description.display());
+            Failure::new("DESCRIPTION", text)
+        };
+        if spec.confidential == ConfidentialSpec::Auto {
+            return Err(refuse(
+                "leaves the technology to the host; name one, so that there is one measurement to expect",
+            ));
+        }
+        // Neither the identity nor whose processor serves is measured.
+        let anywhere = Offer {
+            emulated: false,
+            strongest: Strongest::Sev,
+        };
+        let plan = spec.plan([0; 16], anywhere);
+        let image = BootImage::assemble(&plan, &read(&spec.kernel)?, &read(&spec.initrd)?)
+            .map_err(|e| Failure::new("DESCRIPTION", format!("{}: {e}", description.display())))?;
+        let digest = measured::launch_digest(&plan, &image).ok_or_else(|| {
+            refuse("describes no confidential guest; there is nothing to measure")
+        })?;
+        let registers = measured::vcpu_states(&plan).concat();
+        let registers = (!registers.is_empty()).then_some(("vcpu-registers", registers.as_slice()));
+        let parts = image
+            .iter()
+            .map(|part| (part.name, part.bytes.as_slice()))
+            .chain(registers);
+        Ok(Self {
+            confidential: spec.confidential,
+            digest,
+            components: parts
+                .map(|(name, bytes)| Component {
+                    name: name.to_owned(),
+                    digest: LaunchDigest::of(bytes),
+                })
+                .collect(),
+        })
+    }
+}
+
+/// What LAUNCH_MEASURE must say of a SEV or SEV-ES guest.
 struct Expected {
     policy: GuestPolicy,
     digest: LaunchDigest,
@@ -63,35 +114,26 @@ struct Expected {
 
 impl Expected {
     fn of(description: &Path) -> Result<Self, Failure> {
-        let spec = MachineSpec::load(description)
-            .map_err(|e| Failure::new("DESCRIPTION", e.to_string()))?;
-        let ConfidentialSpec::Sev { policy, .. } = spec.confidential else {
-            let text = format!(
-                "{} describes no SEV guest; there is nothing to measure",
-                description.display()
-            );
-            return Err(Failure::new("DESCRIPTION", text));
-        };
-        // Neither the identity nor whose processor serves is measured.
-        let plan = spec.plan([0; 16], false);
-        let image = BootImage::assemble(&plan, &read(&spec.kernel)?, &read(&spec.initrd)?)
-            .map_err(|e| Failure::new("DESCRIPTION", format!("{}: {e}", description.display())))?;
-        let mut whole = LaunchDigester::new();
-        let mut components = Vec::with_capacity(image.len());
-        for part in &image {
-            whole.update(&part.bytes);
-            components.push(Component {
-                name: part.name.to_owned(),
-                digest: LaunchDigest::of(&part.bytes),
-            });
+        let described = Described::read(description)?;
+        match (&described.confidential, described.digest) {
+            (
+                ConfidentialSpec::Sev(sev) | ConfidentialSpec::SevEs(sev),
+                GuestDigest::Sev(digest),
+            ) => Ok(Self {
+                policy: GuestPolicy::from_raw(sev.policy)
+                    .map_err(|e| Failure::new("DESCRIPTION", e.to_string()))?,
+                digest,
+                components: described.components,
+            }),
+            _ => {
+                let text = format!(
+                    "{} describes a SEV-SNP guest, which takes no secret at its launch; it proves itself by a report: \
+                     `casemate owner measure`, then `casemate attest verify` or `casemate broker`",
+                    description.display()
+                );
+                Err(Failure::new("DESCRIPTION", text))
+            }
         }
-        let policy = GuestPolicy::from_raw(policy)
-            .map_err(|e| Failure::new("DESCRIPTION", e.to_string()))?;
-        Ok(Self {
-            policy,
-            digest: whole.finish(),
-            components,
-        })
     }
 }
 
@@ -219,7 +261,7 @@ fn measure(description: &Path, json: bool) -> Result<u8, Failure> {
         launch_digest: String,
         components: Vec<Component>,
     }
-    let expected = Expected::of(description)?;
+    let expected = Described::read(description)?;
     if json {
         let launch_digest = expected.digest.to_string();
         return print_json(&Measured {
@@ -229,7 +271,7 @@ fn measure(description: &Path, json: bool) -> Result<u8, Failure> {
     }
     let mut text = format!("launch digest {}\n", expected.digest);
     for part in &expected.components {
-        text.push_str(&format!("  {:<12} {}\n", part.name, part.digest));
+        text.push_str(&format!("  {:<14} {}\n", part.name, part.digest));
     }
     print_bytes(text.as_bytes())
 }

@@ -1,6 +1,6 @@
 //! The `psp` role as the agent uses it.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -11,12 +11,30 @@ use crate::confidential::protocol::{
 };
 use crate::ipc::{Channel, IpcError};
 use crate::sandbox::report::{ProbeReport, SandboxReport};
-use crate::vmm::protocol::RoleError;
+use crate::vmm::protocol::{HandleKind, RoleError};
 
 /// The agent's end of the control channel. The psp ends when this is dropped.
 #[derive(Debug)]
 pub struct ProcessorLink {
     channel: Channel,
+}
+
+/// The VMM's ends of a guest's connection to the psp.
+#[derive(Debug)]
+pub struct GuestLink {
+    /// The guest's commands.
+    pub channel: Channel,
+    /// The guest's own messages, one packet each; of a SEV-SNP guest.
+    pub messages: Option<OwnedFd>,
+}
+
+impl GuestLink {
+    /// As the VMM gets them.
+    pub fn into_handles(self) -> Vec<(HandleKind, OwnedFd)> {
+        let messages = self.messages.map(|fd| (HandleKind::GuestMessages, fd));
+        let channel = (HandleKind::Processor, self.channel.into_fd());
+        [channel].into_iter().chain(messages).collect()
+    }
 }
 
 impl ProcessorLink {
@@ -34,11 +52,25 @@ impl ProcessorLink {
         }
     }
 
-    /// Becomes the platform of this identity. `peer_roots` are the other emulated roots that guests may be
+    /// The same for an SNP platform. Takes ten seconds and more.
+    pub fn generate_snp(&self) -> Result<Zeroizing<Vec<u8>>, RoleError> {
+        match self.call(&ProcessorControl::GenerateSnp, &[])? {
+            ControlReply::Generated { identity } => Ok(Zeroizing::new(identity)),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// Becomes the platform of these identities. `peer_roots` are the other emulated roots that guests may be
     /// sent to.
-    pub fn initialise(&self, identity: &[u8], peer_roots: &[[u8; 32]]) -> Result<(), RoleError> {
+    pub fn initialise(
+        &self,
+        identity: &[u8],
+        snp: Option<&[u8]>,
+        peer_roots: &[[u8; 32]],
+    ) -> Result<(), RoleError> {
         let request = ProcessorControl::Initialise {
             identity: identity.to_vec(),
+            snp: snp.map(|bytes| serde_bytes::ByteBuf::from(bytes.to_vec())),
             peer_roots: peer_roots.to_vec(),
         };
         match self.call(&request, &[])? {
@@ -47,14 +79,27 @@ impl ProcessorLink {
         }
     }
 
-    /// A new guest's channel: the end for its VMM.
-    pub fn connect(&self) -> Result<Channel, RoleError> {
+    /// A new guest's connection; with `messages` also the socket on which a SEV-SNP guest's messages go.
+    pub fn connect(&self, messages: bool) -> Result<GuestLink, RoleError> {
         let (for_vmm, for_psp) = Channel::pair()?;
-        // A VMM that does not read its replies must not hold up the psp's other guests. The flag belongs to
-        // the psp's end and travels with it; the psp's own filter has no call to set it.
-        fcntl(for_psp.as_fd(), FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(IpcError::Socket)?;
-        match self.call(&ProcessorControl::Connect, &[for_psp.as_fd()])? {
-            ControlReply::Done => Ok(for_vmm),
+        let mut link = GuestLink {
+            channel: for_vmm,
+            messages: None,
+        };
+        let mut theirs = vec![for_psp.into_fd()];
+        if messages {
+            let (ours, psp) = Channel::pair()?;
+            link.messages = Some(ours.into_fd());
+            theirs.push(psp.into_fd());
+        }
+        for descriptor in &theirs {
+            // A VMM that does not read its replies must not hold up the psp's other guests. The flag belongs to
+            // the psp's end and travels with it; the psp's own filter has no call to set it.
+            fcntl(descriptor, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(IpcError::Socket)?;
+        }
+        let handles: Vec<_> = theirs.iter().map(AsFd::as_fd).collect();
+        match self.call(&ProcessorControl::Connect, &handles)? {
+            ControlReply::Done => Ok(link),
             _ => Err(unexpected()),
         }
     }

@@ -136,6 +136,14 @@ impl PageMap {
         visibility(page < self.pages && !shared)
     }
 
+    /// How many pages are shared.
+    pub fn shared_pages(&self) -> u64 {
+        self.shared
+            .iter()
+            .map(|word| u64::from(word.count_ones()))
+            .sum()
+    }
+
     /// Numbers of the private pages, ascending.
     pub fn private_pages(&self) -> impl Iterator<Item = u64> + '_ {
         (0..self.pages).filter(|page| self.visibility(*page) == Visibility::Private)

@@ -8,10 +8,11 @@ use std::os::fd::{AsFd, OwnedFd};
 use casemate_attest::legacy::{
     GuestPolicy, LegacyChain, PacketHeader, SessionBlob, SevCertificate,
 };
+use casemate_attest::processor::snp::SnpGuestHandle;
 use casemate_attest::processor::{Guest, GuestHandle, SecureProcessor};
 use casemate_crypto_migrate::guest::PAGE_SIZE;
 
-use crate::confidential::processor_role::{firmware_error, platform_evidence};
+use crate::confidential::processor_role::{Platforms, firmware_error, platform_evidence};
 use crate::confidential::protocol::{
     GuestOutcome, GuestReply, GuestRequest, LAUNCH_CHUNK, PlatformEvidence,
 };
@@ -23,20 +24,30 @@ use crate::vmm::protocol::{EXCHANGE_PAGES, OwnerSession, RoleError};
 pub(super) struct GuestClient {
     /// Its channel.
     pub(super) channel: Channel,
+    /// Where a SEV-SNP guest's own messages come, past the VMM.
+    pub(super) messages: Option<OwnedFd>,
     asid: u32,
-    handle: Option<GuestHandle>,
+    handle: Option<Handle>,
     memory: Option<Attached>,
 }
 
-struct Attached {
-    guest: GuestMemory,
+/// The firmware's name for the guest.
+#[derive(Clone, Copy)]
+pub(super) enum Handle {
+    Sev(GuestHandle),
+    Snp(SnpGuestHandle),
+}
+
+pub(super) struct Attached {
+    pub(super) guest: GuestMemory,
     exchange: Exchange,
 }
 
 impl GuestClient {
-    pub(super) fn new(channel: Channel, asid: u32) -> Self {
+    pub(super) fn new(channel: Channel, messages: Option<OwnedFd>, asid: u32) -> Self {
         Self {
             channel,
+            messages,
             asid,
             handle: None,
             memory: None,
@@ -50,10 +61,14 @@ impl GuestClient {
     /// Carries out one request.
     pub(super) fn serve(
         &mut self,
-        platform: &mut SecureProcessor,
+        platforms: &mut Platforms,
         request: GuestRequest,
         handles: Vec<OwnedFd>,
     ) -> GuestOutcome {
+        if let Some(outcome) = self.serve_snp(platforms, &request) {
+            return outcome;
+        }
+        let platform = &mut platforms.sev;
         match request {
             GuestRequest::Attach { runs } => self.attach(runs, handles)?,
             GuestRequest::LaunchStart { policy, session } => {
@@ -95,16 +110,27 @@ impl GuestClient {
                 let guest = self.guest(platform)?;
                 guest.receive_finish().map_err(firmware_error)?;
             }
-            GuestRequest::Decommission => self.decommission(platform),
+            GuestRequest::LaunchVmsa { page } => {
+                let guest = self.guest(platform)?;
+                guest.launch_update_vmsa(&page).map_err(firmware_error)?;
+            }
+            GuestRequest::Decommission => self.decommission(platforms),
+            GuestRequest::SnpStart { .. }
+            | GuestRequest::SnpPage { .. }
+            | GuestRequest::SnpFinish { .. } => {
+                return Err(bad_request("this guest is not one of SEV-SNP"));
+            }
         }
         Ok(GuestReply::Done)
     }
 
     /// Forgets the guest and its keys.
-    pub(super) fn decommission(&mut self, platform: &mut SecureProcessor) {
-        if let Some(handle) = self.handle.take() {
-            // Every state that a handle can have allows it; DEACTIVATE is implied.
-            let _ = platform.decommission(handle);
+    pub(super) fn decommission(&mut self, platforms: &mut Platforms) {
+        // Every state that a handle can have allows it; DEACTIVATE is implied.
+        match self.handle.take() {
+            Some(Handle::Sev(handle)) => drop(platforms.sev.decommission(handle)),
+            Some(Handle::Snp(handle)) => platforms.decommission_snp(handle),
+            None => {}
         }
     }
 
@@ -154,11 +180,16 @@ impl GuestClient {
     }
 
     /// One guest a connection, with its memory attached before it exists.
-    fn startable(&self, policy: u32) -> Result<GuestPolicy, RoleError> {
+    pub(super) fn vacant(&self) -> Result<(), RoleError> {
         self.memory()?;
         if self.handle.is_some() {
             return Err(bad_request("this connection has its guest already"));
         }
+        Ok(())
+    }
+
+    fn startable(&self, policy: u32) -> Result<GuestPolicy, RoleError> {
+        self.vacant()?;
         GuestPolicy::try_from(policy).map_err(|e| RoleError::new("POLICY_FAILURE", e))
     }
 
@@ -167,7 +198,7 @@ impl GuestClient {
         platform: &mut SecureProcessor,
         handle: GuestHandle,
     ) -> Result<(), RoleError> {
-        self.handle = Some(handle);
+        self.handle = Some(Handle::Sev(handle));
         platform.activate(handle, self.asid).map_err(firmware_error)
     }
 
@@ -285,11 +316,31 @@ impl GuestClient {
     }
 
     fn handle(&self) -> Result<GuestHandle, RoleError> {
-        self.handle
-            .ok_or_else(|| RoleError::new("INVALID_GUEST", "this connection has no guest"))
+        match self.handle {
+            Some(Handle::Sev(handle)) => Ok(handle),
+            Some(Handle::Snp(_)) => Err(RoleError::new(
+                "UNSUPPORTED",
+                "this command is not one for a SEV-SNP guest",
+            )),
+            None => Err(RoleError::new(
+                "INVALID_GUEST",
+                "this connection has no guest",
+            )),
+        }
     }
 
-    fn memory(&self) -> Result<&Attached, RoleError> {
+    pub(super) fn snp_handle(&self) -> Option<SnpGuestHandle> {
+        match self.handle {
+            Some(Handle::Snp(handle)) => Some(handle),
+            Some(Handle::Sev(_)) | None => None,
+        }
+    }
+
+    pub(super) fn name(&mut self, handle: Handle) {
+        self.handle = Some(handle);
+    }
+
+    pub(super) fn memory(&self) -> Result<&Attached, RoleError> {
         self.memory
             .as_ref()
             .ok_or_else(|| bad_request("no memory is attached"))
@@ -325,6 +376,6 @@ fn bounded(gpas: &[u64]) -> Result<(), RoleError> {
     Ok(())
 }
 
-fn bad_request(text: &str) -> RoleError {
+pub(super) fn bad_request(text: &str) -> RoleError {
     RoleError::new("BAD_REQUEST", text)
 }

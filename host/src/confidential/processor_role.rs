@@ -4,10 +4,13 @@
 //! clients are VMMs, and a VMM may have been broken into: a client is known by its channel, reaches its own
 //! guest and its own memory only, and is dropped, its guest decommissioned, when it breaks the protocol.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use casemate_attest::legacy::TrustAnchors;
+use casemate_attest::processor::snp::{
+    Personality, SnpGuestHandle, SnpIdentity, SnpIdentityError, SnpProcessor,
+};
 use casemate_attest::processor::{Identity, ProcessorConfig, SecureProcessor};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -35,12 +38,12 @@ pub fn run(channel: Channel, mut cell: Box<dyn Cell + Send>) -> Result<(), RoleE
     let mut processor = Processor {
         control: channel,
         cell,
-        platform: None,
+        platforms: None,
         clients: Vec::new(),
     };
     loop {
         let ready = processor.wait()?;
-        if !processor.serve_clients(&ready.clients) && ready.control {
+        if !processor.serve_clients(&ready) && ready.contains(&Source::Control) {
             match processor.serve_control() {
                 Ok(()) => {}
                 Err(IpcError::Closed) => return Ok(()),
@@ -53,23 +56,52 @@ pub fn run(channel: Channel, mut cell: Box<dyn Cell + Send>) -> Result<(), RoleE
 struct Processor {
     control: Channel,
     cell: Box<dyn Cell + Send>,
-    platform: Option<SecureProcessor>,
+    platforms: Option<Platforms>,
     clients: Vec<GuestClient>,
 }
 
-/// What has something to read.
-struct Ready {
-    control: bool,
-    clients: Vec<bool>,
+/// The two halves of the processor.
+pub(super) struct Platforms {
+    /// SEV and SEV-ES.
+    pub(super) sev: SecureProcessor,
+    snp: Option<SnpProcessor>,
+}
+
+impl Platforms {
+    /// SEV-SNP, if this installation has it.
+    pub(super) fn snp(&mut self) -> Result<&mut SnpProcessor, RoleError> {
+        self.snp.as_mut().ok_or_else(|| {
+            RoleError::new(
+                "SNP_NOT_ENABLED",
+                "this host's emulated processor has no SEV-SNP identity; allow \"sev-snp\" in the policy's \
+                 technologies and start the agent again",
+            )
+        })
+    }
+
+    /// Forgets a SEV-SNP guest.
+    pub(super) fn decommission_snp(&mut self, handle: SnpGuestHandle) {
+        // Every state that a handle can have allows it.
+        let _ = self.snp.as_mut().map(|snp| snp.decommission(handle));
+    }
+}
+
+/// Who has something to be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Source {
+    Control,
+    /// Requests of the client with this index.
+    Requests(usize),
+    /// Messages of its guest.
+    Messages(usize),
 }
 
 impl Processor {
-    fn wait(&self) -> Result<Ready, RoleError> {
-        let channels = self.clients.iter().map(|client| &client.channel);
-        let mut fds: Vec<PollFd<'_>> = std::iter::once(&self.control)
-            .chain(channels)
-            .map(|channel| PollFd::new(channel.as_fd(), PollFlags::POLLIN))
-            .collect();
+    fn wait(&self) -> Result<Vec<Source>, RoleError> {
+        let (sources, mut fds): (Vec<Source>, Vec<PollFd<'_>>) = self
+            .descriptors()
+            .map(|(source, fd)| (source, PollFd::new(fd, PollFlags::POLLIN)))
+            .unzip();
         loop {
             match poll(&mut fds, PollTimeout::NONE) {
                 Ok(_) => break,
@@ -77,26 +109,40 @@ impl Processor {
                 Err(e) => return Err(RoleError::new("INTERNAL", format!("poll: {e}"))),
             }
         }
-        let mut ready = fds.iter().map(|fd| fd.any().unwrap_or(true));
-        Ok(Ready {
-            control: ready.next().unwrap_or(true),
-            clients: ready.collect(),
-        })
+        let ready = sources.into_iter().zip(fds);
+        Ok(ready
+            .filter(|(_, fd)| fd.any().unwrap_or(true))
+            .map(|(source, _)| source)
+            .collect())
+    }
+
+    fn descriptors(&self) -> impl Iterator<Item = (Source, BorrowedFd<'_>)> {
+        let clients = self.clients.iter().enumerate().flat_map(|(at, client)| {
+            let messages = client.messages.as_ref();
+            std::iter::once((Source::Requests(at), client.channel.as_fd()))
+                .chain(messages.map(|socket| (Source::Messages(at), socket.as_fd())))
+        });
+        std::iter::once((Source::Control, self.control.as_fd())).chain(clients)
     }
 
     /// One message of each client that has one; whether a client had to go (indices have changed then).
-    fn serve_clients(&mut self, ready: &[bool]) -> bool {
+    fn serve_clients(&mut self, ready: &[Source]) -> bool {
         let mut gone = Vec::new();
-        let Some(platform) = self.platform.as_mut() else {
+        let Some(platforms) = self.platforms.as_mut() else {
             return false;
         };
         for (index, client) in self.clients.iter_mut().enumerate() {
-            if ready.get(index) == Some(&true) && serve_client(platform, client).is_err() {
+            if ready.contains(&Source::Messages(index)) && client.serve_message(platforms).is_err()
+            {
+                client.messages = None;
+            }
+            if ready.contains(&Source::Requests(index)) && serve_client(platforms, client).is_err()
+            {
                 gone.push(index);
             }
         }
         for &index in gone.iter().rev() {
-            self.clients.swap_remove(index).decommission(platform);
+            self.clients.swap_remove(index).decommission(platforms);
         }
         !gone.is_empty()
     }
@@ -118,10 +164,19 @@ impl Processor {
                 let bytes = identity.to_bytes().to_vec();
                 Ok(ControlReply::Generated { identity: bytes })
             }
+            ProcessorControl::GenerateSnp => {
+                let identity = SnpIdentity::generate().map_err(snp_identity_error)?;
+                let bytes = identity.to_bytes().map_err(snp_identity_error)?.to_vec();
+                Ok(ControlReply::Generated { identity: bytes })
+            }
             ProcessorControl::Initialise {
                 identity,
+                snp,
                 peer_roots,
-            } => self.initialise(Zeroizing::new(identity), &peer_roots),
+            } => {
+                let snp = snp.map(|bytes| Zeroizing::new(bytes.into_vec()));
+                self.initialise(Zeroizing::new(identity), snp, &peer_roots)
+            }
             ProcessorControl::Connect => self.connect(handles),
             ProcessorControl::Status => {
                 let status = self.platform()?.status();
@@ -142,9 +197,10 @@ impl Processor {
     fn initialise(
         &mut self,
         identity: Zeroizing<Vec<u8>>,
+        snp: Option<Zeroizing<Vec<u8>>>,
         peer_roots: &[[u8; 32]],
     ) -> ControlOutcome {
-        if self.platform.is_some() {
+        if self.platforms.is_some() {
             return Err(RoleError::new(
                 "PLATFORM_STATE",
                 "the platform is initialised already; start a new psp for another identity",
@@ -161,16 +217,23 @@ impl Processor {
             max_guests: MAX_CLIENTS,
             peers,
         };
-        let mut platform = SecureProcessor::new(identity, config);
-        platform.init().map_err(firmware_error)?;
-        self.platform = Some(platform);
+        let mut sev = SecureProcessor::new(identity, config).with_sev_es();
+        sev.init().map_err(firmware_error)?;
+        let snp = snp.map(|identity| snp_platform(&identity)).transpose()?;
+        self.platforms = Some(Platforms { sev, snp });
         Ok(ControlReply::Done)
     }
 
     fn connect(&mut self, handles: Vec<OwnedFd>) -> ControlOutcome {
         self.platform()?;
-        let [fd] = <[OwnedFd; 1]>::try_from(handles)
-            .map_err(|_| RoleError::new("BAD_REQUEST", "Connect comes with one descriptor"))?;
+        let mut handles = handles.into_iter();
+        let (Some(channel), messages, None) = (handles.next(), handles.next(), handles.next())
+        else {
+            return Err(RoleError::new(
+                "BAD_REQUEST",
+                "Connect comes with one descriptor or two",
+            ));
+        };
         let asid = (1..=MAX_CLIENTS)
             .find(|asid| self.clients.iter().all(|client| client.asid() != *asid))
             .ok_or_else(|| {
@@ -180,25 +243,26 @@ impl Processor {
                 )
             })?;
         self.clients
-            .push(GuestClient::new(Channel::from_fd(fd), asid));
+            .push(GuestClient::new(Channel::from_fd(channel), messages, asid));
         Ok(ControlReply::Done)
     }
 
     fn platform(&self) -> Result<&SecureProcessor, RoleError> {
-        self.platform.as_ref().ok_or_else(|| {
+        let platforms = self.platforms.as_ref().ok_or_else(|| {
             RoleError::new(
                 "PLATFORM_STATE",
                 "the platform has no identity yet; the agent must initialise it",
             )
-        })
+        })?;
+        Ok(&platforms.sev)
     }
 }
 
 /// One request of a client; an error ends the client.
-fn serve_client(platform: &mut SecureProcessor, client: &mut GuestClient) -> Result<(), IpcError> {
+fn serve_client(platforms: &mut Platforms, client: &mut GuestClient) -> Result<(), IpcError> {
     let received = client.channel.recv::<GuestRequest>(Some(Duration::ZERO));
     let (outcome, broken): (GuestOutcome, _) = match received {
-        Ok(Received { body, handles }) => (client.serve(platform, body, handles), None),
+        Ok(Received { body, handles }) => (client.serve(platforms, body, handles), None),
         Err(error @ (IpcError::Decode(_) | IpcError::TrailingBytes(_))) => {
             (Err(RoleError::new("BAD_REQUEST", &error)), Some(error))
         }
@@ -221,6 +285,19 @@ pub(super) fn platform_evidence(platform: &SecureProcessor) -> Result<PlatformEv
 /// A refusal of the firmware, under the firmware's own name for it.
 pub(super) fn firmware_error(error: casemate_attest::processor::FirmwareError) -> RoleError {
     RoleError::new(error.name(), error)
+}
+
+fn snp_platform(identity: &[u8]) -> Result<SnpProcessor, RoleError> {
+    let identity = SnpIdentity::from_bytes(identity).map_err(snp_identity_error)?;
+    let mut platform = SnpProcessor::new(identity, Personality::genoa())
+        .map_err(snp_identity_error)?
+        .with_max_guests(MAX_CLIENTS);
+    platform.init().map_err(firmware_error)?;
+    Ok(platform)
+}
+
+fn snp_identity_error(error: SnpIdentityError) -> RoleError {
+    RoleError::new("PLATFORM_IDENTITY", error)
 }
 
 fn identity_error(error: casemate_attest::processor::IdentityError) -> RoleError {

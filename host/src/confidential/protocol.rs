@@ -5,23 +5,29 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::confidential::launch::SpecialPage;
 use crate::confidential::shared::MemoryRun;
-use crate::vmm::protocol::{OwnerSession, RoleError};
+use crate::vmm::protocol::{OwnerSession, RoleError, SnpBinding};
 
 /// Agent to psp, on the control channel.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum ProcessorControl {
     /// Makes a new platform with a new emulated root; its identity comes back, to be stored like a key.
     Generate,
-    /// Becomes the platform of an identity that [`ProcessorControl::Generate`] gave.
+    /// Makes the new emulated root of an SNP platform; its identity comes back likewise.
+    GenerateSnp,
+    /// Becomes the platform of identities that [`ProcessorControl::Generate`] and `GenerateSnp` gave.
     Initialise {
         /// The identity, opaque to the agent.
         #[serde(with = "serde_bytes")]
         identity: Vec<u8>,
+        /// The SNP identity, if SNP guests are to be had.
+        snp: Option<serde_bytes::ByteBuf>,
         /// SHA-256 of the other emulated roots that guests may be sent to, from policy.
         peer_roots: Vec<[u8; 32]>,
     },
-    /// One descriptor beside it: the psp's end of a VMM's channel, non-blocking.
+    /// Descriptors beside it, non-blocking: the psp's end of a VMM's channel; for a SEV-SNP guest also the psp's end of
+    /// the socket on which the guest's messages come.
     Connect,
     /// What PLATFORM_STATUS says.
     Status,
@@ -155,6 +161,29 @@ pub enum GuestRequest {
     ReceiveFinish,
     /// DECOMMISSION.
     Decommission,
+    /// SNP_LAUNCH_START; what was measured by LAUNCH_UPDATE_DATA is then measured by SNP_LAUNCH_UPDATE.
+    SnpStart {
+        /// Guest policy, 64 bit.
+        policy: u64,
+    },
+    /// SNP_LAUNCH_UPDATE of a page that is not measured by its content.
+    SnpPage {
+        /// Where.
+        gpa: u64,
+        /// Which.
+        page: SpecialPage,
+    },
+    /// LAUNCH_UPDATE_VMSA, or what KVM gives to SNP_LAUNCH_UPDATE of a vCPU; one vCPU.
+    LaunchVmsa {
+        /// 4096 bytes.
+        #[serde(with = "serde_bytes")]
+        page: Vec<u8>,
+    },
+    /// SNP_LAUNCH_FINISH.
+    SnpFinish {
+        /// What is bound to the launch.
+        binding: SnpBinding,
+    },
 }
 
 /// psp to VMM.
@@ -188,6 +217,12 @@ pub enum GuestReply {
     },
     /// The platform's certificates.
     Evidence(PlatformEvidence),
+    /// The launch digest of a SEV-SNP guest, 48 bytes.
+    SnpLaunched {
+        /// As its reports will show it.
+        #[serde(with = "serde_bytes")]
+        digest: Vec<u8>,
+    },
 }
 
 /// Most bytes in one LAUNCH_UPDATE message, so that one guest's launch does not hold up the others for long.

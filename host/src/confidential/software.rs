@@ -3,30 +3,54 @@
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
-use crate::confidential::launch::{Firmware, check_arrival};
+use casemate_attest::measure::snp::SnpLaunchDigest;
+
+use crate::confidential::launch::{Firmware, SendStarted, SpecialPage, VmsaPage, check_arrival};
 use crate::confidential::protocol::{
     GuestOutcome, GuestReply, GuestRequest, LAUNCH_CHUNK, PlatformEvidence,
 };
 use crate::confidential::shared::MemoryLayout;
 use crate::ipc::Channel;
-use crate::vmm::protocol::{Measurement, OwnerSession, RoleError};
+use crate::machine::plan::Technology;
+use crate::vmm::protocol::{LaunchBinding, Measurement, RoleError, SnpBinding};
 
 /// A guest of the `psp` role.
 pub struct SoftwareFirmware {
     channel: Channel,
-    policy: u32,
+    kind: Kind,
+}
+
+/// Which half of the processor serves, under which policy.
+enum Kind {
+    Sev { policy: u32 },
+    Snp { policy: u64, binding: SnpBinding },
 }
 
 impl SoftwareFirmware {
     /// Attaches the guest's memory and the exchange memory.
     pub fn attach(
         channel: Channel,
-        policy: u32,
+        technology: Technology,
         memory: BorrowedFd<'_>,
         layout: &MemoryLayout,
         exchange: BorrowedFd<'_>,
     ) -> Result<Self, RoleError> {
-        let firmware = Self { channel, policy };
+        let kind = match technology {
+            Technology::Sev { policy, .. } | Technology::SevEs { policy, .. } => {
+                Kind::Sev { policy }
+            }
+            Technology::SevSnp { policy, .. } => Kind::Snp {
+                policy,
+                binding: SnpBinding::default(),
+            },
+            Technology::None => {
+                return Err(RoleError::new(
+                    "BAD_PLAN",
+                    "a plain guest has no secure processor",
+                ));
+            }
+        };
+        let firmware = Self { channel, kind };
         let request = GuestRequest::Attach {
             runs: layout.runs().to_vec(),
         };
@@ -55,11 +79,18 @@ impl SoftwareFirmware {
 }
 
 impl Firmware for SoftwareFirmware {
-    fn launch_start(&mut self, session: Option<&OwnerSession>) -> Result<(), RoleError> {
-        self.done(&GuestRequest::LaunchStart {
-            policy: self.policy,
-            session: session.cloned(),
-        })
+    fn launch_start(&mut self, launch: &LaunchBinding) -> Result<(), RoleError> {
+        let request = match &mut self.kind {
+            Kind::Sev { policy } => GuestRequest::LaunchStart {
+                policy: *policy,
+                session: launch.session.clone(),
+            },
+            Kind::Snp { policy, binding } => {
+                *binding = launch.snp.clone();
+                GuestRequest::SnpStart { policy: *policy }
+            }
+        };
+        self.done(&request)
     }
 
     fn launch_update(&mut self, gpa: u64, length: u64) -> Result<(), RoleError> {
@@ -75,14 +106,29 @@ impl Firmware for SoftwareFirmware {
         Ok(())
     }
 
-    fn launch_measure(&mut self) -> Result<Measurement, RoleError> {
+    fn launch_special(&mut self, gpa: u64, page: SpecialPage) -> Result<(), RoleError> {
+        self.done(&GuestRequest::SnpPage { gpa, page })
+    }
+
+    fn launch_vcpus(&mut self, vmsas: &[VmsaPage]) -> Result<(), RoleError> {
+        for page in vmsas {
+            let page = page.to_vec();
+            self.done(&GuestRequest::LaunchVmsa { page })?;
+        }
+        Ok(())
+    }
+
+    fn launch_measure(&mut self) -> Result<Option<Measurement>, RoleError> {
+        if let Kind::Snp { .. } = self.kind {
+            return Ok(None);
+        }
         match self.call(&GuestRequest::LaunchMeasure)? {
-            GuestReply::Measured { blob, api, policy } => Ok(Measurement {
+            GuestReply::Measured { blob, api, policy } => Ok(Some(Measurement {
                 blob,
                 api,
                 policy,
                 elapsed_us: 0,
-            }),
+            })),
             _ => Err(unexpected()),
         }
     }
@@ -100,14 +146,21 @@ impl Firmware for SoftwareFirmware {
         })
     }
 
-    fn launch_finish(&mut self) -> Result<(), RoleError> {
-        self.done(&GuestRequest::LaunchFinish)
+    fn launch_finish(&mut self) -> Result<Option<SnpLaunchDigest>, RoleError> {
+        let Kind::Snp { binding, .. } = &self.kind else {
+            return self.done(&GuestRequest::LaunchFinish).map(|()| None);
+        };
+        let binding = binding.clone();
+        match self.call(&GuestRequest::SnpFinish { binding })? {
+            GuestReply::SnpLaunched { digest } => {
+                let digest = digest.try_into().map_err(|_| unexpected())?;
+                Ok(Some(SnpLaunchDigest::new(digest)))
+            }
+            _ => Err(unexpected()),
+        }
     }
 
-    fn send_start(
-        &mut self,
-        target: &PlatformEvidence,
-    ) -> Result<(u32, Vec<u8>, Vec<u8>), RoleError> {
+    fn send_start(&mut self, target: &PlatformEvidence) -> Result<SendStarted, RoleError> {
         let target = target.clone();
         match self.call(&GuestRequest::SendStart { target })? {
             GuestReply::SendStarted {
@@ -146,7 +199,15 @@ impl Firmware for SoftwareFirmware {
         source_pdh: &[u8],
         session: &[u8],
     ) -> Result<(), RoleError> {
-        check_arrival(policy, self.policy)?;
+        match self.kind {
+            Kind::Sev { policy: described } => check_arrival(policy, described)?,
+            Kind::Snp { .. } => {
+                return Err(RoleError::new(
+                    "UNSUPPORTED",
+                    "SEV-SNP guests cannot be moved; launch the guest anew here and let its owner release the key",
+                ));
+            }
+        }
         self.done(&GuestRequest::ReceiveStart {
             policy,
             source_pdh: source_pdh.to_vec(),

@@ -12,6 +12,7 @@ use casemate_attest::processor::Identity;
 use casemate_crypto_migrate::guest::PAGE_SIZE;
 
 use super::control::ProcessorLink;
+use super::launch::GuestProtection;
 use super::processor_role;
 use super::protocol::{GuestOutcome, GuestRequest, LAUNCH_CHUNK};
 use super::shared::{Access, MemoryRun, SharedMemory, sealed_memfd};
@@ -20,8 +21,7 @@ use crate::ipc::{Channel, IpcError};
 use crate::machine::plan::{MachinePlan, Technology};
 use crate::role::FilterOnly;
 use crate::sandbox::seccomp::ThreadKind;
-use crate::vmm::confidential_hook::GuestProtection;
-use crate::vmm::protocol::{EXCHANGE_SIZE, OwnerSession, PACKET_STRIDE, RoleError};
+use crate::vmm::protocol::{EXCHANGE_SIZE, LaunchBinding, OwnerSession, PACKET_STRIDE, RoleError};
 
 const PAGE: u64 = PAGE_SIZE as u64;
 const PAGES: u64 = 64;
@@ -42,7 +42,7 @@ pub(crate) fn psp(identity: &[u8], peers: &[[u8; 32]]) -> ProcessorLink {
     let (agent, role) = Channel::pair().unwrap();
     std::thread::spawn(move || processor_role::run(role, Box::new(FilterOnly(ThreadKind::Psp))));
     let link = ProcessorLink::new(agent);
-    link.initialise(identity, peers).unwrap();
+    link.initialise(identity, None, peers).unwrap();
     link
 }
 
@@ -69,7 +69,7 @@ pub(crate) const EMULATED: Technology = Technology::Sev {
 struct Toy {
     memory: SharedMemory,
     exchange: SharedMemory,
-    protection: Box<dyn GuestProtection>,
+    protection: GuestProtection,
 }
 
 impl Toy {
@@ -83,7 +83,7 @@ impl Toy {
             file: memory.as_fd(),
             runs: &[(0, length)],
         };
-        let channel = psp.connect().unwrap();
+        let channel = psp.connect(false).unwrap().channel;
         let protection = open(&plan(EMULATED), view, exchange.as_fd(), Some(channel));
         Self {
             memory: map(&memory, length),
@@ -107,10 +107,20 @@ impl Toy {
     }
 
     fn launch(&mut self) {
-        self.protection.launch_start(None).unwrap();
+        self.protection
+            .launch_start(&LaunchBinding::default())
+            .unwrap();
         self.protection.launch_update(0, PAGES * PAGE).unwrap();
         self.protection.launch_measure().unwrap();
         self.protection.launch_finish().unwrap();
+    }
+}
+
+/// A launch that is bound to its owner's session.
+fn bound(session: &OwnerSession) -> LaunchBinding {
+    LaunchBinding {
+        session: Some(session.clone()),
+        ..LaunchBinding::default()
     }
 }
 
@@ -145,10 +155,10 @@ fn a_run_longer_than_one_message_is_measured_whole_and_in_order() {
     let (session, owner) = owner(&psp);
     let mut toy = Toy::sized(&psp, 2 * LAUNCH_CHUNK + PAGE);
     let loaded = toy.fill();
-    toy.protection.launch_start(Some(&session)).unwrap();
+    toy.protection.launch_start(&bound(&session)).unwrap();
     let length = toy.memory.len();
     toy.protection.launch_update(0, length).unwrap();
-    let measured = toy.protection.launch_measure().unwrap();
+    let measured = toy.protection.launch_measure().unwrap().unwrap();
     let blob = MeasureBlob::from_bytes(&measured.blob).unwrap();
     let api = ApiVersion::new(measured.api.0, measured.api.1);
     assert!(owner.measure_fits(&LaunchDigest::of(&loaded), api, measured.api.2, &blob));
@@ -160,10 +170,10 @@ fn a_launch_measures_what_was_loaded_and_takes_only_its_owners_secret() {
     let (session, owner) = owner(&psp);
     let mut toy = Toy::new(&psp);
     let loaded = toy.fill();
-    toy.protection.launch_start(Some(&session)).unwrap();
+    toy.protection.launch_start(&bound(&session)).unwrap();
     toy.protection.launch_update(2 * PAGE, 5 * PAGE).unwrap();
     toy.protection.launch_update(0, PAGE).unwrap();
-    let measured = toy.protection.launch_measure().unwrap();
+    let measured = toy.protection.launch_measure().unwrap().unwrap();
 
     let (a, b) = ((2 * PAGE) as usize, (7 * PAGE) as usize);
     let digest = LaunchDigest::of(&[&loaded[a..b], &loaded[..PAGE_SIZE]].concat());
@@ -192,7 +202,9 @@ fn a_forged_secret_is_refused_and_ends_the_launch() {
     let psp = psp(&SITE_A, &[]);
     let mut toy = Toy::new(&psp);
     let loaded = toy.fill();
-    toy.protection.launch_start(None).unwrap();
+    toy.protection
+        .launch_start(&LaunchBinding::default())
+        .unwrap();
     toy.protection.launch_update(0, PAGE).unwrap();
     toy.protection.launch_measure().unwrap();
     let refused = toy.protection.launch_secret(&[0; 52], &[0; 64], 0);
@@ -208,8 +220,8 @@ fn a_guest_moves_from_one_platform_to_another() {
     let memory = here.fill();
     here.launch();
 
-    let (pdh, platform, amd) = there.protection.evidence().unwrap();
-    let (policy, source, session) = here.protection.send_start(&pdh, &platform, &amd).unwrap();
+    let target = there.protection.evidence().unwrap();
+    let (policy, source, session) = here.protection.send_start(&target).unwrap();
     there
         .protection
         .receive_start(policy, &source, &session)
@@ -236,8 +248,8 @@ fn a_changed_packet_is_refused_and_the_sender_can_cancel() {
     let (mut here, mut there) = (Toy::new(&a), Toy::new(&b));
     here.fill();
     here.launch();
-    let (pdh, platform, amd) = there.protection.evidence().unwrap();
-    let (policy, source, session) = here.protection.send_start(&pdh, &platform, &amd).unwrap();
+    let target = there.protection.evidence().unwrap();
+    let (policy, source, session) = here.protection.send_start(&target).unwrap();
     there
         .protection
         .receive_start(policy, &source, &session)
@@ -255,8 +267,8 @@ fn a_changed_packet_is_refused_and_the_sender_can_cancel() {
     here.protection.send_finish().unwrap();
     here.protection.send_cancel().unwrap();
     // And once more, as if nothing had been tried.
-    let (pdh, platform, amd) = there.protection.evidence().unwrap();
-    here.protection.send_start(&pdh, &platform, &amd).unwrap();
+    let target = there.protection.evidence().unwrap();
+    here.protection.send_start(&target).unwrap();
 }
 
 #[test]
@@ -264,8 +276,8 @@ fn a_target_that_nobody_named_is_refused_by_the_firmware() {
     let (a, b) = (psp(&SITE_A, &[]), psp(&SITE_B, &[]));
     let (mut here, mut there) = (Toy::new(&a), Toy::new(&b));
     here.launch();
-    let (pdh, platform, amd) = there.protection.evidence().unwrap();
-    let refused = here.protection.send_start(&pdh, &platform, &amd);
+    let target = there.protection.evidence().unwrap();
+    let refused = here.protection.send_start(&target);
     assert_eq!(code(refused), "INVALID_CERTIFICATE");
 }
 
@@ -335,7 +347,7 @@ fn a_rogue_vmm_reaches_no_guest_but_its_own_and_no_byte_outside_its_memory() {
     let psp = psp(&SITE_A, &[]);
     let mut toy = Toy::new(&psp);
     toy.launch();
-    let rogue = Rogue(psp.connect().unwrap());
+    let rogue = Rogue(psp.connect(false).unwrap().channel);
     // There is a guest, another's; this channel has none, and nothing in a request could name that one.
     for request in [
         GuestRequest::LaunchMeasure,
@@ -356,7 +368,8 @@ fn a_rogue_vmm_reaches_no_guest_but_its_own_and_no_byte_outside_its_memory() {
     assert_eq!(rogue.attach(PAGE, whole(2 * PAGE)), "BAD_MEMORY");
     assert_eq!(rogue.attach(PAGE, whole(PAGE)), "ok");
     assert_eq!(rogue.attach(PAGE, whole(PAGE)), "BAD_REQUEST", "twice");
-    assert_eq!(rogue.call(&start(4)), "UNSUPPORTED", "SEV-ES");
+    let snp = GuestRequest::SnpStart { policy: 0x3_0000 };
+    assert_eq!(rogue.call(&snp), "SNP_NOT_ENABLED");
     assert_eq!(rogue.call(&start(1 << 8)), "POLICY_FAILURE", "reserved");
     assert_eq!(rogue.call(&start(0)), "ok");
     assert_eq!(rogue.call(&start(0)), "BAD_REQUEST", "a second guest");
@@ -377,7 +390,7 @@ fn a_rogue_vmm_reaches_no_guest_but_its_own_and_no_byte_outside_its_memory() {
 fn a_message_that_is_none_ends_the_client_and_nobody_else() {
     let psp = psp(&SITE_A, &[]);
     let mut toy = Toy::new(&psp);
-    let rogue = Rogue(psp.connect().unwrap());
+    let rogue = Rogue(psp.connect(false).unwrap().channel);
     rogue.0.send(&(200u8, [0xffu8; 20])).unwrap();
     assert_eq!(rogue.reply(), "BAD_REQUEST");
     let end = rogue.0.recv::<GuestOutcome>(Some(Duration::from_secs(5)));
@@ -389,7 +402,7 @@ fn a_message_that_is_none_ends_the_client_and_nobody_else() {
 #[test]
 fn a_client_that_reads_no_reply_holds_up_nobody() {
     let psp = psp(&SITE_A, &[]);
-    let rogue = psp.connect().unwrap();
+    let rogue = psp.connect(false).unwrap().channel;
     let sender = std::thread::spawn(move || {
         // Until the psp gives it up; a channel holds some hundred messages.
         while rogue.send(&GuestRequest::Evidence).is_ok() {}
@@ -405,12 +418,15 @@ fn a_platform_needs_its_identity_first_and_takes_one_only() {
     let (agent, role) = Channel::pair().unwrap();
     std::thread::spawn(move || processor_role::run(role, Box::new(FilterOnly(ThreadKind::Psp))));
     let link = ProcessorLink::new(agent);
-    assert_eq!(code(link.connect()), "PLATFORM_STATE");
+    assert_eq!(code(link.connect(false)), "PLATFORM_STATE");
     assert_eq!(code(link.status()), "PLATFORM_STATE");
-    assert_eq!(code(link.initialise(b"rubbish", &[])), "PLATFORM_IDENTITY");
+    assert_eq!(
+        code(link.initialise(b"rubbish", None, &[])),
+        "PLATFORM_IDENTITY"
+    );
     let identity = link.generate().unwrap();
-    link.initialise(&identity, &[]).unwrap();
-    assert_eq!(code(link.initialise(&SITE_A, &[])), "PLATFORM_STATE");
+    link.initialise(&identity, None, &[]).unwrap();
+    assert_eq!(code(link.initialise(&SITE_A, None, &[])), "PLATFORM_STATE");
     assert!(link.status().unwrap().emulated);
     assert_eq!(code(link.sandbox_report()), "TEST");
 }

@@ -106,6 +106,15 @@ pub fn diagnose() -> Diagnosis {
     ])
 }
 
+/// What would hold this host's roles, one item a mechanism, as evidence records it.
+pub fn sandbox() -> Vec<String> {
+    let checks = [checks::landlock(), checks::seccomp()];
+    checks
+        .into_iter()
+        .map(|check| format!("{}: {}", check.name, check.found))
+        .collect()
+}
+
 /// A table for people.
 pub fn render(diagnosis: &Diagnosis) -> String {
     let width = diagnosis

@@ -103,6 +103,67 @@ pub enum Technology {
         /// Guest policy, 32 bit (SEV API, chapter 3).
         policy: u32,
     },
+    /// AMD SEV-ES: the policy has bit 2.
+    SevEs {
+        /// As for SEV.
+        emulated: bool,
+        /// As for SEV.
+        policy: u32,
+    },
+    /// AMD SEV-SNP.
+    SevSnp {
+        /// As for SEV.
+        emulated: bool,
+        /// Guest policy, 64 bit (SNP firmware ABI, publication 56860, section 4.3).
+        policy: u64,
+    },
+}
+
+impl Technology {
+    /// As descriptions and policies write it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Sev { .. } => "sev",
+            Self::SevEs { .. } => "sev-es",
+            Self::SevSnp { .. } => "sev-snp",
+        }
+    }
+
+    /// Whether the software secure processor stands in for AMD's.
+    pub fn emulated(&self) -> bool {
+        match self {
+            Self::None => false,
+            Self::Sev { emulated, .. }
+            | Self::SevEs { emulated, .. }
+            | Self::SevSnp { emulated, .. } => *emulated,
+        }
+    }
+
+    /// The guest policy given to the firmware; 0 for a plain guest.
+    pub fn policy_bits(&self) -> u64 {
+        match self {
+            Self::None => 0,
+            Self::Sev { policy, .. } | Self::SevEs { policy, .. } => (*policy).into(),
+            Self::SevSnp { policy, .. } => *policy,
+        }
+    }
+
+    /// Whether the vCPUs' first registers are measured.
+    pub fn measures_registers(&self) -> bool {
+        matches!(self, Self::SevEs { .. } | Self::SevSnp { .. })
+    }
+
+    /// The same in the policy's words.
+    pub fn in_policy(&self) -> casemate_policy::Technology {
+        use casemate_policy::Technology as Policy;
+        match self {
+            Self::None => Policy::None,
+            Self::Sev { .. } => Policy::Sev,
+            Self::SevEs { .. } => Policy::SevEs,
+            Self::SevSnp { .. } => Policy::SevSnp,
+        }
+    }
 }
 
 /// One virtio disk.

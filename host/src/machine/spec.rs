@@ -3,6 +3,8 @@
 //! Every error names the file, the line, the key, and what would be right. Paths are relative to the
 //! description's own folder.
 
+mod confidential;
+
 use std::fmt;
 use std::io::Read;
 use std::net::Ipv4Addr;
@@ -13,9 +15,11 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use toml::Spanned;
 
+use self::confidential::Confidential;
+pub use self::confidential::{ConfidentialSpec, IdFiles, Offer, SevSpec, SnpSpec, Strongest};
 use crate::machine::plan::{
     DiskPlan, MAX_ANNOUNCE, MAX_CMDLINE, MAX_DEVICES, MAX_DISK_ID, MAX_MEMORY, MAX_VCPUS,
-    MIN_MEMORY, MachinePlan, NetPlan, Technology, is_name,
+    MIN_MEMORY, MachinePlan, NetPlan, is_name,
 };
 
 /// A description that has been read and checked. Files named in it exist and are readable.
@@ -41,20 +45,6 @@ pub struct MachineSpec {
     pub nets: Vec<NetSpec>,
     /// Guest context id of virtio-vsock.
     pub vsock_cid: Option<u32>,
-}
-
-/// What the description wants to be confidential.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum ConfidentialSpec {
-    /// A plain guest.
-    None,
-    /// AMD SEV; which processor serves (real or emulated) is the host's and the policy's affair.
-    Sev {
-        /// Guest policy, 32 bit (SEV API, chapter 3).
-        policy: u32,
-        /// Whether the launch waits for the owner's secret.
-        secret: bool,
-    },
 }
 
 /// One disk of a description.
@@ -125,18 +115,15 @@ impl MachineSpec {
         Reader { path, text }.spec(document)
     }
 
-    /// The plan for a VMM; `emulated` says which processor serves.
-    pub fn plan(&self, vm_id: [u8; 16], emulated: bool) -> MachinePlan {
+    /// The plan for a VMM on a host with this offer.
+    pub fn plan(&self, vm_id: [u8; 16], offer: Offer) -> MachinePlan {
         MachinePlan {
             name: self.name.clone(),
             vm_id,
             vcpus: self.vcpus,
             memory_bytes: self.memory_bytes,
             cmdline: self.cmdline.clone(),
-            technology: match self.confidential {
-                ConfidentialSpec::None => Technology::None,
-                ConfidentialSpec::Sev { policy, .. } => Technology::Sev { emulated, policy },
-            },
+            technology: self.confidential.technology(offer),
             disks: self
                 .disks
                 .iter()
@@ -228,15 +215,6 @@ struct Boot {
     kernel: Spanned<PathBuf>,
     initrd: Spanned<PathBuf>,
     cmdline: Spanned<String>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Confidential {
-    technology: Spanned<String>,
-    policy: Option<Spanned<u32>>,
-    #[serde(default)]
-    secret: bool,
 }
 
 #[derive(Deserialize)]
@@ -360,36 +338,6 @@ impl Reader<'_> {
         ))
     }
 
-    fn confidential(&self, value: Confidential) -> Result<ConfidentialSpec, SpecError> {
-        let span = value.technology.span();
-        match value.technology.get_ref().as_str() {
-            "none" => Ok(ConfidentialSpec::None),
-            "sev" => {
-                let policy = value
-                    .policy
-                    .as_ref()
-                    .map_or(DEFAULT_SEV_POLICY, |p| *p.get_ref());
-                if policy & SEV_POLICY_NODBG == 0 {
-                    let at = value.policy.map_or(span, |p| p.span());
-                    let problem = format!(
-                        "`confidential.policy` is {policy:#x}, which lets the host debug the guest; set bit 0 (NODBG)"
-                    );
-                    return Err(self.at(at, problem));
-                }
-                Ok(ConfidentialSpec::Sev {
-                    policy,
-                    secret: value.secret,
-                })
-            }
-            other => {
-                let problem = format!(
-                    "`confidential.technology` is {other:?}; want \"none\" or \"sev\" (\"sev-es\" and \"sev-snp\" are not yet launched)"
-                );
-                Err(self.at(span, problem))
-            }
-        }
-    }
-
     fn disk(&self, value: Disk) -> Result<DiskSpec, SpecError> {
         let id_span = value.id.span();
         let id = self.name("disk.id", value.id)?;
@@ -481,6 +429,19 @@ impl Reader<'_> {
         }
     }
 
+    fn folder(&self, key: &str, value: Spanned<PathBuf>) -> Result<PathBuf, SpecError> {
+        let path = self
+            .path
+            .parent()
+            .unwrap_or(Path::new(""))
+            .join(value.get_ref());
+        if path.is_dir() {
+            return Ok(path);
+        }
+        let problem = format!("`{key}` names {}, which is no folder", path.display());
+        Err(self.at(value.span(), problem))
+    }
+
     /// Not too many devices of a kind, each with a name of its own.
     fn names<'s>(
         &self,
@@ -555,10 +516,5 @@ fn line_of(text: &str, span: &Range<usize>) -> usize {
 
 const FILE_WANTED: &str = "want a file's path, from the description's own folder or absolute";
 const MAX_DESCRIPTION: u64 = 64 * 1024;
-/// Guest policy bit 0: the host may not debug (SEV API, chapter 3).
-const SEV_POLICY_NODBG: u32 = 1;
-/// NODBG, NOKS (no key sharing), SEV (only to SEV platforms).
-const DEFAULT_SEV_POLICY: u32 = 0x23;
-
 #[cfg(test)]
 mod tests;

@@ -8,6 +8,7 @@ use casemate_crypto_migrate::guest::PAGE_SIZE;
 
 use super::vmm_link::VmmLink;
 use crate::confidential::control::ProcessorLink;
+use crate::confidential::protocol::PlatformEvidence;
 use crate::confidential::shared::{Access, Exchange, SharedMemory, sealed_memfd};
 use crate::confidential::tests::{EMULATED, SITE_A, SITE_B, plan, psp, root};
 use crate::confidential::{GuestMemoryView, open, protection};
@@ -53,7 +54,10 @@ impl Vmm {
             .write(true)
             .open("/dev/kvm")
             .expect("/dev/kvm must be there and open to the user");
-        let (console, processor) = (tempfile::tempfile().unwrap(), psp.connect().unwrap());
+        let (console, processor) = (
+            tempfile::tempfile().unwrap(),
+            psp.connect(false).unwrap().channel,
+        );
         let handles = [kvm.as_fd(), console.as_fd(), processor.as_fd()];
         let prepare = VmmRequest::Prepare {
             plan: Box::new(MachinePlan {
@@ -97,7 +101,7 @@ fn a_real_vmm_takes_in_what_another_platform_sends() {
         file: memory.as_fd(),
         runs: &[(0, MEMORY)],
     };
-    let channel = Some(a.connect().unwrap());
+    let channel = Some(a.connect(false).unwrap().channel);
     let mut here = open(&plan(EMULATED), view, exchange.as_fd(), channel)
         .unwrap()
         .unwrap();
@@ -108,7 +112,7 @@ fn a_real_vmm_takes_in_what_another_platform_sends() {
             .write(page * PAGE, &[page as u8 | 1; PAGE_SIZE])
             .unwrap();
     }
-    here.launch_start(None).unwrap();
+    here.launch_start(&LaunchBinding::default()).unwrap();
     here.launch_update(0, PAGE).unwrap();
     here.launch_measure().unwrap();
     here.launch_finish().unwrap();
@@ -118,7 +122,9 @@ fn a_real_vmm_takes_in_what_another_platform_sends() {
     else {
         panic!("no evidence");
     };
-    let (policy, source_pdh, session) = here.send_start(&pdh, &platform, &amd).unwrap();
+    let (policy, source_pdh, session) = here
+        .send_start(&PlatformEvidence { pdh, platform, amd })
+        .unwrap();
     link.done(&MoverRequest::ReceiveStart {
         policy,
         source_pdh,

@@ -108,6 +108,12 @@ impl SourceGuest for SourceMachine {
             Technology::Sev { emulated, .. } => {
                 self.open_send(peer_evidence, emulated).map_err(guest_error)
             }
+            Technology::SevEs { .. } | Technology::SevSnp { .. } => {
+                Err(guest_error(RoleError::new(
+                    "TECHNOLOGY_CANNOT_MIGRATE",
+                    "no Linux kernel moves SEV-ES or SEV-SNP guests; launch the guest anew at the other site",
+                )))
+            }
             Technology::None if peer_evidence.is_empty() => Ok(Vec::new()),
             Technology::None => Err(guest_error(RoleError::new(
                 "EVIDENCE_MALFORMED",

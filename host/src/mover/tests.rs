@@ -17,6 +17,8 @@ use super::agent_link::AgentLink;
 use super::destination::DestinationMachine;
 use super::protocol::*;
 use crate::confidential::control::ProcessorLink;
+use crate::confidential::launch::GuestProtection;
+use crate::confidential::protocol::PlatformEvidence;
 use crate::confidential::shared::{Access, SharedMemory, sealed_memfd};
 use crate::confidential::tests::{EMULATED, SITE_A, SITE_B, plan, psp, root};
 use crate::confidential::{GuestMemoryView, open};
@@ -24,8 +26,7 @@ use crate::ipc::{Channel, IpcError};
 use crate::machine::plan::{MachinePlan, Technology};
 use crate::role::FilterOnly;
 use crate::sandbox::seccomp::ThreadKind;
-use crate::vmm::confidential_hook::GuestProtection;
-use crate::vmm::protocol::{EXCHANGE_SIZE, MoverReply, MoverRequest, RoleError};
+use crate::vmm::protocol::{EXCHANGE_SIZE, LaunchBinding, MoverReply, MoverRequest, RoleError};
 
 const PAGE: u64 = PAGE_SIZE as u64;
 const PAGES: u64 = 600;
@@ -41,7 +42,7 @@ struct ToyVmm {
     exchange: OwnedFd,
     view: SharedMemory,
     packets: SharedMemory,
-    protection: Option<Box<dyn GuestProtection>>,
+    protection: Option<GuestProtection>,
     writes: u64,
     log: Log,
 }
@@ -72,12 +73,12 @@ impl ToyVmm {
             memory_bytes: PAGES * PAGE,
             ..plan(technology)
         };
-        let link = processor.map(|psp| psp.connect().unwrap());
+        let link = processor.map(|psp| psp.connect(false).unwrap().channel);
         let mut protection = open(&plan, view, exchange.as_fd(), link).unwrap();
         if running {
             fill(&map(&memory, PAGES * PAGE));
             if let Some(protection) = &mut protection {
-                protection.launch_start(None).unwrap();
+                protection.launch_start(&LaunchBinding::default()).unwrap();
                 protection.launch_update(0, PAGE).unwrap();
                 protection.launch_measure().unwrap();
                 protection.launch_finish().unwrap();
@@ -174,8 +175,11 @@ impl ToyVmm {
                 amd,
             } => {
                 let protection = self.protection.as_mut().unwrap();
-                let (policy, source_pdh, session) =
-                    protection.send_start(&target_pdh, &platform, &amd)?;
+                let (policy, source_pdh, session) = protection.send_start(&PlatformEvidence {
+                    pdh: target_pdh,
+                    platform,
+                    amd,
+                })?;
                 return Ok(MoverReply::SendStarted {
                     policy,
                     source_pdh,
@@ -183,7 +187,8 @@ impl ToyVmm {
                 });
             }
             MoverRequest::PlatformEvidence => {
-                let (pdh, platform, amd) = self.protection.as_mut().unwrap().evidence()?;
+                let PlatformEvidence { pdh, platform, amd } =
+                    self.protection.as_mut().unwrap().evidence()?;
                 return Ok(MoverReply::Evidence { pdh, platform, amd });
             }
             MoverRequest::ReceiveStart {

@@ -48,7 +48,7 @@ impl VmmLink {
 
     /// Whether pages travel as packets of the secure processor.
     pub fn confidential(&self) -> bool {
-        matches!(self.plan.technology, Technology::Sev { .. })
+        self.plan.technology != Technology::None
     }
 
     /// Memory that may hold pages.

@@ -359,7 +359,13 @@ fn limit_resources(spec: &JailSpec) -> Result<(), JailError> {
         (Resource::RLIMIT_MSGQUEUE, 0),
     ];
     for (resource, value) in limits {
-        setrlimit(resource, value, value).map_err(step("setrlimit"))?;
+        let what = match resource {
+            Resource::RLIMIT_MEMLOCK => {
+                "setrlimit RLIMIT_MEMLOCK (to raise it for a SEV guest, the agent needs CAP_SYS_RESOURCE)"
+            }
+            _ => "setrlimit",
+        };
+        setrlimit(resource, value, value).map_err(step(what))?;
     }
     Ok(())
 }

@@ -11,6 +11,7 @@ use super::layout::{
     COM1, I8042_COMMAND, PCI_CONFIG_ADDRESS, PCI_CONFIG_DATA, RESET_VALUE, S5_SLEEP_TYPE,
     SLEEP_CONTROL, SLEEP_STATUS, VIRTIO_BAR_SIZE, VIRTIO_BARS,
 };
+use super::page_sharing::PageSharing;
 use super::pci::PciBus;
 use crate::devices::serial::Console;
 use crate::devices::virtio::transport::VirtioPci;
@@ -25,6 +26,12 @@ pub trait GuestBus: Send + Sync {
     fn memory_read(&self, address: u64, data: &mut [u8]);
     /// A store to no memory.
     fn memory_write(&self, address: u64, data: &[u8]);
+    /// A hypercall that KVM does not answer; the result for the guest.
+    fn hypercall(&self, number: u64, arguments: &[u64; 6]) -> u64;
+    /// `rdmsr` of one that KVM leaves to the VMM; `None` is a fault in the guest.
+    fn read_msr(&self, index: u32) -> Option<u64>;
+    /// `wrmsr` of such a one; false is a fault in the guest.
+    fn write_msr(&self, index: u32, value: u64) -> bool;
 }
 
 /// The machine's own bus: COM1, PCI configuration, virtio BARs, power and reset.
@@ -33,6 +40,7 @@ pub struct MachineBus {
     pci: Arc<PciBus>,
     functions: Vec<Arc<VirtioPci>>,
     stop: Arc<StopNotice>,
+    sharing: Option<Arc<PageSharing>>,
 }
 
 impl MachineBus {
@@ -42,12 +50,14 @@ impl MachineBus {
         pci: Arc<PciBus>,
         functions: Vec<Arc<VirtioPci>>,
         stop: Arc<StopNotice>,
+        sharing: Option<Arc<PageSharing>>,
     ) -> Self {
         Self {
             console,
             pci,
             functions,
             stop,
+            sharing,
         }
     }
 
@@ -100,6 +110,22 @@ impl GuestBus for MachineBus {
             function.bar_write(offset, data);
         }
     }
+
+    fn hypercall(&self, number: u64, arguments: &[u64; 6]) -> u64 {
+        match &self.sharing {
+            Some(sharing) => sharing.hypercall(number, arguments),
+            None => UNKNOWN_HYPERCALL,
+        }
+    }
+
+    fn read_msr(&self, index: u32) -> Option<u64> {
+        self.sharing.as_ref()?.read_msr(index)
+    }
+
+    fn write_msr(&self, index: u32, value: u64) -> bool {
+        let sharing = self.sharing.as_ref();
+        sharing.is_some_and(|sharing| sharing.write_msr(index, value))
+    }
 }
 
 /// Says once, to everyone, that the guest has stopped itself.
@@ -147,4 +173,6 @@ const COM1_LAST: u16 = COM1 + 7;
 const PCI_CONFIG_LAST: u16 = PCI_CONFIG_DATA + 3;
 const SLEEP_ENABLE: u8 = 1 << 5;
 const SLEEP_NOW: u8 = (S5_SLEEP_TYPE << 2) | SLEEP_ENABLE;
+/// `-KVM_ENOSYS`.
+const UNKNOWN_HYPERCALL: u64 = (-1000i64).cast_unsigned();
 const MAX_REASON: usize = 200;

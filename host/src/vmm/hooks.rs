@@ -2,10 +2,11 @@
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 
+use crate::confidential::launch::GuestProtection;
 use crate::devices::virtio::VirtioDevice;
 use crate::machine::plan::MachinePlan;
 use crate::sandbox::report::{ProbeReport, SandboxReport};
-use crate::vmm::confidential_hook::GuestProtection;
+use crate::vmm::kvm::Vm;
 use crate::vmm::protocol::{HandleKind, RoleError};
 
 /// Kinds of threads in a VMM process; each has a filter of its own.
@@ -36,18 +37,27 @@ pub struct Hooks {
     pub report: fn() -> Result<SandboxReport, String>,
     /// Makes the device models of a plan, in PCI order, from the descriptors handed in.
     pub devices: fn(&MachinePlan, &mut Handles) -> Result<Models, RoleError>,
-    /// Opens the confidential technology of a plan; `memory` is the guest memory file, `exchange` the
-    /// exchange memory's.
+    /// Opens the confidential technology of a plan, before the machine has vCPUs.
     pub protection: OpenProtection,
 }
 
 /// Device models in PCI order.
 pub type Models = Vec<Box<dyn VirtioDevice>>;
 /// The confidential technology of a guest, if it has one.
-pub type Protection = Option<Box<dyn GuestProtection>>;
-/// Opens it: plan, descriptors, guest memory file, exchange memory file.
+pub type Protection = Option<GuestProtection>;
+/// Opens it from the plan, the descriptors, and the machine.
 pub type OpenProtection =
-    fn(&MachinePlan, &mut Handles, BorrowedFd<'_>, BorrowedFd<'_>) -> Result<Protection, RoleError>;
+    fn(&MachinePlan, &mut Handles, &BareMachine<'_>) -> Result<Protection, RoleError>;
+
+/// A machine that has memory and nothing else yet.
+pub struct BareMachine<'a> {
+    /// The virtual machine.
+    pub vm: &'a Vm,
+    /// The guest memory file, writable.
+    pub memory: BorrowedFd<'a>,
+    /// The exchange memory's.
+    pub exchange: BorrowedFd<'a>,
+}
 
 /// Descriptors of [`VmmRequest::Prepare`](crate::vmm::protocol::VmmRequest::Prepare), each taken once.
 #[derive(Debug, Default)]

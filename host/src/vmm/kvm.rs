@@ -20,18 +20,26 @@ use vmm_sys_util::ioctl::ioctl_with_ref;
 
 use super::layout::{KVM_IDENTITY_MAP, KVM_TSS};
 use super::memory::GuestMemory;
+use super::page_sharing::PageSharing;
+use crate::confidential::kvm::{GuestKind, Initialise, SevError, create_vm};
 
 /// A virtual machine with full in-kernel interrupt controllers, its memory, and the log of its writes.
 pub struct Vm {
     kvm: Kvm,
     fd: Arc<VmFd>,
+    encrypted: Option<Initialise>,
     memory: Arc<GuestMemory>,
     manual_protect: bool,
 }
 
 impl Vm {
-    /// Makes the machine from an open `/dev/kvm`.
-    pub fn new(kvm: OwnedFd, memory: Arc<GuestMemory>) -> Result<Self, KvmError> {
+    /// Makes the machine from an open `/dev/kvm`; `kind` is what AMD's own processor is to make of it, `None` where
+    /// it has no part.
+    pub fn new(
+        kvm: OwnedFd,
+        memory: Arc<GuestMemory>,
+        kind: Option<GuestKind>,
+    ) -> Result<Self, KvmError> {
         // SAFETY: the descriptor is owned and given up here; if it is not /dev/kvm the ioctls fail.
         let kvm = unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) };
         let version = kvm.get_api_version();
@@ -43,7 +51,17 @@ impl Vm {
                 return Err(KvmError::Missing(name));
             }
         }
-        let fd = retry_interrupted(|| kvm.create_vm()).map_err(during("KVM_CREATE_VM"))?;
+        let (fd, encrypted) = match kind {
+            None => {
+                let fd = retry_interrupted(|| kvm.create_vm()).map_err(during("KVM_CREATE_VM"))?;
+                (fd, None)
+            }
+            Some(kind) => {
+                let (fd, initialise) = create_vm(&kvm, kind)?;
+                PageSharing::listen(&fd)?;
+                (fd, Some(initialise))
+            }
+        };
         fd.set_identity_map_address(KVM_IDENTITY_MAP)
             .map_err(during("KVM_SET_IDENTITY_MAP_ADDR"))?;
         fd.set_tss_address(KVM_TSS)
@@ -58,6 +76,7 @@ impl Vm {
         let vm = Self {
             kvm,
             fd: Arc::new(fd),
+            encrypted,
             memory,
             manual_protect,
         };
@@ -73,6 +92,11 @@ impl Vm {
     /// The machine's descriptor, for interrupts and ioeventfds.
     pub fn fd(&self) -> &Arc<VmFd> {
         &self.fd
+    }
+
+    /// How AMD's own processor is to take the machine over; `None` if it has no part.
+    pub fn encrypted(&self) -> Option<Initialise> {
+        self.encrypted
     }
 
     /// Makes vCPU `id`.
@@ -207,6 +231,9 @@ pub enum KvmError {
     /// An ioctl failed.
     #[error("{0}: {1}")]
     Ioctl(&'static str, #[source] errno::Error),
+    /// No machine for a guest of AMD's own processor.
+    #[error(transparent)]
+    Sev(#[from] SevError),
     /// A saved state that this machine cannot take.
     #[error("machine state: {0} not as saved by this version")]
     State(&'static str),

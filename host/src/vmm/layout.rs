@@ -24,6 +24,10 @@ pub const HIGH_RAM: u64 = 0x10_0000;
 pub const SECRET_GPA: u64 = KERNEL - PAGE_SIZE;
 /// Size of the secret page.
 pub const SECRET_SIZE: u64 = PAGE_SIZE;
+/// The page that SEV-SNP firmware fills with the guest's secrets; reserved like [`SECRET_GPA`], which follows it.
+pub const SNP_SECRETS: u64 = SECRET_GPA - PAGE_SIZE;
+/// The page that SEV-SNP firmware checks: what the guest may believe of its processor.
+pub const SNP_CPUID: u64 = SNP_SECRETS - PAGE_SIZE;
 /// Where the compressed kernel is loaded; what most kernels prefer.
 pub const KERNEL: u64 = 0x100_0000;
 

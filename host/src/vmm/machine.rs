@@ -1,29 +1,31 @@
 //! One machine: built from a plan, loaded, run, paused, saved, restored. Knows no channel and no protocol.
 
-use std::fs::File;
+mod launch;
 
-use std::os::unix::fs::FileExt;
+use std::fs::File;
 use std::sync::Arc;
 
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VcpuFd};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::boot::{BootError, BootImage};
+use super::boot::BootError;
 use super::bus::{GuestBus, MachineBus, StopNotice};
-use super::confidential_hook::GuestProtection;
 use super::device_thread::{DeviceThread, DeviceThreadError};
-use super::hooks::{Handles, Hooks, ThreadKind};
+use super::hooks::{BareMachine, Handles, Hooks, ThreadKind};
 use super::irq::{Interrupts, MsiRouter};
 use super::kvm::{KvmError, Vm, during};
 use super::layout::{COM1_GSI, MAX_FUNCTIONS, VIRTIO_BAR_SIZE, VIRTIO_BARS};
 use super::memory::{ExchangeMemory, GuestMemory, MemoryError};
+use super::page_sharing::PageSharing;
 use super::pci::msix::Msix;
 use super::pci::{PciBus, PciFunction};
 use super::protocol::{HandleKind, RoleError};
 use super::state::{MachineStateV1, StateFormatError};
-use super::vcpu::entry::{Entry, enter_long_mode, power_on_msrs};
+use super::vcpu::entry::power_on_msrs;
 use super::vcpu::state::{StateContext, StateError};
 use super::vcpu::{Vcpu, VcpuError, cpuid};
+use crate::confidential::kvm::real_kind;
+use crate::confidential::launch::GuestProtection;
 use crate::devices::serial::{Console, ConsoleStateError};
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::transport::{Placement, TransportStateError, VirtioPci};
@@ -44,7 +46,8 @@ pub struct Machine {
     stop: Arc<StopNotice>,
     kernel: Option<File>,
     initrd: Option<File>,
-    protection: Option<Box<dyn GuestProtection>>,
+    protection: Option<GuestProtection>,
+    sharing: Option<Arc<PageSharing>>,
     plan: MachinePlan,
 }
 
@@ -62,7 +65,17 @@ impl Machine {
         memory.set_reader(reader);
         let memory = Arc::new(memory);
         let exchange = ExchangeMemory::new()?;
-        let vm = Vm::new(handles.require(HandleKind::Kvm)?, Arc::clone(&memory))?;
+        let kvm = handles.require(HandleKind::Kvm)?;
+        let kind = real_kind(plan.technology);
+        let vm = Vm::new(kvm, Arc::clone(&memory), kind)?;
+        let sharing = kind.map(|_| Arc::new(PageSharing::new(Arc::clone(&memory))));
+        // KVM takes no machine that has a vCPU for an encrypted one.
+        let bare = BareMachine {
+            vm: &vm,
+            memory: memory.file(),
+            exchange: exchange.file(),
+        };
+        let protection = (hooks.protection)(&plan, handles, &bare)?;
         let context = Arc::new(StateContext::new(vm.kvm(), vm.fd())?);
         let vcpu_fds = make_vcpus(&vm, &context, &plan)?;
         let interrupts = Arc::new(Interrupts::new(Arc::clone(vm.fd())));
@@ -85,10 +98,10 @@ impl Machine {
             Arc::clone(&pci),
             functions.clone(),
             Arc::clone(&stop),
+            sharing.clone(),
         ));
         let kernel = handles.take(HandleKind::Kernel).map(File::from);
         let initrd = handles.take(HandleKind::Initrd).map(File::from);
-        let protection = (hooks.protection)(&plan, handles, memory.file(), exchange.file())?;
 
         (hooks.confine_process)().map_err(MachineError::Confine)?;
         let devices = DeviceThread::spawn(wake, functions.clone(), hooks.confine_thread)?;
@@ -117,37 +130,9 @@ impl Machine {
             kernel,
             initrd,
             protection,
+            sharing,
             plan,
         })
-    }
-
-    /// Reads kernel and initramfs, places the first memory, and puts the first vCPU at the entry point.
-    /// `measure` is called for every piece, in order, when its bytes are in guest memory.
-    pub fn load(
-        &mut self,
-        mut measure: impl FnMut(
-            &mut Option<Box<dyn GuestProtection>>,
-            u64,
-            u64,
-        ) -> Result<(), RoleError>,
-    ) -> Result<(), MachineError> {
-        let kernel = self.kernel.take().ok_or(MachineError::NoKernel)?;
-        let kernel = read_image(&kernel)?;
-        let initrd = match self.initrd.take() {
-            Some(file) => read_image(&file)?,
-            None => Vec::new(),
-        };
-        let pieces = BootImage::assemble(&self.plan, &kernel, &initrd)?;
-        for piece in pieces {
-            self.memory.write(piece.gpa, &piece.bytes)?;
-            measure(&mut self.protection, piece.gpa, piece.bytes.len() as u64)?;
-        }
-        let first = self
-            .vcpus
-            .first()
-            .ok_or(MachineError::Vcpu(VcpuError::Gone))?;
-        first.call(|fd| enter_long_mode(fd, Entry::LINUX))??;
-        Ok(())
     }
 
     /// Starts or goes on.
@@ -220,6 +205,9 @@ impl Machine {
         for function in &self.functions {
             function.rouse();
         }
+        if let Some(sharing) = &self.sharing {
+            sharing.arrived();
+        }
         Ok(())
     }
 
@@ -272,8 +260,16 @@ impl Machine {
     }
 
     /// The confidential technology, if there is one.
-    pub fn protection(&mut self) -> Option<&mut Box<dyn GuestProtection>> {
+    pub fn protection(&mut self) -> Option<&mut GuestProtection> {
         self.protection.as_mut()
+    }
+
+    /// Whether the guest can be moved as it is now; more than this only a guest of AMD's own processor has to fulfil.
+    pub fn check_movable(&self) -> Result<(), RoleError> {
+        match &self.sharing {
+            Some(sharing) => sharing.check_movable(),
+            None => Ok(()),
+        }
     }
 
     /// Hears when the guest stops itself.
@@ -349,6 +345,7 @@ impl MachineError {
         match self {
             Self::Plan(_) => "BAD_PLAN",
             Self::Memory(_) => "MEMORY",
+            Self::Kvm(KvmError::Sev(error)) => error.code(),
             Self::Kvm(_) => "KVM",
             Self::Vcpu(_) | Self::Devices(_) => "THREAD",
             Self::VcpuState(_)
@@ -398,17 +395,11 @@ fn make_vcpus(
     context: &StateContext,
     plan: &MachinePlan,
 ) -> Result<Vec<(u8, VcpuFd)>, MachineError> {
-    let sev = matches!(
-        plan.technology,
-        Technology::Sev {
-            emulated: false,
-            ..
-        }
-    );
+    let encrypted = vm.encrypted().is_some();
     (0..plan.vcpus)
         .map(|id| {
             let fd = vm.create_vcpu(id)?;
-            let leaves = cpuid::for_vcpu(context.supported(), id, plan.vcpus, sev);
+            let leaves = cpuid::for_vcpu(context.supported(), id, plan.vcpus, encrypted);
             context.set_cpuid(id, &fd, &leaves)?;
             power_on_msrs(&fd)?;
             Ok((id, fd))
@@ -453,18 +444,3 @@ fn place_functions(
     }
     Ok(functions)
 }
-
-/// Reads an image from its start, whatever the descriptor's position.
-fn read_image(file: &File) -> Result<Vec<u8>, MachineError> {
-    let size = file.metadata()?.len();
-    if size > MAX_IMAGE {
-        return Err(MachineError::Boot(BootError::Kernel(
-            "or initramfs is larger than 1 GiB",
-        )));
-    }
-    let mut bytes = vec![0u8; usize::try_from(size).unwrap_or(0)];
-    file.read_exact_at(&mut bytes, 0)?;
-    Ok(bytes)
-}
-
-const MAX_IMAGE: u64 = 1 << 30;

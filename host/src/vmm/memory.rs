@@ -130,6 +130,14 @@ impl GuestMemory {
         self.region.bitmap().get_and_reset()
     }
 
+    /// Notes pages as written though no byte was: what they are has changed.
+    pub fn mark_written(&self, gpa: u64, length: u64) {
+        let (Ok(offset), Ok(length)) = (usize::try_from(gpa), usize::try_from(length)) else {
+            return;
+        };
+        self.region.bitmap().mark_dirty(offset, length);
+    }
+
     /// Whether a device model wrote the page at `gpa`.
     pub fn device_wrote(&self, gpa: u64) -> bool {
         usize::try_from(gpa).is_ok_and(|offset| self.region.bitmap().dirty_at(offset))

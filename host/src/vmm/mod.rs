@@ -5,7 +5,6 @@
 
 pub mod boot;
 pub mod bus;
-pub mod confidential_hook;
 pub mod device_thread;
 pub mod hooks;
 pub mod irq;
@@ -14,6 +13,7 @@ pub mod layout;
 pub mod machine;
 pub mod memory;
 pub mod models;
+pub mod page_sharing;
 pub mod pci;
 pub mod protocol;
 pub mod role;

@@ -1,13 +1,19 @@
 //! The device models of a plan, in PCI order: disks, network cards, vsock.
 
 use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
+
+use casemate_attest::processor::snp::request_frame::{
+    GUEST_REQUEST_PORT, REPLY_FRAME_MAX, REQUEST_FRAME_LEN,
+};
 
 use super::hooks::{Handles, Models};
 use super::protocol::{HandleKind, RoleError};
 use crate::devices::virtio::block::Block;
 use crate::devices::virtio::net::Net;
-use crate::devices::virtio::vsock::Vsock;
+use crate::devices::virtio::vsock::{Vsock, WiredPort};
 use crate::machine::plan::MachinePlan;
 
 /// Makes every device model of `plan` from its descriptor; for [`Hooks::devices`](super::hooks::Hooks::devices).
@@ -25,17 +31,84 @@ pub fn from_plan(plan: &MachinePlan, handles: &mut Handles) -> Result<Models, Ro
             .map_err(|e| failed("network card", &net.id, &e))?;
         models.push(Box::new(card));
     }
-    if let Some(cid) = plan.vsock_cid {
-        let listener = UnixListener::from(handles.require(HandleKind::VsockListener)?);
-        let vsock = Vsock::new(cid, listener).map_err(|e| failed("vsock", &cid.to_string(), &e))?;
-        models.push(Box::new(vsock));
+    let messages = handles.take(HandleKind::GuestMessages);
+    match plan.vsock_cid {
+        Some(cid) => {
+            let listener = UnixListener::from(handles.require(HandleKind::VsockListener)?);
+            let vsock = vsock(cid, listener, messages)
+                .map_err(|e| failed("vsock", &cid.to_string(), &e))?;
+            models.push(Box::new(vsock));
+        }
+        None if messages.is_some() => return Err(no_way_to_the_processor()),
+        None => {}
     }
     Ok(models)
 }
 
-fn failed(what: &str, name: &str, error: &std::io::Error) -> RoleError {
+fn vsock(cid: u32, listener: UnixListener, messages: Option<OwnedFd>) -> io::Result<Vsock> {
+    let vsock = Vsock::new(cid, listener)?;
+    match messages {
+        None => Ok(vsock),
+        Some(channel) => vsock.with_wired(WiredPort {
+            port: GUEST_REQUEST_PORT,
+            channel,
+            request_len: REQUEST_FRAME_LEN,
+            reply_max: REPLY_FRAME_MAX,
+        }),
+    }
+}
+
+fn no_way_to_the_processor() -> RoleError {
+    RoleError {
+        code: "DEVICE".into(),
+        text: "GuestMessages was handed in, but the plan has no vsock device for it; \
+               give the guest a vsock_cid"
+            .into(),
+    }
+}
+
+fn failed(what: &str, name: &str, error: &io::Error) -> RoleError {
     RoleError {
         code: "DEVICE".into(),
         text: format!("{what} `{name}`: {error}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::plan::Technology;
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+
+    fn plan(vsock_cid: Option<u32>) -> MachinePlan {
+        MachinePlan {
+            name: "vault".into(),
+            vm_id: [1; 16],
+            vcpus: 1,
+            memory_bytes: 64 << 20,
+            cmdline: String::new(),
+            technology: Technology::None,
+            disks: vec![],
+            nets: vec![],
+            vsock_cid,
+        }
+    }
+
+    fn devices(vsock_cid: Option<u32>, kind: SockType) -> Result<usize, RoleError> {
+        let folder = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(folder.path().join("vsock")).unwrap();
+        let pair = socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC);
+        let kinds = vec![HandleKind::VsockListener, HandleKind::GuestMessages];
+        let mut handles = Handles::new(kinds, vec![listener.into(), pair.unwrap().0]).unwrap();
+        from_plan(&plan(vsock_cid), &mut handles).map(|models| models.len())
+    }
+
+    #[test]
+    fn guest_messages_go_by_vsock_or_not_at_all() {
+        assert_eq!(devices(Some(3), SockType::SeqPacket).unwrap(), 1);
+        let refused = devices(Some(3), SockType::Stream).unwrap_err();
+        assert!(refused.text.contains("packets"), "{refused}");
+        let refused = devices(None, SockType::SeqPacket).unwrap_err();
+        assert!(refused.text.contains("vsock_cid"), "{refused}");
     }
 }

@@ -25,8 +25,13 @@ pub enum HandleKind {
     VsockListener,
     /// Channel to the software secure processor.
     Processor,
-    /// `/dev/sev`.
+    /// `/dev/sev`, for reading: guests' commands and the platform's status and certificates.
     SevDevice,
+    /// One end of a `SOCK_SEQPACKET` pair whose other end the software secure processor has: an SNP guest's requests
+    /// go there, a packet each, and the replies come back (`casemate_attest::processor::snp::request_frame`).
+    GuestMessages,
+    /// ASK ‖ ARK of the processor behind `/dev/sev`, as AMD publishes them.
+    AmdCertificates,
 }
 
 /// Agent to VMM.
@@ -41,8 +46,8 @@ pub enum VmmRequest {
     },
     /// Boots from the kernel and initramfs handed in. For a confidential guest up to the measurement.
     Launch {
-        /// The owner's session, for a confidential guest that will get a secret.
-        session: Option<OwnerSession>,
+        /// What binds the launch to the guest's owner.
+        binding: Box<LaunchBinding>,
     },
     /// Waits for a mover to fill the machine.
     Incoming,
@@ -73,6 +78,39 @@ pub enum VmmRequest {
     Shutdown,
 }
 
+/// What binds a launch to the guest's owner and to the host's own choice.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct LaunchBinding {
+    /// SEV and SEV-ES: the owner's session, for a guest that will get a secret.
+    pub session: Option<OwnerSession>,
+    /// SEV-SNP: what LAUNCH_FINISH is given.
+    pub snp: SnpBinding,
+}
+
+/// What SNP_LAUNCH_FINISH is given.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct SnpBinding {
+    /// Shown in every report.
+    pub host_data: [u8; 32],
+    /// What should have been launched, with its signatures.
+    pub id: Option<SnpId>,
+    /// Reports may not be signed with the VCEK.
+    pub vcek_disabled: bool,
+}
+
+/// An ID block and its authentication.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SnpId {
+    /// 96 bytes.
+    #[serde(with = "serde_bytes")]
+    pub block: Vec<u8>,
+    /// 4096 bytes.
+    #[serde(with = "serde_bytes")]
+    pub auth: Vec<u8>,
+    /// Whether the author key is checked and reported.
+    pub author_key: bool,
+}
+
 /// The owner's half of a SEV session.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct OwnerSession {
@@ -98,8 +136,13 @@ pub enum VmmMessage {
 pub enum VmmReply {
     /// Nothing more to say.
     Done,
-    /// Loaded; of a confidential guest the measurement.
+    /// Loaded; of a SEV or SEV-ES guest the measurement. SEV-SNP guests prove themselves by reports.
     Launched(Option<Measurement>),
+    /// The vCPUs run for the first time.
+    Started {
+        /// SEV-SNP launch digest in hex, where the firmware tells it.
+        digest: Option<String>,
+    },
     /// What the machine is doing.
     Status(MachineStatus),
     /// Result of a probe, thread by thread.

@@ -285,6 +285,6 @@ fn hooks() -> Hooks {
         probe: || Err("no sandbox in this test".into()),
         report: || Err("no sandbox in this test".into()),
         devices: models::from_plan,
-        protection: |_, _, _, _| Ok(None),
+        protection: casemate::confidential::protection,
     }
 }

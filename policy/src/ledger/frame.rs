@@ -2,7 +2,7 @@
 //!
 //! The checksum tells a torn or rotten line from a whole one; against people there are the checkpoints.
 
-/// The first line of every ledger.
+/// The first line of every ledger file.
 pub(super) const HEADER: &[u8] = b"casemate-ledger 1\n";
 /// The longest payload.
 pub(super) const MAX_PAYLOAD: usize = 64 << 10;
@@ -14,6 +14,8 @@ pub(super) enum Kind {
     Record,
     /// A signed note, as a JSON string.
     Checkpoint,
+    /// Where a file goes on from the one before it; its second line, and nowhere else.
+    Start,
 }
 
 impl Kind {
@@ -21,6 +23,7 @@ impl Kind {
         match self {
             Self::Record => 'R',
             Self::Checkpoint => 'C',
+            Self::Start => 'S',
         }
     }
 }
@@ -37,17 +40,35 @@ pub(super) fn encode(kind: Kind, payload: &str) -> String {
 
 /// Kind and payload of a line without its line feed, or nothing if it is not exactly as [`encode`] writes it.
 pub(super) fn decode(line: &[u8]) -> Option<(Kind, &str)> {
-    let line = std::str::from_utf8(line).ok()?;
-    let payload = line
-        .splitn(4, ' ')
-        .nth(3)
-        .filter(|payload| payload.len() <= MAX_PAYLOAD)?;
-    let kind = match line.chars().next()? {
-        'R' => Kind::Record,
-        'C' => Kind::Checkpoint,
+    let (kind, rest) = match line.split_first_chunk::<2>()? {
+        (b"R ", rest) => (Kind::Record, rest),
+        (b"C ", rest) => (Kind::Checkpoint, rest),
+        (b"S ", rest) => (Kind::Start, rest),
         _ => return None,
     };
-    (encode(kind, payload).strip_suffix('\n') == Some(line)).then_some((kind, payload))
+    let mut digits = 0;
+    let mut length = 0usize;
+    for digit in rest.iter().take_while(|b| b.is_ascii_digit()).take(6) {
+        length = length * 10 + usize::from(digit - b'0');
+        digits += 1;
+    }
+    let leading_zero = digits > 1 && rest.first() == Some(&b'0');
+    let (checksum, payload) = rest
+        .get(digits..)?
+        .strip_prefix(b" ")?
+        .split_first_chunk::<8>()?;
+    let payload = payload.strip_prefix(b" ")?;
+    if digits == 0 || leading_zero || payload.len() != length || length > MAX_PAYLOAD {
+        return None;
+    }
+    let spelled = checksum
+        .iter()
+        .all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(b));
+    let checksum = u32::from_str_radix(std::str::from_utf8(checksum).ok()?, 16).ok()?;
+    if !spelled || checksum != crc32fast::hash(payload) || payload.contains(&b'\n') {
+        return None;
+    }
+    Some((kind, std::str::from_utf8(payload).ok()?))
 }
 
 #[cfg(test)]

@@ -10,35 +10,45 @@ pub fn leaf_hash(leaf: &[u8]) -> Hash {
     sha256(&[&[0], leaf])
 }
 
-/// A tree that only grows. Keeps every leaf's hash (32 bytes a record) for proofs.
-#[derive(Clone, Debug, Default)]
-pub struct Tree {
-    leaves: Vec<Hash>,
+/// The right edge of a tree that only grows: all that its root needs, however many leaves it has.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Frontier {
+    size: u64,
     /// Roots of the complete subtrees that make up the tree, largest first: one for each bit set in the size.
     peaks: Vec<Hash>,
 }
 
-impl Tree {
+impl Frontier {
     /// An empty tree.
     pub fn new() -> Self {
         Self::default()
     }
 
+    /// A tree of `size` leaves with these peaks, if there are as many as the size has bits.
+    pub fn from_peaks(size: u64, peaks: Vec<Hash>) -> Option<Self> {
+        (peaks.len() == size.count_ones() as usize).then_some(Self { size, peaks })
+    }
+
     /// Appends the hash of a leaf.
     pub fn push(&mut self, leaf: Hash) {
         let mut peak = leaf;
-        for _ in 0..self.leaves.len().trailing_ones() {
+        for _ in 0..self.size.trailing_ones() {
             if let Some(left) = self.peaks.pop() {
                 peak = node_hash(&left, &peak);
             }
         }
         self.peaks.push(peak);
-        self.leaves.push(leaf);
+        self.size += 1;
     }
 
     /// The number of leaves.
     pub fn size(&self) -> u64 {
-        self.leaves.len() as u64
+        self.size
+    }
+
+    /// Roots of the complete subtrees, largest first.
+    pub fn peaks(&self) -> &[Hash] {
+        &self.peaks
     }
 
     /// The root; of the empty tree SHA-256 of nothing.
@@ -51,38 +61,153 @@ impl Tree {
             .reduce(|right, left| node_hash(&left, &right));
         joined.unwrap_or_else(|| sha256(&[]))
     }
+}
+
+/// Something that knows the hashes of a tree's complete subtrees; what proofs are made from.
+pub trait Nodes {
+    /// Why a hash could not be had.
+    type Error;
+
+    /// The number of leaves.
+    fn size(&self) -> u64;
+
+    /// The root of the `2^level` leaves from `index * 2^level` on, all of which are in the tree.
+    fn node(&self, level: u32, index: u64) -> Result<Hash, Self::Error>;
+
+    /// The root when the tree had `size` leaves, if it has had so many.
+    fn root_at(&self, size: u64) -> Result<Option<Hash>, Self::Error> {
+        if size > self.size() {
+            return Ok(None);
+        }
+        range_root(self, 0, size).map(Some)
+    }
+
+    /// The path that proves leaf `index` in the tree of the first `size` leaves (RFC 9162, 2.1.3.1).
+    fn inclusion_proof(&self, index: u64, size: u64) -> Result<Option<Vec<Hash>>, Self::Error> {
+        if index >= size || size > self.size() {
+            return Ok(None);
+        }
+        let (mut proof, mut start, mut end) = (Vec::new(), 0, size);
+        while end - start > 1 {
+            let middle = start + split(end - start);
+            if index < middle {
+                proof.push(range_root(self, middle, end)?);
+                end = middle;
+            } else {
+                proof.push(range_root(self, start, middle)?);
+                start = middle;
+            }
+        }
+        proof.reverse();
+        Ok(Some(proof))
+    }
+
+    /// The proof that the tree of the first `old` leaves is a prefix of that of the first `new` (RFC 9162, 2.1.4.1).
+    fn consistency_proof(&self, old: u64, new: u64) -> Result<Option<Vec<Hash>>, Self::Error> {
+        if old > new || new > self.size() {
+            return Ok(None);
+        }
+        let (mut proof, mut start, mut end) = (Vec::new(), 0, new);
+        if old == 0 {
+            return Ok(Some(proof));
+        }
+        while old != end {
+            let middle = start + split(end - start);
+            if old <= middle {
+                proof.push(range_root(self, middle, end)?);
+                end = middle;
+            } else {
+                proof.push(range_root(self, start, middle)?);
+                start = middle;
+            }
+        }
+        if start > 0 {
+            proof.push(range_root(self, start, end)?);
+        }
+        proof.reverse();
+        Ok(Some(proof))
+    }
+
+    /// The right edge of the tree when it had `size` leaves.
+    fn frontier_at(&self, size: u64) -> Result<Option<Frontier>, Self::Error> {
+        if size > self.size() {
+            return Ok(None);
+        }
+        let (mut peaks, mut start) = (Vec::new(), 0);
+        for level in (0..u64::BITS).rev().filter(|level| size >> level & 1 == 1) {
+            peaks.push(self.node(level, start >> level)?);
+            start += 1 << level;
+        }
+        Ok(Some(Frontier { size, peaks }))
+    }
+}
+
+/// A tree in memory. Keeps every leaf's hash (32 bytes a record) for proofs.
+#[derive(Clone, Debug, Default)]
+pub struct Tree {
+    leaves: Vec<Hash>,
+    frontier: Frontier,
+}
+
+impl Tree {
+    /// An empty tree.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Appends the hash of a leaf.
+    pub fn push(&mut self, leaf: Hash) {
+        self.frontier.push(leaf);
+        self.leaves.push(leaf);
+    }
+
+    /// The number of leaves.
+    pub fn size(&self) -> u64 {
+        self.frontier.size
+    }
+
+    /// The root; of the empty tree SHA-256 of nothing.
+    pub fn root(&self) -> Hash {
+        self.frontier.root()
+    }
 
     /// The root when the tree had `size` leaves, if it has had so many.
     pub fn root_at(&self, size: u64) -> Option<Hash> {
-        Some(subtree_root(
-            self.leaves.get(..usize::try_from(size).ok()?)?,
-        ))
+        Nodes::root_at(self, size).ok().flatten()
     }
 
     /// The path that proves leaf `index` in the tree of the first `size` leaves.
     pub fn inclusion_proof(&self, index: u64, size: u64) -> Option<Vec<Hash>> {
-        if index >= size {
-            return None;
-        }
-        let leaves = self.leaves.get(..usize::try_from(size).ok()?)?;
-        let mut proof = Vec::new();
-        inclusion_path(usize::try_from(index).ok()?, leaves, &mut proof);
-        Some(proof)
+        Nodes::inclusion_proof(self, index, size).ok().flatten()
     }
 
     /// The proof that the tree of the first `old` leaves is a prefix of that of the first `new`.
     pub fn consistency_proof(&self, old: u64, new: u64) -> Option<Vec<Hash>> {
-        if old > new {
-            return None;
-        }
-        let leaves = self.leaves.get(..usize::try_from(new).ok()?)?;
-        let mut proof = Vec::new();
-        if old > 0 {
-            consistency_path(usize::try_from(old).ok()?, leaves, true, &mut proof);
-        }
-        Some(proof)
+        Nodes::consistency_proof(self, old, new).ok().flatten()
     }
 }
+
+impl Nodes for Tree {
+    type Error = OutOfTree;
+
+    fn size(&self) -> u64 {
+        self.frontier.size
+    }
+
+    fn node(&self, level: u32, index: u64) -> Result<Hash, OutOfTree> {
+        let range = || {
+            let width = 1usize.checked_shl(level)?;
+            let start = usize::try_from(index).ok()?.checked_mul(width)?;
+            self.leaves.get(start..start.checked_add(width)?)
+        };
+        complete_root(range().ok_or(OutOfTree)?).ok_or(OutOfTree)
+    }
+}
+
+/// A node was asked for that the tree does not have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the tree has no such node")]
+pub struct OutOfTree;
 
 /// Whether `proof` shows `leaf` at `index` in the tree of `size` leaves with this root (RFC 9162, 2.1.3.2).
 #[must_use]
@@ -177,59 +302,39 @@ fn sha256(parts: &[&[u8]]) -> Hash {
     hash
 }
 
-/// Splits as RFC 6962 does: the left part is the largest power of two smaller than the length.
-fn split(leaves: &[Hash]) -> (&[Hash], &[Hash]) {
-    leaves.split_at(
-        leaves
-            .len()
-            .div_ceil(2)
-            .next_power_of_two()
-            .min(leaves.len()),
-    )
+/// The root over a power of two of hashes: a complete subtree.
+pub(super) fn complete_root(hashes: &[Hash]) -> Option<Hash> {
+    let mut level = hashes.to_vec();
+    while level.len() > 1 {
+        let pairs = level.chunks(2);
+        level = pairs
+            .map(|pair| match pair {
+                [left, right] => Some(node_hash(left, right)),
+                _ => None,
+            })
+            .collect::<Option<_>>()?;
+    }
+    level.first().copied()
 }
 
-fn subtree_root(leaves: &[Hash]) -> Hash {
-    match leaves {
-        [] => sha256(&[]),
-        [leaf] => *leaf,
-        _ => {
-            let (left, right) = split(leaves);
-            node_hash(&subtree_root(left), &subtree_root(right))
-        }
-    }
+/// How many of `length` leaves go to the left: the largest power of two smaller than it (RFC 6962, 2.1).
+fn split(length: u64) -> u64 {
+    1 << (u64::BITS - 1 - (length - 1).leading_zeros())
 }
 
-/// PATH(m, D) of RFC 6962, 2.1.1.
-fn inclusion_path(index: usize, leaves: &[Hash], proof: &mut Vec<Hash>) {
-    if leaves.len() <= 1 {
-        return;
+/// MTH(D[start:end]) of RFC 6962, 2.1; `start` is a multiple of the largest complete subtree in the range.
+fn range_root<N: Nodes + ?Sized>(nodes: &N, start: u64, end: u64) -> Result<Hash, N::Error> {
+    let length = end - start;
+    if length == 0 {
+        return Ok(sha256(&[]));
     }
-    let (left, right) = split(leaves);
-    if index < left.len() {
-        inclusion_path(index, left, proof);
-        proof.push(subtree_root(right));
-    } else {
-        inclusion_path(index - left.len(), right, proof);
-        proof.push(subtree_root(left));
+    if length.is_power_of_two() {
+        let level = length.trailing_zeros();
+        return nodes.node(level, start >> level);
     }
-}
-
-/// SUBPROOF(m, D, b) of RFC 6962, 2.1.2; `known` is b: whether the verifier has this subtree's root already.
-fn consistency_path(old: usize, leaves: &[Hash], known: bool, proof: &mut Vec<Hash>) {
-    if old == leaves.len() {
-        if !known {
-            proof.push(subtree_root(leaves));
-        }
-        return;
-    }
-    let (left, right) = split(leaves);
-    if old <= left.len() {
-        consistency_path(old, left, known, proof);
-        proof.push(subtree_root(right));
-    } else {
-        consistency_path(old - left.len(), right, false, proof);
-        proof.push(subtree_root(left));
-    }
+    let middle = start + split(length);
+    let left = range_root(nodes, start, middle)?;
+    Ok(node_hash(&left, &range_root(nodes, middle, end)?))
 }
 
 #[cfg(test)]
@@ -381,6 +486,8 @@ mod tests {
         }
         assert_eq!(tree.inclusion_proof(3, 3), None);
         assert_eq!(tree.consistency_proof(3, 2), None);
+        assert_eq!(tree.inclusion_proof(3, 21), None);
+        assert_eq!(tree.consistency_proof(3, 21), None);
     }
 
     proptest! {
@@ -397,6 +504,10 @@ mod tests {
             prop_assert!(!verify_inclusion(&leaf, index, size, &bad, &root));
             prop_assert!(!verify_inclusion(&leaf, index, size, &good[1..], &root));
             prop_assert!(!verify_inclusion(&leaf, index, size, &[good.as_slice(), &[root]].concat(), &root));
+
+            let edge = tree.frontier_at(index).unwrap().unwrap();
+            prop_assert_eq!(&edge, &grown(index).frontier);
+            prop_assert_eq!(Frontier::from_peaks(index, edge.peaks.clone()), Some(edge));
 
             let old = index.max(1);
             let old_root = tree.root_at(old).unwrap();

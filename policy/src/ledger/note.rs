@@ -83,16 +83,10 @@ pub struct VerifyingKey {
 impl VerifyingKey {
     /// The key of this name with these 32 bytes (RFC 8032).
     pub fn new(name: &str, public: [u8; 32]) -> Result<Self, NoteError> {
-        if name.is_empty()
-            || name
-                .chars()
-                .any(|c| c.is_whitespace() || c == '+' || c.is_control())
-        {
-            return Err(NoteError::BadName);
-        }
+        check_name(name)?;
         Ok(Self {
             name: name.to_owned(),
-            id: key_id(name, &public),
+            id: key_id(name, TYPE_ED25519, &public),
             public,
         })
     }
@@ -104,6 +98,53 @@ impl VerifyingKey {
 
     /// The text of a note that this key has signed. Signatures by other keys are ignored, a bad one by this key is not.
     pub fn open<'note>(&self, note: &'note str) -> Result<&'note str, NoteError> {
+        let note = Note::parse(note)?;
+        let mut signed = false;
+        for signature in &note.signatures {
+            if signature.name == self.name && signature.id == self.id {
+                let key = UnparsedPublicKey::new(&ED25519, &self.public);
+                key.verify(note.text.as_bytes(), &signature.bytes)
+                    .map_err(|_| NoteError::BadSignature)?;
+                signed = true;
+            }
+        }
+        if signed {
+            Ok(note.text)
+        } else {
+            Err(NoteError::NotSigned)
+        }
+    }
+
+    /// Whether a note claims to be signed by this key; the signature is not looked at.
+    pub(super) fn signs(&self, note: &str) -> Result<bool, NoteError> {
+        let note = Note::parse(note)?;
+        let mut signatures = note.signatures.iter();
+        Ok(signatures.any(|s| s.name == self.name && s.id == self.id))
+    }
+
+    /// The key's id, as it stands in signatures.
+    pub fn id(&self) -> [u8; 4] {
+        self.id
+    }
+}
+
+/// A note taken apart; nothing in it is believed.
+pub(super) struct Note<'note> {
+    pub(super) text: &'note str,
+    pub(super) signatures: Vec<Signature<'note>>,
+}
+
+/// One line under a note.
+pub(super) struct Signature<'note> {
+    pub(super) name: &'note str,
+    pub(super) id: [u8; 4],
+    /// What follows the key id.
+    pub(super) bytes: Vec<u8>,
+    pub(super) line: &'note str,
+}
+
+impl<'note> Note<'note> {
+    pub(super) fn parse(note: &'note str) -> Result<Self, NoteError> {
         if note.len() > MAX_NOTE {
             return Err(NoteError::Malformed("larger than 64 KiB"));
         }
@@ -117,24 +158,11 @@ impl VerifyingKey {
         let (Some(text), Some(lines)) = (text, lines.filter(|lines| lines.ends_with('\n'))) else {
             return Err(NoteError::Malformed("the last line does not end"));
         };
-        let mut signed = false;
-        for line in lines.lines() {
-            let (name, blob) = signature_line(line)?;
-            let Some((id, signature)) = blob.split_first_chunk::<4>() else {
-                return Err(NoteError::Malformed("a signature without key id"));
-            };
-            if name == self.name && *id == self.id {
-                let key = UnparsedPublicKey::new(&ED25519, &self.public);
-                key.verify(text.as_bytes(), signature)
-                    .map_err(|_| NoteError::BadSignature)?;
-                signed = true;
-            }
-        }
-        if signed {
-            Ok(text)
-        } else {
-            Err(NoteError::NotSigned)
-        }
+        let signatures = lines
+            .lines()
+            .map(signature_line)
+            .collect::<Result<_, _>>()?;
+        Ok(Self { text, signatures })
     }
 }
 
@@ -192,16 +220,27 @@ impl Checkpoint {
 
     /// The checkpoint in a signed note, verified; the origin must be the key's name. Extension lines are ignored.
     pub fn open(note: &str, key: &VerifyingKey) -> Result<Self, NoteError> {
-        let mut lines = key.open(note)?.lines();
+        let checkpoint = Self::from_text(key.open(note)?)?;
+        if checkpoint.origin == key.name {
+            Ok(checkpoint)
+        } else {
+            Err(NoteError::WrongOrigin {
+                found: checkpoint.origin,
+            })
+        }
+    }
+
+    /// What a note says, before any signature has been looked at.
+    pub fn unverified(note: &str) -> Result<Self, NoteError> {
+        Self::from_text(Note::parse(note)?.text)
+    }
+
+    fn from_text(text: &str) -> Result<Self, NoteError> {
+        let mut lines = text.lines();
         let (Some(origin), Some(size), Some(root)) = (lines.next(), lines.next(), lines.next())
         else {
             return Err(NoteError::Malformed("a checkpoint has three lines"));
         };
-        if origin != key.name {
-            return Err(NoteError::WrongOrigin {
-                found: origin.to_owned(),
-            });
-        }
         let number: u64 = size
             .parse()
             .map_err(|_| NoteError::Malformed("the tree size is no number"))?;
@@ -248,22 +287,40 @@ pub enum NoteError {
         /// The origin found.
         found: String,
     },
+    /// Fewer witnesses than wanted have co-signed.
+    #[error(
+        "{found} of the {wanted} wanted witnesses have co-signed; hand them the checkpoint, or lower the threshold"
+    )]
+    TooFewWitnesses {
+        /// How many have.
+        found: usize,
+        /// How many must.
+        wanted: usize,
+    },
     /// The checkpoint is over another tree.
     #[error("the checkpoint is over another tree than the records give")]
     WrongTree,
 }
 
-const DASH: &str = "\u{2014} ";
+pub(super) const DASH: &str = "\u{2014} ";
 const TYPE_ED25519: u8 = 1;
 const MAX_NOTE: usize = 64 << 10;
 
-fn key_id(name: &str, public: &[u8; 32]) -> [u8; 4] {
-    let input = [name.as_bytes(), &[b'\n', TYPE_ED25519], public].concat();
+pub(super) fn check_name(name: &str) -> Result<(), NoteError> {
+    let bad = |c: char| c.is_whitespace() || c == '+' || c.is_control();
+    if name.is_empty() || name.chars().any(bad) {
+        return Err(NoteError::BadName);
+    }
+    Ok(())
+}
+
+pub(super) fn key_id(name: &str, kind: u8, public: &[u8; 32]) -> [u8; 4] {
+    let input = [name.as_bytes(), &[b'\n', kind], public].concat();
     let digest = ring::digest::digest(&ring::digest::SHA256, &input);
     digest.as_ref().first_chunk().copied().unwrap_or_default()
 }
 
-fn signature_line(line: &str) -> Result<(&str, Vec<u8>), NoteError> {
+fn signature_line(line: &str) -> Result<Signature<'_>, NoteError> {
     let malformed = NoteError::Malformed("a signature line is not `— name base64`");
     let Some((name, encoded)) = line
         .strip_prefix(DASH)
@@ -271,7 +328,16 @@ fn signature_line(line: &str) -> Result<(&str, Vec<u8>), NoteError> {
     else {
         return Err(malformed);
     };
-    Ok((name, BASE64.decode(encoded).map_err(|_| malformed)?))
+    let blob = BASE64.decode(encoded).map_err(|_| malformed)?;
+    let Some((id, bytes)) = blob.split_first_chunk::<4>() else {
+        return Err(NoteError::Malformed("a signature without key id"));
+    };
+    Ok(Signature {
+        name,
+        id: *id,
+        bytes: bytes.to_vec(),
+        line,
+    })
 }
 
 fn has_control(text: &str) -> bool {

@@ -2,8 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::time::SystemTime;
+use std::{fmt, io};
 
-use serde::{Deserialize, Serialize};
+use serde::de::{SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 
 /// What happened, as it stands in the log.
 ///
@@ -42,7 +44,26 @@ impl Record {
     /// Reads what [`Record::canonical`] wrote, and nothing else.
     pub fn from_canonical(text: &str) -> Option<Self> {
         let record: Self = serde_json::from_str(text).ok()?;
-        (record.canonical() == text).then_some(record)
+        let mut expected = Expected(text.as_bytes());
+        serde_json::to_writer(&mut expected, &record).ok()?;
+        expected.0.is_empty().then_some(record)
+    }
+}
+
+/// Takes only the bytes that it expects, so that a spelling is compared without being kept.
+struct Expected<'a>(&'a [u8]);
+
+impl io::Write for Expected<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0 = self
+            .0
+            .strip_prefix(bytes)
+            .ok_or(io::ErrorKind::InvalidData)?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -62,7 +83,7 @@ pub enum Outcome {
 }
 
 /// A value in a record's detail.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(untagged)]
 pub enum Detail {
     /// Yes or no.
@@ -73,6 +94,43 @@ pub enum Detail {
     Text(String),
     /// Several texts, such as the reasons of a decision.
     List(Vec<String>),
+}
+
+impl<'de> Deserialize<'de> for Detail {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(AnyDetail)
+    }
+}
+
+/// Reads a detail by its kind, which JSON shows (what serde derives would try all kinds in turn).
+struct AnyDetail;
+
+impl<'de> Visitor<'de> for AnyDetail {
+    type Value = Detail;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a flag, a count, a text or a list of texts")
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<Detail, E> {
+        Ok(Detail::Flag(value))
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<Detail, E> {
+        Ok(Detail::Number(value))
+    }
+
+    fn visit_str<E>(self, value: &str) -> Result<Detail, E> {
+        Ok(Detail::Text(value.to_owned()))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Detail, A::Error> {
+        let mut texts = Vec::new();
+        while let Some(text) = list.next_element()? {
+            texts.push(text);
+        }
+        Ok(Detail::List(texts))
+    }
 }
 
 impl From<bool> for Detail {
@@ -174,7 +232,7 @@ impl Entry {
         self
     }
 
-    pub(super) fn stamped(self, seq: u64, stamp: Stamp) -> Record {
+    pub(crate) fn stamped(self, seq: u64, stamp: Stamp) -> Record {
         Record {
             action: self.action,
             actor: self.actor,
@@ -247,6 +305,13 @@ mod tests {
             None
         );
         assert!(!text.contains('\n'));
+        for other in ["-1", "1.5", "null", "{}", "[1]", "[[]]"] {
+            let changed = text.replacen("true}", &format!("{other}}}"), 1);
+            assert_ne!(changed, text);
+            assert_eq!(Record::from_canonical(&changed), None, "{other}");
+        }
+        assert_eq!(Record::from_canonical(&text[..text.len() - 1]), None);
+        assert_eq!(Record::from_canonical(&format!("{text} ")), None);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! A child process under the double, from its start to its end.
 
 use std::ffi::OsStr;
+use std::fmt::Debug;
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::process::{ChildStdin, ChildStdout, Command, Stdio};
@@ -15,6 +16,8 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use crate::error::DoubleError;
 use crate::kernel::{Kernel, Parts, Reply, SnpParts};
@@ -114,8 +117,7 @@ impl Snp {
 pub struct Double {
     kernel: Arc<Mutex<Kernel>>,
     pid: Pid,
-    input: Option<ChildStdin>,
-    output: ChildStdout,
+    pipes: Option<(ChildStdin, ChildStdout)>,
     threads: Option<Threads>,
 }
 
@@ -127,9 +129,15 @@ struct Threads {
 impl Double {
     /// Starts a program that speaks [`protocol`](crate::protocol), on a machine of its own.
     pub fn start(program: impl AsRef<OsStr>, config: &Config) -> Result<Self, DoubleError> {
-        let kernel = Arc::new(Mutex::new(Kernel::new(config.parts()?)?));
         let mut command = Command::new(program);
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        Self::run(command, config)
+    }
+
+    /// Starts any program on a machine of its own, with all that it starts in turn; one of them at a time may have
+    /// virtual machines. Unless its input and output are pipes, it is not [asked](Self::ask) anything.
+    pub fn run(command: Command, config: &Config) -> Result<Self, DoubleError> {
+        let kernel = Arc::new(Mutex::new(Kernel::new(config.parts()?)?));
         let (started, child) = channel();
         let tracer = std::thread::spawn({
             let kernel = kernel.clone();
@@ -141,24 +149,36 @@ impl Double {
             let kernel = kernel.clone();
             move || serve(&listener, &kernel)
         });
-        let missing = || DoubleError::Start("the child has no pipes".into());
         Ok(Self {
             kernel,
             pid: Pid::from_raw(child.id().cast_signed()),
-            input: Some(child.stdin.take().ok_or_else(missing)?),
-            output: child.stdout.take().ok_or_else(missing)?,
+            pipes: child.stdin.take().zip(child.stdout.take()),
             threads: Some(Threads { tracer, listener }),
         })
     }
 
     /// One request to the child, and its answer.
     pub fn ask(&mut self, ask: &Ask) -> Result<Outcome, DoubleError> {
+        self.exchange(ask)
+    }
+
+    /// The same in the words of another program.
+    pub fn exchange<Q: Serialize + Debug, A: DeserializeOwned>(
+        &mut self,
+        ask: &Q,
+    ) -> Result<A, DoubleError> {
         let gone = |what: &dyn std::fmt::Display| DoubleError::Gone(format!("{ask:?}: {what}"));
-        let input = self.input.as_mut().ok_or_else(|| gone(&"finished"))?;
+        let (input, output) = self.pipes.as_mut().ok_or_else(|| gone(&"no pipes"))?;
         write_frame(input, ask).map_err(|e| gone(&e))?;
         input.flush().map_err(|e| gone(&e))?;
-        readable(self.output.as_fd()).map_err(|e| gone(&e))?;
-        read_frame(&mut self.output).map_err(|e| gone(&e))
+        readable(output.as_fd()).map_err(|e| gone(&e))?;
+        read_frame(output).map_err(|e| gone(&e))
+    }
+
+    /// Asks a program that is not ended by its input to end (SIGTERM).
+    pub fn terminate(&self) {
+        // It may have ended already; `finish` tells how.
+        let _ = kill(self.pid, Signal::SIGTERM);
     }
 
     /// Lets the next `times` turns of a command fail. Names are the specification's (`LAUNCH_START`), those of
@@ -205,7 +225,7 @@ impl Double {
 
     /// Closes the child's input, which ends it, and waits.
     fn end(&mut self) -> String {
-        drop(self.input.take());
+        drop(self.pipes.take());
         let Some(threads) = self.threads.take() else {
             return String::new();
         };

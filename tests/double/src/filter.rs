@@ -9,6 +9,8 @@ use libc::{
 pub(crate) mod ioctl {
     pub(crate) const KVM_CREATE_VM: u32 = 0xae01;
     pub(crate) const KVM_CHECK_EXTENSION: u32 = 0xae03;
+    pub(crate) const KVM_GET_SUPPORTED_CPUID: u32 = 0xc008_ae05;
+    pub(crate) const KVM_SET_SREGS: u32 = 0x4138_ae84;
     pub(crate) const KVM_CREATE_VCPU: u32 = 0xae41;
     pub(crate) const KVM_MEMORY_ENCRYPT_OP: u32 = 0xc008_aeba;
     pub(crate) const KVM_MEMORY_ENCRYPT_REG_REGION: u32 = 0x8010_aebb;
@@ -19,7 +21,8 @@ pub(crate) mod ioctl {
     pub(crate) const KVM_SET_MEMORY_ATTRIBUTES: u32 = 0x4020_aed2;
 
     /// Those that go to the double.
-    pub(super) const NOTIFIED: [u32; 9] = [
+    pub(super) const NOTIFIED: [u32; 10] = [
+        KVM_GET_SUPPORTED_CPUID,
         KVM_CREATE_GUEST_MEMFD,
         KVM_SET_USER_MEMORY_REGION2,
         KVM_SET_MEMORY_ATTRIBUTES,
@@ -45,6 +48,16 @@ pub(crate) fn program() -> Vec<sock_filter> {
         program.push(skip_if(number(call), 0, 1));
         program.push(give(SECCOMP_RET_USER_NOTIF));
     }
+    // Only where RLIMIT_MEMLOCK is set, which the double counts against.
+    program.extend([
+        skip_if(number(libc::SYS_prlimit64), 0, 6),
+        load(argument(1)),
+        skip_if(libc::RLIMIT_MEMLOCK, 0, 3),
+        load(argument(2)),
+        skip_if(0, 1, 0),
+        give(SECCOMP_RET_USER_NOTIF),
+        give(SECCOMP_RET_ALLOW),
+    ]);
     program.push(skip_if(number(libc::SYS_ioctl), 1, 0));
     program.push(give(SECCOMP_RET_ALLOW));
     program.push(load(argument(1)));
@@ -52,7 +65,11 @@ pub(crate) fn program() -> Vec<sock_filter> {
         program.push(skip_if(command, 0, 1));
         program.push(give(SECCOMP_RET_USER_NOTIF));
     }
+    // A thread that waits for a notification's answer can be interrupted by a signal, as vCPU threads are by their VMM's
+    // kicks; one that ptrace holds cannot.
     program.extend([
+        skip_if(ioctl::KVM_SET_SREGS, 0, 1),
+        give(SECCOMP_RET_TRACE),
         skip_if(ioctl::KVM_CREATE_VM, 1, 0),
         give(SECCOMP_RET_ALLOW),
         load(argument(2)),

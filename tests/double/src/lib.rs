@@ -21,6 +21,7 @@ mod sys;
 mod tracer;
 
 pub mod protocol;
+pub mod relay;
 
 pub use child::{Config, Double, Snp};
 pub use error::DoubleError;

@@ -9,14 +9,18 @@ use nix::unistd::Pid;
 
 /// The process behind a call.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Caller(pub(crate) Pid);
+pub(crate) struct Caller {
+    pub(crate) pid: Pid,
+    /// Bytes that the process may lock, if it has said so to the double.
+    pub(crate) memlock: Option<u64>,
+}
 
 impl Caller {
     /// `copy_from_user`.
     pub(crate) fn read(self, address: u64, length: usize) -> Result<Vec<u8>, Errno> {
         let mut bytes = vec![0; length];
         let remote = [remote(address, length)?];
-        let done = process_vm_readv(self.0, &mut [IoSliceMut::new(&mut bytes)], &remote)
+        let done = process_vm_readv(self.pid, &mut [IoSliceMut::new(&mut bytes)], &remote)
             .map_err(|_| Errno::EFAULT)?;
         (done == length).then_some(bytes).ok_or(Errno::EFAULT)
     }
@@ -27,7 +31,7 @@ impl Caller {
             return Ok(());
         }
         let remote = [remote(address, bytes.len())?];
-        let done = process_vm_writev(self.0, &[IoSlice::new(bytes)], &remote)
+        let done = process_vm_writev(self.pid, &[IoSlice::new(bytes)], &remote)
             .map_err(|_| Errno::EFAULT)?;
         (done == bytes.len()).then_some(()).ok_or(Errno::EFAULT)
     }
@@ -55,7 +59,7 @@ impl Caller {
         let Some(end) = address.checked_add(length) else {
             return false;
         };
-        let maps = fs::read_to_string(format!("/proc/{}/maps", self.0)).unwrap_or_default();
+        let maps = fs::read_to_string(format!("/proc/{}/maps", self.pid)).unwrap_or_default();
         let mut next = address;
         for (low, high, may_write) in maps.lines().filter_map(mapping) {
             if low <= next && next < high && (may_write || !writable) {
@@ -70,7 +74,7 @@ impl Caller {
 
     /// Pages that the process may lock; `None` without a bound.
     pub(crate) fn lockable_pages(self) -> Option<u64> {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.0)).unwrap_or_default();
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap_or_default();
         let effective = status
             .lines()
             .find_map(|line| line.strip_prefix("CapEff:"))
@@ -78,7 +82,10 @@ impl Caller {
         if effective >> CAP_IPC_LOCK & 1 == 1 {
             return None;
         }
-        let limits = fs::read_to_string(format!("/proc/{}/limits", self.0)).unwrap_or_default();
+        if let Some(bytes) = self.memlock {
+            return Some(bytes / PAGE);
+        }
+        let limits = fs::read_to_string(format!("/proc/{}/limits", self.pid)).unwrap_or_default();
         let soft = limits
             .lines()
             .find_map(|line| line.strip_prefix("Max locked memory"))
@@ -88,13 +95,13 @@ impl Caller {
 
     /// What a descriptor is, as /proc names it.
     pub(crate) fn descriptor(self, descriptor: u64) -> Option<String> {
-        let link = fs::read_link(format!("/proc/{}/fd/{descriptor}", self.0)).ok()?;
+        let link = fs::read_link(format!("/proc/{}/fd/{descriptor}", self.pid)).ok()?;
         Some(link.to_string_lossy().into_owned())
     }
 
     /// Whether a descriptor is open for writing.
     pub(crate) fn writable(self, descriptor: u64) -> bool {
-        let info = fs::read_to_string(format!("/proc/{}/fdinfo/{descriptor}", self.0));
+        let info = fs::read_to_string(format!("/proc/{}/fdinfo/{descriptor}", self.pid));
         info.unwrap_or_default()
             .lines()
             .find_map(|line| line.strip_prefix("flags:"))

@@ -24,6 +24,11 @@ pub enum Ask {
         /// The asker's nonce.
         mnonce: [u8; 16],
     },
+    /// Launches such a guest, and takes SEND_START and SEND_FINISH straight to the firmware.
+    SendFinish {
+        /// Whom to.
+        target: Certificates,
+    },
     /// Makes an SNP guest's machine and memory.
     SnpAttach {
         /// Pages of memory.
@@ -50,7 +55,7 @@ pub enum Ask {
         /// How much.
         length: u64,
     },
-    /// A step of [`GuestProtection`](casemate::vmm::confidential_hook::GuestProtection).
+    /// A step of [`GuestProtection`](casemate::confidential::launch::GuestProtection).
     Step(Step),
     /// Runs the guest for so many bytes of output; port 0x3f8.
     Run {

@@ -72,6 +72,50 @@ unsafe fn send_descriptor(socket: RawFd, descriptor: RawFd) -> io::Result<()> {
     }
 }
 
+/// What a traced thread has come to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stop {
+    /// It has ended.
+    Ended,
+    /// At `PTRACE_EVENT_*`.
+    Event(i32),
+    /// At the end of a system call.
+    Syscall,
+    /// A signal is on its way to it; nix has no name for those above 31.
+    Signal(i32),
+}
+
+/// Waits for a traced thread of the calling thread: its number, what it has come to, and how it ended if it has.
+pub(crate) fn wait_traced() -> Result<(Pid, Stop, String), Errno> {
+    let mut status = 0;
+    // This thread's own only: other doubles of this process have threads of their own.
+    let flags = libc::__WALL | libc::__WNOTHREAD;
+    // SAFETY: the kernel writes one integer that lives through the call.
+    let pid = Errno::result(unsafe { libc::waitpid(-1, &raw mut status, flags) })?;
+    let (stop, end) = if libc::WIFEXITED(status) {
+        let code = libc::WEXITSTATUS(status);
+        (Stop::Ended, format!("exit status {code}"))
+    } else if libc::WIFSIGNALED(status) {
+        (Stop::Ended, format!("signal {}", libc::WTERMSIG(status)))
+    } else {
+        let signal = libc::WSTOPSIG(status);
+        let stop = match status >> 16 {
+            0 if signal == libc::SIGTRAP | 0x80 => Stop::Syscall,
+            0 => Stop::Signal(signal),
+            event => Stop::Event(event),
+        };
+        (stop, String::new())
+    };
+    Ok((Pid::from_raw(pid), stop, end))
+}
+
+/// Lets a stopped thread go on, with a signal or (0) without.
+pub(crate) fn go_on(pid: Pid, signal: i32) {
+    // One that was killed meanwhile needs no leave.
+    // SAFETY: numbers only.
+    let _ = unsafe { libc::ptrace(libc::PTRACE_CONT, pid.as_raw(), 0, i64::from(signal)) };
+}
+
 /// The listening end of a filter.
 pub(crate) struct Listener(OwnedFd);
 

@@ -8,15 +8,14 @@ use std::sync::{Arc, Mutex};
 
 use nix::errno::Errno;
 use nix::sys::ptrace;
-use nix::sys::signal::Signal;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
 
 use crate::error::DoubleError;
 use crate::filter::{ioctl, program};
 use crate::kernel::Kernel;
-use crate::sys::{Listener, receive_listener, start_under};
+use crate::sys::{Listener, Stop, go_on, receive_listener, start_under, wait_traced};
 
 /// A child that has started, and its filter's listener.
 pub(crate) type Started = Result<(Child, Listener), DoubleError>;
@@ -62,6 +61,8 @@ fn start(command: &mut Command) -> Result<(Child, Listener), DoubleError> {
         | ptrace::Options::PTRACE_O_TRACECLONE
         | ptrace::Options::PTRACE_O_TRACEFORK
         | ptrace::Options::PTRACE_O_TRACEVFORK
+        // Else a program that the child starts is sent a SIGTRAP.
+        | ptrace::Options::PTRACE_O_TRACEEXEC
         | ptrace::Options::PTRACE_O_EXITKILL;
     ptrace::setoptions(pid, options).map_err(DoubleError::system("PTRACE_SETOPTIONS"))?;
     let listener = receive_listener(here.as_fd())
@@ -87,49 +88,53 @@ struct Tracer {
 impl Tracer {
     /// One event; whether there may be more.
     fn step(&mut self) -> bool {
-        // This thread's own children only: other doubles of this process have threads of their own.
-        let flags = WaitPidFlag::__WALL | WaitPidFlag::__WNOTHREAD;
-        match waitpid(None, Some(flags)) {
-            Ok(WaitStatus::Exited(pid, code)) => self.ended(pid, format!("exit status {code}")),
-            Ok(WaitStatus::Signaled(pid, signal, _)) => self.ended(pid, format!("{signal}")),
-            Ok(WaitStatus::PtraceEvent(pid, _, libc::PTRACE_EVENT_SECCOMP)) => self.create_vm(pid),
-            Ok(WaitStatus::PtraceSyscall(pid)) => {
-                self.created_vm(pid);
-                let _ = ptrace::cont(pid, None);
-            }
-            Ok(WaitStatus::Stopped(pid, signal)) => {
-                // A new thread begins with a stop that is no signal of anybody's.
-                let new = self.known.insert(pid) && signal == Signal::SIGSTOP;
-                let _ = ptrace::cont(pid, (!new).then_some(signal));
-            }
-            Ok(other) => {
-                if let Some(pid) = other.pid() {
-                    let _ = ptrace::cont(pid, None);
-                }
-            }
-            Err(Errno::EINTR) => {}
+        let (pid, stop, end) = match wait_traced() {
+            Ok(waited) => waited,
+            Err(Errno::EINTR) => return true,
             Err(_) => return false,
+        };
+        match stop {
+            Stop::Ended => self.ended(pid, end),
+            Stop::Event(libc::PTRACE_EVENT_SECCOMP) => self.traced_call(pid),
+            Stop::Event(_) => go_on(pid, 0),
+            Stop::Syscall => {
+                self.created_vm(pid);
+                go_on(pid, 0);
+            }
+            Stop::Signal(signal) => {
+                // A new thread begins with a stop that is no signal of anybody's.
+                let new = self.known.insert(pid) && signal == libc::SIGSTOP;
+                go_on(pid, if new { 0 } else { signal });
+            }
         }
         true
     }
 
     fn ended(&mut self, pid: Pid, how: String) {
+        self.lock(|kernel| kernel.ended(pid));
         if pid == self.main {
             self.end = how;
         }
     }
 
-    /// `KVM_CREATE_VM` of a type: the real kernel makes one of the default type.
-    fn create_vm(&mut self, pid: Pid) {
-        let Ok(mut registers) = ptrace::getregs(pid) else {
+    fn traced_call(&mut self, pid: Pid) {
+        let Ok(registers) = ptrace::getregs(pid) else {
             return;
         };
-        let command = registers.rsi as u32;
-        let vm_type = registers.rdx as u32;
-        if command != ioctl::KVM_CREATE_VM {
-            let _ = ptrace::cont(pid, None);
-            return;
+        match registers.rsi as u32 {
+            ioctl::KVM_CREATE_VM => self.create_vm(pid, registers),
+            ioctl::KVM_SET_SREGS => {
+                let (vcpu, special) = (registers.rdi, registers.rdx);
+                self.lock(|kernel| kernel.look_at_paging(pid, vcpu, special));
+                go_on(pid, 0);
+            }
+            _ => go_on(pid, 0),
         }
+    }
+
+    /// `KVM_CREATE_VM` of a type: the real kernel makes one of the default type.
+    fn create_vm(&mut self, pid: Pid, mut registers: libc::user_regs_struct) {
+        let vm_type = registers.rdx as u32;
         let allowed = self.lock(|kernel| kernel.create_vm(vm_type));
         match allowed {
             Ok(()) => {
@@ -143,7 +148,7 @@ impl Tracer {
                 registers.orig_rax = u64::MAX;
                 registers.rax = i64::from(-(errno as i32)).cast_unsigned();
                 let _ = ptrace::setregs(pid, registers);
-                let _ = ptrace::cont(pid, None);
+                go_on(pid, 0);
             }
         }
     }
@@ -153,7 +158,7 @@ impl Tracer {
         if let (Some(vm_type), Ok(descriptor)) = (self.creating.remove(&pid), made)
             && let Ok(descriptor) = u64::try_from(descriptor)
         {
-            self.lock(|kernel| kernel.created_vm(descriptor, vm_type));
+            self.lock(|kernel| kernel.created_vm(pid, descriptor, vm_type));
         }
     }
 

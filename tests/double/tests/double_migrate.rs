@@ -11,52 +11,11 @@ mod common;
 
 use casemate_double::Fault;
 use casemate_double::protocol::{Answer, Ask, Step};
-use common::{COUNTER, PAGES, SEV, SEV_ES, SEV_NOSEND, SITE_A, SITE_B, Vmm, golden, root, site_a};
+use common::{
+    COUNTER, PAGES, SEV, SEV_ES, SEV_NOSEND, SITE_B, Vmm, all_pages, golden, open_both, running,
+    send_pages, site_a,
+};
 use nix::errno::Errno;
-
-/// Two machines of two sites; A may send to B.
-fn sites() -> (Vmm, Vmm) {
-    let mut a = site_a();
-    a.peers = vec![root(&SITE_B)];
-    let mut b = casemate_double::Config::new(&SITE_B);
-    b.peers = vec![root(&SITE_A)];
-    (Vmm::start(&a), Vmm::start(&b))
-}
-
-/// Source with a running guest, target without one.
-fn running(policy: u32) -> (Vmm, Vmm) {
-    let (mut source, mut target) = sites();
-    source.attach(policy);
-    source.launch();
-    source.done(&Ask::AddVcpu);
-    assert_eq!(source.bytes(&Ask::Run { outputs: 5 }), [1, 2, 3, 4, 5]);
-    assert_eq!(target.attach_as(policy, None), Ok(Answer::Done));
-    target.done(&Ask::AddVcpu);
-    (source, target)
-}
-
-fn open_both(source: &mut Vmm, target: &mut Vmm) {
-    let certificates = target.evidence();
-    let sending = source.step(Step::SendStart {
-        target: certificates,
-    });
-    let Ok(Answer::Sending(policy, pdh, session)) = sending else {
-        panic!("{sending:?}");
-    };
-    target.stepped(Step::ReceiveStart {
-        policy,
-        pdh,
-        session,
-    });
-}
-
-fn all_pages() -> Vec<u64> {
-    (0..PAGES).map(|page| page * 4096).collect()
-}
-
-fn send_pages(source: &mut Vmm) -> Vec<u8> {
-    source.bytes(&Ask::Step(Step::SendPages { gpas: all_pages() }))
-}
 
 #[test]
 fn a_guest_moves_between_two_processes_and_counts_on() {

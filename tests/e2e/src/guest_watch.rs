@@ -12,6 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 
 use crate::error::{E2eError, OnFile, Result, io};
 use crate::site::tail;
@@ -193,25 +194,33 @@ impl Drop for GuestWatch {
 
 /// Has the guest check all its memory and every block of its disk now.
 pub fn verify(vsock: &Path) -> Result<Verified> {
+    ask(vsock, "verify")
+}
+
+/// Sends one request to the guest's control port and reads its answer.
+pub fn ask<T: DeserializeOwned>(vsock: &Path, request: &str) -> Result<T> {
     let failed = || io("ask the guest through vsock");
     let stream = UnixStream::connect(vsock).map_err(failed())?;
     stream.set_read_timeout(Some(VERIFY)).map_err(failed())?;
     let mut reader = BufReader::new(&stream);
-    let mut ask = |line: &str| -> Result<String> {
+    let mut exchange = |line: &str| -> Result<String> {
         (&stream).write_all(line.as_bytes()).map_err(failed())?;
         let mut answer = String::new();
         reader.read_line(&mut answer).map_err(failed())?;
         Ok(answer)
     };
-    let greeting = ask("CONNECT 1024\n")?;
+    let greeting = exchange("CONNECT 1024\n")?;
     if !greeting.starts_with("OK ") {
         return Err(E2eError::Answer(format!(
             "vsock port 1024 of the guest: {greeting:?}"
         )));
     }
-    let answer = ask("verify\n")?;
-    serde_json::from_str(&answer)
-        .map_err(|e| E2eError::Answer(format!("the guest's verification {answer:?}: {e}")))
+    let answer = exchange(&format!("{request}\n"))?;
+    serde_json::from_str(&answer).map_err(|e| {
+        E2eError::Answer(format!(
+            "the guest's answer to {request:?}, {answer:?}: {e}"
+        ))
+    })
 }
 
 const VERIFY: Duration = Duration::from_secs(60);

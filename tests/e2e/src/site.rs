@@ -39,6 +39,8 @@ pub struct SiteSpec<'a> {
     pub authority: &'a str,
     /// The emulated platform it is; makes its own if there is none.
     pub platform: Option<&'a [u8]>,
+    /// Its SEV-SNP identity; SEV-SNP guests are allowed only where there is one.
+    pub snp: Option<&'a [u8]>,
     /// Emulated roots it trusts as targets, `sha256:…`.
     pub trusted_roots: &'a [String],
     /// Whom it may exchange guests with.
@@ -397,6 +399,9 @@ fn write_files(spec: &SiteSpec<'_>, folder: &Path) -> Result<()> {
     if let Some(platform) = spec.platform {
         secret(state.join("processor.identity"), platform)?;
     }
+    if let Some(snp) = spec.snp {
+        secret(state.join("processor-snp.identity"), snp)?;
+    }
     secret(folder.join("host.key"), spec.material.key_pem.as_bytes())?;
     plain("host.crt", &spec.material.certificate_pem)?;
     plain("ca.crt", spec.authority)?;
@@ -430,10 +435,11 @@ fn policy(spec: &SiteSpec<'_>) -> String {
         .map(|root| format!("\"{root}\""))
         .collect();
     let mut text = format!(
-        "[host]\nname = \"{}\"\n\n[technologies]\nallowed = [\"none\", \"sev\"]\nallow_emulated = true\n\n\
+        "[host]\nname = \"{}\"\n\n[technologies]\nallowed = [\"none\", \"sev\", \"sev-es\"{}]\nallow_emulated = true\n\n\
          [limits]\nmax_vcpus = 4\nmax_memory_mib = 1024\n\n\
          [migration]\noutgoing = true\nincoming = true\ndowntime_limit_ms = 500\ntrusted_emulated_roots = [{}]\n",
         spec.name,
+        spec.snp.map_or("", |_| ", \"sev-snp\""),
         roots.join(", ")
     );
     for peer in &spec.peers {
@@ -507,6 +513,7 @@ mod tests {
             material: &own,
             authority: ca.certificate_pem(),
             platform: None,
+            snp: None,
             trusted_roots: &roots,
             peers: vec![
                 entry("b", &peer, None),

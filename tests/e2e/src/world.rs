@@ -464,6 +464,7 @@ impl Maker<'_> {
             material,
             authority: self.certificates.ca.certificate_pem(),
             platform: Some(&platform),
+            snp: None,
             trusted_roots: &self.platforms.roots(),
             peers,
             disk: Some(self.disk),

@@ -68,6 +68,7 @@ fn a_host_makes_its_own_platform_and_keeps_it() {
         material: &ca.issue("lone.casemate.test").unwrap(),
         authority: ca.certificate_pem(),
         platform: None,
+        snp: None,
         trusted_roots: &[],
         peers: Vec::new(),
         disk: None,

@@ -9,6 +9,7 @@ use casemate_attest::legacy::{
     CaCertificate, LegacyChain, MeasureBlob, OwnerSession, PacketHeader, SessionBlob,
     SevCertificate, SevReport, TrustAnchors,
 };
+use casemate_attest::processor::snp::request_frame::{REPLY_FRAME_MAX, ReplyFrame};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {
@@ -22,7 +23,10 @@ fuzz_target!(|bytes: &[u8]| {
         let all: usize = found.iter().map(|entry| entry.bytes.len()).sum();
         assert!(found.is_empty() || all < bytes.len());
         assert!(found.iter().all(|entry| !entry.bytes.is_empty()));
+        let written = table::encode(&found).unwrap();
+        assert_eq!(table::parse(&written).unwrap(), found);
     }
+    replies(bytes);
     sessions(bytes);
     certificates(bytes);
     if let Some((pdh, rest)) = bytes.split_at_checked(CERTIFICATE)
@@ -58,6 +62,24 @@ fn carried(bytes: &[u8], found: &evidence::Evidence) {
         );
     }
     assert!(found.certificates.is_empty());
+}
+
+/// A guest request's reply, as the bytes are and with a length that fits.
+fn replies(bytes: &[u8]) {
+    if let Ok(reply) = ReplyFrame::parse(bytes) {
+        assert_eq!(reply.to_bytes(), bytes);
+    }
+    let mut wire = vec![0; 8 + 4096];
+    wire.extend(bytes);
+    let mut rest = wire.as_slice();
+    if let Ok(reply) = ReplyFrame::read_from(&mut rest) {
+        let read = wire.len() - rest.len();
+        assert!(read <= REPLY_FRAME_MAX);
+        assert_eq!(reply.to_bytes(), wire[..read]);
+        assert_eq!(ReplyFrame::parse(&wire).is_ok(), rest.is_empty());
+        // Either it is a table or it is refused.
+        let _ = table::parse(reply.certificates());
+    }
 }
 
 fn sessions(bytes: &[u8]) {

@@ -1,4 +1,5 @@
-//! The host's view into the guest, on vsock port 1024: `status`, `verify`, `poweroff`, one line each, answered in JSON.
+//! The host's view into the guest, on vsock port 1024: `status`, `verify`, `report NONCE`, `poweroff`, one line each,
+//! answered in JSON.
 
 use std::sync::Arc;
 use std::thread;
@@ -8,7 +9,7 @@ use crate::console::say;
 use crate::lines::{Slots, serve};
 use crate::state::State;
 use crate::supervise::{self, lock};
-use crate::{disk, memory, sys};
+use crate::{disk, memory, report, sys};
 
 pub(crate) fn spawn(state: &Arc<State>) {
     let listener = match sys::vsock_listener(PORT) {
@@ -42,8 +43,13 @@ fn answer(state: &Arc<State>, request: &str) -> String {
             power_off_soon(state);
             "{\"ok\":true}".to_owned()
         }
-        _ => "{\"ok\":false,\"error\":\"unknown request; known are status, verify, poweroff\"}"
-            .to_owned(),
+        _ => match request.strip_prefix("report ") {
+            Some(nonce) => report::answer(nonce.trim()),
+            None => {
+                "{\"ok\":false,\"error\":\"unknown request; known are status, verify, report, poweroff\"}"
+                    .to_owned()
+            }
+        },
     }
 }
 

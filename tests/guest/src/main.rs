@@ -1,8 +1,8 @@
 //! The guest's half of the demo and the tests: `/init` of a stock Debian kernel, agent and self-checking workload in one
 //! static program.
 //!
-//! It is process 1, started by the kernel from an initramfs that holds nothing else but this program and, optionally,
-//! `/modules/*.ko` with their load order in `/modules/load` (one file name a line). What it does is chosen on the kernel
+//! It is process 1, started by the kernel from an initramfs that holds nothing else but this program,
+//! `/bin/casemate-agent` and, optionally, `/modules/*.ko` with their load order in `/modules/load` (one file name a line). What it does is chosen on the kernel
 //! command line, see [`options`]; what it says on the console begins with `guest: `, a line at a time:
 //!
 //! ```text
@@ -23,6 +23,7 @@ mod lines;
 mod memory;
 mod options;
 mod pattern;
+mod report;
 mod secret;
 mod state;
 mod supervise;

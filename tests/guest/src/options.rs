@@ -3,6 +3,7 @@
 //! | Option | Default | Meaning |
 //! | --- | --- | --- |
 //! | `casemate.secret=0xGPA,0xSIZE` | none | the reserved range the launch secret is injected to |
+//! | `casemate.snp=0xGPA,0xGPA` | none | not ours: tells `casemate-agent` where the SEV-SNP pages are |
 //! | `casemate.ip=10.77.0.10/24` | none | the address of `eth0` |
 //! | `casemate.dirty_mib=N` | 32 | memory under the self-checking pattern; 0 for none |
 //! | `casemate.dirty_pages_per_tick=N` | 256 | pages rewritten every 100 ms |
@@ -94,6 +95,8 @@ impl Options {
                     prefix,
                 });
             }
+            // The agent's: where the SEV-SNP pages are.
+            "snp" => {}
             "dirty_mib" => self.dirty_mib = value.parse().ok()?,
             "dirty_pages_per_tick" => self.dirty_pages_per_tick = value.parse().ok()?,
             "exit" => {

@@ -1,4 +1,5 @@
-//! Puts together what the guests of demo and tests boot: Debian's kernel as it is, and an initramfs around our agent.
+//! Puts together what the guests of demo and tests boot: Debian's kernel as it is, and an initramfs around our
+//! init and the agent that guests get their reports with.
 
 use std::fs;
 
@@ -17,11 +18,14 @@ pub fn make(paths: &Paths) -> Result<()> {
     prepare_packages(paths)?;
     make_dir(&paths.guest())?;
     let package = KernelPackage::open(&guest_package(paths))?;
-    let agent = read(&paths.release.join("casemate-guest"))?;
+    let init = read(&paths.release.join("casemate-guest"))?;
+    let agent = read(&paths.release.join("casemate-agent"))?;
     let mut archive = Archive::default();
     archive.directory("dev");
     archive.device("dev/console", 0o600, (5, 1));
-    archive.file("init", 0o755, &agent);
+    archive.file("init", 0o755, &init);
+    archive.directory("bin");
+    archive.file("bin/casemate-agent", 0o755, &agent);
     add_modules(&mut archive, &package, &MODULES, &Tools::at(&paths.tools()))?;
     let initrd = archive.finish();
     if fs::read(paths.guest_initrd()).is_ok_and(|old| old == initrd)

@@ -39,6 +39,8 @@ pub fn demo(paths: &Paths, args: Vec<String>) -> Result<i32> {
         "--package",
         "casemate-guest",
         "--package",
+        "casemate-agent",
+        "--package",
         "casemate-e2e",
     ];
     let code = cargo(paths, &["build", "--release"], &packages, &[])?;

@@ -9,10 +9,11 @@ use super::identity::{self, ARK_NAME, ASK_SERIAL, ASVK_SERIAL};
 use super::key::EndorsementKey;
 use super::report::ReportFields;
 use super::x509::{CaKey, ca_extensions, p384_public_der};
-use super::{CaKeySize, SnpIdentity, SnpIdentityError};
+use super::{CaKeySize, SnpIdentity};
+use crate::evidence::table::{self, CertificateKind, TableCertificate};
 use crate::product::Product;
 use crate::report::{
-    CpuidFms, FirmwareVersion, PlatformInfo, ReportVersion, SigningKey, SnpPolicy,
+    CpuidFms, FirmwareVersion, PlatformInfo, REPORT_LEN, ReportVersion, SigningKey, SnpPolicy,
 };
 use crate::tcb::{RawTcb, TcbVersion};
 use p384::SecretKey;
@@ -118,12 +119,8 @@ impl Authority {
 
     /// A certificate around any to-be-signed part, valid DER or not.
     pub fn certificate_around(&self, signer: Signer, tbs: &[u8], pss: PssForm) -> Vec<u8> {
-        let signature = done(
-            done(self.key(signer).sign(tbs))
-                .to_der()
-                .map_err(Into::into),
-        );
-        let algorithm = done(done(pss.identifier()).to_der().map_err(Into::into));
+        let signature = done(done(self.key(signer).sign(tbs)).to_der());
+        let algorithm = done(done(pss.identifier()).to_der());
         let whole = [tbs, &algorithm, &signature].concat();
         let mut der = vec![0x30, 0x83];
         der.extend(whole.len().to_be_bytes().iter().skip(5));
@@ -140,7 +137,7 @@ impl Authority {
     /// [`certificate_around`](Self::certificate_around).
     pub fn to_be_signed(spec: &CertificateSpec, public: &[u8]) -> Vec<u8> {
         let tbs = done(super::x509::tbs_certificate(spec, public));
-        done(tbs.to_der().map_err(Into::into))
+        done(tbs.to_der())
     }
 
     /// A new intermediate's certificate in the place of the ASK or ASVK: same key, whatever the
@@ -184,6 +181,35 @@ impl Authority {
         };
         change(&mut spec);
         done(self.key(signer).revoke(&spec))
+    }
+
+    /// The certificate table that a host of `product` with [`tcb`] hands over: VCEK, ASK, ARK.
+    pub fn host_certificates(&self, product: Product) -> Vec<u8> {
+        let vcek = done(self.identity.vcek(product, tcb(product)));
+        let entry = |kind, bytes: &[u8]| TableCertificate {
+            kind,
+            bytes: bytes.to_vec(),
+        };
+        let all = [
+            entry(CertificateKind::Vcek, vcek.certificate()),
+            entry(CertificateKind::Ask, self.ask()),
+            entry(CertificateKind::Ark, self.ark()),
+        ];
+        done(table::encode(&all))
+    }
+
+    /// What the socket of an emulated processor answers to an agent: MSG_REPORT_RSP with a signed
+    /// report of `product` with [`tcb`], the length of the host's certificate table, the table.
+    pub fn report_answer(&self, product: Product, fields: &ReportFields) -> Vec<u8> {
+        let vcek = done(self.identity.vcek(product, tcb(product)));
+        let table = self.host_certificates(product);
+        let mut answer = vec![0; 4];
+        answer.extend((REPORT_LEN as u32).to_le_bytes());
+        answer.resize(32, 0);
+        answer.extend(done(vcek.sign_report(fields)));
+        answer.extend((table.len() as u32).to_le_bytes());
+        answer.extend(table);
+        answer
     }
 
     fn key(&self, signer: Signer) -> &CaKey {
@@ -346,11 +372,7 @@ pub fn extension(below: &str, value: Vec<u8>) -> ExtensionSpec {
 
 /// An IA5String, as product names and provider ids are.
 pub fn ia5(text: &str) -> Vec<u8> {
-    done(
-        Ia5StringRef::new(text)
-            .and_then(|text| text.to_der())
-            .map_err(Into::into),
-    )
+    done(Ia5StringRef::new(text).and_then(|text| text.to_der()))
 }
 
 /// A DER INTEGER of any content, negative or padded included.
@@ -376,7 +398,7 @@ pub fn ahead(seconds: u64) -> SystemTime {
 pub const DAY: u64 = 24 * 3600;
 
 #[expect(clippy::panic, reason = "a test that cannot forge cannot go on")]
-fn done<T>(result: Result<T, SnpIdentityError>) -> T {
+fn done<T, E: std::fmt::Display>(result: Result<T, E>) -> T {
     match result {
         Ok(value) => value,
         Err(error) => panic!("the forge failed: {error}"),

@@ -23,6 +23,7 @@ mod personality;
 mod platform;
 mod report;
 mod request;
+pub mod request_frame;
 mod vlek;
 mod x509;
 

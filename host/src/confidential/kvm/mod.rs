@@ -28,4 +28,4 @@ pub use snp::{
     SnpVm,
 };
 pub use structs::VLEK_WRAPPED;
-pub use vm::{GuestKind, Initialise, create_vm};
+pub use vm::{GuestKind, Initialise, create_vm, real_kind};

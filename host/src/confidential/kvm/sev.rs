@@ -5,6 +5,7 @@
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 
+use casemate_attest::measure::snp::SnpLaunchDigest;
 use casemate_crypto_migrate::guest::PAGE_SIZE;
 use kvm_bindings::{
     kvm_enc_region, kvm_sev_attestation_report, kvm_sev_guest_status, kvm_sev_init,
@@ -19,10 +20,10 @@ use super::device::{SevDevice, address, address_mut, cut};
 use super::error::SevError;
 use super::structs::{BLOB_MAX, MEASURE, SESSION};
 use super::vm::{GuestKind, Initialise};
-use crate::confidential::launch::{Firmware, check_arrival};
+use crate::confidential::launch::{Firmware, SendStarted, VmsaPage, check_arrival};
 use crate::confidential::protocol::PlatformEvidence;
 use crate::confidential::shared::{Access, Exchange, GuestMemory, HEADER, MemoryLayout, Packet};
-use crate::vmm::protocol::{Measurement, OwnerSession, RoleError};
+use crate::vmm::protocol::{LaunchBinding, Measurement, OwnerSession, RoleError};
 
 /// What a VMM hands in for a real SEV or SEV-ES guest.
 pub struct RealSev<V: SevVm> {
@@ -185,9 +186,6 @@ impl<V: SevVm> KvmSev<V> {
     }
 
     fn measure(&mut self) -> Result<Measurement, SevError> {
-        if self.kind == GuestKind::SevEs {
-            self.measure_registers()?;
-        }
         let mut blob = vec![0u8; MEASURE];
         let mut measure = kvm_sev_launch_measure::default();
         (measure.uaddr, measure.len) = address_mut(&mut blob)?;
@@ -264,16 +262,23 @@ impl<V: SevVm> KvmSev<V> {
 }
 
 impl<V: SevVm> Firmware for KvmSev<V> {
-    fn launch_start(&mut self, session: Option<&OwnerSession>) -> Result<(), RoleError> {
-        Ok(self.start(session)?)
+    fn launch_start(&mut self, binding: &LaunchBinding) -> Result<(), RoleError> {
+        Ok(self.start(binding.session.as_ref())?)
     }
 
     fn launch_update(&mut self, gpa: u64, length: u64) -> Result<(), RoleError> {
         Ok(self.update(gpa, length)?)
     }
 
-    fn launch_measure(&mut self) -> Result<Measurement, RoleError> {
-        Ok(self.measure()?)
+    fn launch_vcpus(&mut self, _vmsas: &[VmsaPage]) -> Result<(), RoleError> {
+        match self.kind {
+            GuestKind::SevEs => Ok(self.measure_registers()?),
+            GuestKind::Sev | GuestKind::Snp => Ok(()),
+        }
+    }
+
+    fn launch_measure(&mut self) -> Result<Option<Measurement>, RoleError> {
+        Ok(Some(self.measure()?))
     }
 
     fn launch_secret(
@@ -285,14 +290,12 @@ impl<V: SevVm> Firmware for KvmSev<V> {
         Ok(self.secret(header, ciphertext, gpa)?)
     }
 
-    fn launch_finish(&mut self) -> Result<(), RoleError> {
-        Ok(self.commands.give_plain(Command::LAUNCH_FINISH)?)
+    fn launch_finish(&mut self) -> Result<Option<SnpLaunchDigest>, RoleError> {
+        self.commands.give_plain(Command::LAUNCH_FINISH)?;
+        Ok(None)
     }
 
-    fn send_start(
-        &mut self,
-        target: &PlatformEvidence,
-    ) -> Result<(u32, Vec<u8>, Vec<u8>), RoleError> {
+    fn send_start(&mut self, target: &PlatformEvidence) -> Result<SendStarted, RoleError> {
         let pdh = self.device.pdh_cert_export()?.pdh;
         let (policy, session) = self.open_send(target)?;
         Ok((policy, pdh, session))
@@ -314,6 +317,13 @@ impl<V: SevVm> Firmware for KvmSev<V> {
     }
 
     fn evidence(&mut self) -> Result<PlatformEvidence, RoleError> {
+        if self.amd.is_empty() {
+            return Err(RoleError::new(
+                "AMD_CERTIFICATES",
+                "no source sends a guest here without AMD's certificates of this processor (ASK and ARK); name their \
+                 file as `amd_certificates` in the agent's configuration",
+            ));
+        }
         let certificates = self.device.pdh_cert_export()?;
         Ok(PlatformEvidence {
             pdh: certificates.pdh,
@@ -457,7 +467,11 @@ mod tests {
             blob: vec![0; SESSION],
         };
         let host = sev.memory.host_address(0, 4096).unwrap();
-        sev.launch_start(Some(&session)).unwrap();
+        let binding = LaunchBinding {
+            session: Some(session),
+            ..LaunchBinding::default()
+        };
+        sev.launch_start(&binding).unwrap();
         sev.launch_update(4096, 8192).unwrap();
         sev.launch_secret(&[0; HEADER], &[0; 64], 3 * 4096).unwrap();
         sev.launch_finish().unwrap();
@@ -480,7 +494,7 @@ mod tests {
     #[test]
     fn a_refusal_names_the_command_and_the_firmwares_code() {
         let (mut sev, _) = sev(Some((2, 7)));
-        let error = sev.launch_start(None).unwrap_err();
+        let error = sev.launch_start(&LaunchBinding::default()).unwrap_err();
         assert!(
             error.text.contains("LAUNCH_START") && error.text.contains("0x7"),
             "{error}"
@@ -501,6 +515,7 @@ mod tests {
     #[test]
     fn the_registers_of_a_sev_es_guest_are_measured_and_it_does_not_move() {
         let (mut sev, log) = sev_as(Initialise::Typed, 5, None);
+        sev.launch_vcpus(&[]).unwrap();
         // The stand-in for /dev/sev is no device, so the status behind the measurement fails.
         assert!(sev.launch_measure().is_err());
         assert_eq!(ids(&log)[2..], [4, 6, 16]);

@@ -4,6 +4,7 @@ use kvm_ioctls::{Kvm, VmFd};
 use nix::errno::Errno;
 
 use super::error::SevError;
+use crate::machine::plan::Technology;
 
 /// Kinds of guest that Linux's SEV commands launch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +42,17 @@ impl GuestKind {
             Self::SevEs => kvm_bindings::KVM_X86_SEV_ES_VM,
             Self::Snp => kvm_bindings::KVM_X86_SNP_VM,
         }
+    }
+}
+
+/// The kind of a guest that AMD's own processor is to launch; `None` where it has no part.
+pub fn real_kind(technology: Technology) -> Option<GuestKind> {
+    match technology {
+        _ if technology.emulated() => None,
+        Technology::None => None,
+        Technology::Sev { .. } => Some(GuestKind::Sev),
+        Technology::SevEs { .. } => Some(GuestKind::SevEs),
+        Technology::SevSnp { .. } => Some(GuestKind::Snp),
     }
 }
 

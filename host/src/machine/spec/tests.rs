@@ -1,6 +1,12 @@
 //! A good description, and everything that can be wrong with one.
 
 use super::*;
+use crate::machine::plan::Technology;
+
+const OFFER: Offer = Offer {
+    emulated: true,
+    strongest: Strongest::SevSnp,
+};
 
 fn folder() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
@@ -44,12 +50,13 @@ fn a_good_description_is_read_whole() {
     assert_eq!((spec.vcpus, spec.memory_bytes), (2, 512 << 20));
     assert_eq!(
         spec.confidential,
-        ConfidentialSpec::Sev {
+        ConfidentialSpec::Sev(SevSpec {
             policy: 0x23,
-            secret: true
-        }
+            secret: true,
+            owner_session: None,
+        })
     );
-    let plan = spec.plan([7; 16], true);
+    let plan = spec.plan([7; 16], OFFER);
     assert_eq!(
         plan.technology,
         Technology::Sev {
@@ -78,7 +85,7 @@ fn every_fault_names_its_line_its_key_and_what_would_be_right() {
             "technology = \"sev\"",
             "technology = \"tdx\"",
             9,
-            "want \"none\" or \"sev\"",
+            "want \"none\", \"sev\"",
         ),
         ("secret = true", "policy = 0x22", 10, "NODBG"),
         ("\"data.raw\"", "\".\"", 13, "not a regular file"),
@@ -110,4 +117,127 @@ fn a_missing_file_is_named() {
             .starts_with("/nowhere/vm.toml: cannot be read"),
         "{error}"
     );
+}
+
+/// The description with another `[confidential]` section; `vault` is the folder's own file.
+fn confidential(section: &str) -> Result<MachineSpec, SpecError> {
+    parse(&GOOD.replacen("technology = \"sev\"\nsecret = true", section, 1))
+}
+
+#[test]
+fn each_technology_has_its_keys_its_default_policy_and_no_others() {
+    let technology = |section: &str| {
+        confidential(section)
+            .unwrap()
+            .confidential
+            .technology(OFFER)
+    };
+    let (emulated, sev, es, snp) = (true, 0x23, 0x27, 0x3_0000);
+    for (section, wanted) in [
+        ("technology = \"none\"", Technology::None),
+        (
+            "technology = \"sev\"",
+            Technology::Sev {
+                emulated,
+                policy: sev,
+            },
+        ),
+        (
+            "technology = \"sev-es\"",
+            Technology::SevEs {
+                emulated,
+                policy: es,
+            },
+        ),
+        (
+            "technology = \"sev-snp\"",
+            Technology::SevSnp {
+                emulated,
+                policy: snp,
+            },
+        ),
+        (
+            "technology = \"auto\"",
+            Technology::SevSnp {
+                emulated,
+                policy: snp,
+            },
+        ),
+    ] {
+        assert_eq!(technology(section), wanted, "{section}");
+    }
+    let weaker = Offer {
+        strongest: Strongest::SevEs,
+        ..OFFER
+    };
+    let auto = confidential("technology = \"auto\"").unwrap().confidential;
+    assert_eq!(
+        auto.technology(weaker),
+        Technology::SevEs {
+            emulated,
+            policy: es
+        }
+    );
+
+    let spec = confidential(&format!(
+        "technology = \"sev-snp\"\nhost_data = \"{}\"\nid_block = \"data.raw\"\nid_auth = \"initrd\"\nvcek_disabled = true",
+        "ab".repeat(32)
+    ));
+    let ConfidentialSpec::SevSnp(snp) = spec.unwrap().confidential else {
+        panic!("not SEV-SNP");
+    };
+    assert_eq!((snp.host_data, snp.vcek_disabled), ([0xab; 32], true));
+    assert!(snp.id.unwrap().block.ends_with("data.raw"));
+}
+
+#[test]
+fn what_a_technology_cannot_have_is_refused_with_its_line() {
+    let cases = [
+        (
+            "technology = \"auto\"\npolicy = 1",
+            10,
+            "means nothing under technology \"auto\"",
+        ),
+        (
+            "technology = \"none\"\nsecret = true",
+            10,
+            "`confidential.secret` means nothing",
+        ),
+        (
+            "technology = \"sev-snp\"\nsecret = true",
+            10,
+            "`confidential.secret` means nothing",
+        ),
+        (
+            "technology = \"sev\"\nhost_data = \"00\"",
+            10,
+            "`confidential.host_data` means nothing",
+        ),
+        ("technology = \"sev\"\npolicy = 5", 10, "bit 2 (ES)"),
+        ("technology = \"sev-es\"\npolicy = 1", 10, "bit 2 (ES)"),
+        ("technology = \"sev-es\"\npolicy = 4", 10, "NODBG"),
+        ("technology = \"sev\"\npolicy = 0x100000001", 10, "32 bits"),
+        ("technology = \"sev-snp\"\npolicy = 0xb0000", 10, "DEBUG"),
+        ("technology = \"sev-snp\"\npolicy = 0x10000", 10, "bit 17"),
+        (
+            "technology = \"sev-snp\"\nhost_data = \"00\"",
+            10,
+            "64 hex digits",
+        ),
+        (
+            "technology = \"sev-snp\"\nid_block = \"initrd\"",
+            10,
+            "go together",
+        ),
+        (
+            "technology = \"sev\"\nowner_session = \"initrd\"",
+            10,
+            "no folder",
+        ),
+    ];
+    for (section, line, words) in cases {
+        let error = confidential(section).unwrap_err();
+        assert_eq!(error.line, Some(line), "{section}: {error}");
+        assert!(error.to_string().contains(words), "{section}: {error}");
+    }
 }

@@ -31,12 +31,13 @@ pub(super) const VM_INTERRUPTS: &[u64] = &[
     iow::<kvm::kvm_ioeventfd>(0x79),   // IOEVENTFD
     iow::<kvm::kvm_msi>(0xa5),         // SIGNAL_MSI
 ];
-/// SEV on the VM and on `/dev/sev`.
-pub(super) const SEV: &[u64] = &[
-    iowr::<libc::c_ulong>(0xba),      // MEMORY_ENCRYPT_OP
-    ior::<kvm::kvm_enc_region>(0xbb), // MEMORY_ENCRYPT_REG_REGION
-    ior::<kvm::kvm_enc_region>(0xbc), // MEMORY_ENCRYPT_UNREG_REGION
-    0xc010_5300,                      // SEV_ISSUE_CMD: _IOWR('S', 0, 16 bytes)
+/// Commands of a SEV guest, on its machine. Memory is pinned before a filter is there, and stays so to the end.
+pub(super) const SEV_GUEST: &[u64] = &[
+    iowr::<libc::c_ulong>(0xba), // MEMORY_ENCRYPT_OP
+];
+/// Commands of the platform, on `/dev/sev`; its descriptor is for reading, so that none of them changes anything.
+pub(super) const SEV_PLATFORM: &[u64] = &[
+    0xc010_5300, // SEV_ISSUE_CMD: _IOWR('S', 0, 16 bytes)
 ];
 /// The guest runs.
 pub(super) const VCPU_RUN: &[u64] = &[

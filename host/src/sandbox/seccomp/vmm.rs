@@ -25,8 +25,13 @@ pub(super) const CONTROL: &[Rule] = &[
     ),
     permit!(
         SYS_ioctl,
-        [Cond::Among(1, kvm::SEV)],
-        "SEV commands on the VM and the platform"
+        [Cond::Among(1, kvm::SEV_GUEST)],
+        "a SEV guest is launched, sent and received"
+    ),
+    permit!(
+        SYS_ioctl,
+        [Cond::Among(1, kvm::SEV_PLATFORM)],
+        "API version and certificates of the platform, for its owner and for a source"
     ),
     permit!(
         SYS_madvise,
@@ -73,8 +78,14 @@ pub(super) const DEVICE_IO: &[Rule] = &[
         "std's way to make a socket non-blocking"
     ),
     permit!(SYS_accept4, "vsock: a host program connects"),
-    permit!(SYS_recvfrom, "vsock: bytes from a host program"),
-    permit!(SYS_sendto, "vsock: bytes to a host program"),
+    permit!(
+        SYS_recvfrom,
+        "vsock: bytes from a host program; the secure processor's replies to the guest"
+    ),
+    permit!(
+        SYS_sendto,
+        "vsock: bytes to a host program; the guest's requests to the secure processor"
+    ),
     permit!(SYS_shutdown, "vsock: half-closed connections"),
     permit!(SYS_epoll_ctl, "descriptors come and go with connections"),
     permit!(

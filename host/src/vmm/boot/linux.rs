@@ -1,4 +1,4 @@
-//! The Linux/x86 boot protocol, 64-bit: the header of a bzImage and the zero page.
+//! The Linux/x86 boot protocol: the header of a bzImage and the zero page.
 //!
 //! The kernel image comes from whoever described the guest; every field is checked before it is used.
 
@@ -95,10 +95,12 @@ impl<'a> KernelImage<'a> {
         self.cmdline_max.min(CMDLINE_ROOM - 1)
     }
 
-    /// The zero page: the image's own header, then what a boot loader fills in, then the memory map.
+    /// The zero page: the image's own header, then what a boot loader fills in, then the memory map. Memory is
+    /// reserved from `reserved` to the end of the secret page.
     pub fn boot_params(
         &self,
         memory: u64,
+        reserved: u64,
         initrd: Option<(u64, u64)>,
     ) -> Result<Vec<u8>, BootError> {
         let mut page = vec![0u8; BOOT_PARAMS_SIZE];
@@ -112,7 +114,7 @@ impl<'a> KernelImage<'a> {
             put(&mut page, RAMDISK_IMAGE, &start.to_le_bytes())?;
             put(&mut page, RAMDISK_SIZE, &length.to_le_bytes())?;
         }
-        let map = memory_map(memory);
+        let map = memory_map(memory, reserved);
         put(&mut page, E820_ENTRIES, &[map.len() as u8])?;
         for (index, (start, length, kind)) in map.into_iter().enumerate() {
             let at = E820_TABLE + index * 20;
@@ -126,17 +128,23 @@ impl<'a> KernelImage<'a> {
 
 /// Where the kernel's 64-bit entry point is.
 pub const ENTRY: u64 = KERNEL + ENTRY_OFFSET as u64;
+/// Where its 32-bit entry point is.
+pub const ENTRY_32: u64 = KERNEL;
 /// Address of the zero page, which goes into RSI.
 pub const BOOT_PARAMS_ADDRESS: u64 = BOOT_PARAMS;
 
 /// The e820 map: (start, length, type).
-fn memory_map(memory: u64) -> Vec<(u64, u64, u32)> {
+fn memory_map(memory: u64, reserved: u64) -> Vec<(u64, u64, u32)> {
     let after_secret = SECRET_GPA + SECRET_SIZE;
     vec![
         (0, LOW_RAM_END, E820_RAM),
         (LOW_RAM_END, HIGH_RAM - LOW_RAM_END, E820_RESERVED),
-        (HIGH_RAM, SECRET_GPA - HIGH_RAM, E820_RAM),
-        (SECRET_GPA, SECRET_SIZE, E820_RESERVED),
+        (HIGH_RAM, reserved.saturating_sub(HIGH_RAM), E820_RAM),
+        (
+            reserved,
+            after_secret.saturating_sub(reserved),
+            E820_RESERVED,
+        ),
         (after_secret, memory.saturating_sub(after_secret), E820_RAM),
     ]
 }
@@ -196,6 +204,7 @@ const E820_TABLE: usize = 0x2d0;
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use crate::vmm::layout::{PAGE_SIZE, SNP_CPUID};
 
     /// A header as a real kernel has it, and a payload of 4 KiB.
     pub fn small_image() -> Vec<u8> {
@@ -224,7 +233,7 @@ pub(super) mod tests {
         assert_eq!(kernel.payload().len(), 4096);
         assert_eq!(kernel.end(), KERNEL + 0x200_0000);
         let page = kernel
-            .boot_params(256 << 20, Some((0x800_0000, 77)))
+            .boot_params(256 << 20, SECRET_GPA, Some((0x800_0000, 77)))
             .unwrap();
         assert_eq!(&page[MAGIC..MAGIC + 4], b"HdrS");
         assert_eq!(page[E820_ENTRIES], 5);
@@ -258,12 +267,17 @@ pub(super) mod tests {
 
     #[test]
     fn the_secret_page_is_reserved_and_nothing_overlaps() {
-        let map = memory_map(512 << 20);
-        for pair in map.windows(2) {
-            assert_eq!(pair[0].0 + pair[0].1, pair[1].0);
+        for (from, length) in [
+            (SECRET_GPA, SECRET_SIZE),
+            (SNP_CPUID, 2 * PAGE_SIZE + SECRET_SIZE),
+        ] {
+            let map = memory_map(512 << 20, from);
+            for pair in map.windows(2) {
+                assert_eq!(pair[0].0 + pair[0].1, pair[1].0);
+            }
+            assert!(map.contains(&(from, length, E820_RESERVED)));
+            assert_eq!(map.last().map(|e| e.0 + e.1), Some(512 << 20));
         }
-        assert!(map.contains(&(SECRET_GPA, SECRET_SIZE, E820_RESERVED)));
-        assert_eq!(map.last().map(|e| e.0 + e.1), Some(512 << 20));
     }
 
     proptest::proptest! {
@@ -275,7 +289,7 @@ pub(super) mod tests {
                 *to = *from;
             }
             if let Ok(kernel) = KernelImage::parse(&image) {
-                let _ = kernel.boot_params(256 << 20, None);
+                let _ = kernel.boot_params(256 << 20, SECRET_GPA, None);
             }
         }
     }

@@ -5,11 +5,12 @@
 
 pub mod acpi;
 pub mod linux;
+pub mod measured;
 pub mod paging;
 
 use super::layout::{
     ACPI, BOOT_PARAMS, CMDLINE, GDT, HIGH_RAM, KERNEL, PAGE_SIZE, PAGE_TABLES, SECRET_GPA,
-    SECRET_SIZE,
+    SECRET_SIZE, SNP_CPUID, SNP_SECRETS,
 };
 use crate::machine::plan::{MachinePlan, Technology};
 use linux::KernelImage;
@@ -47,7 +48,7 @@ impl BootImage {
             component(
                 "boot-params",
                 BOOT_PARAMS,
-                image.boot_params(plan.memory_bytes, ramdisk)?,
+                image.boot_params(plan.memory_bytes, reserved(plan.technology), ramdisk)?,
             ),
             component("page-tables", PAGE_TABLES, paging::page_tables()),
             component("cmdline", CMDLINE, cmdline),
@@ -66,7 +67,18 @@ impl BootImage {
 pub fn appended_cmdline(plan: &MachinePlan) -> String {
     match plan.technology {
         Technology::None => String::new(),
-        Technology::Sev { .. } => format!(" casemate.secret={SECRET_GPA:#x},{SECRET_SIZE:#x}"),
+        Technology::Sev { .. } | Technology::SevEs { .. } => {
+            format!(" casemate.secret={SECRET_GPA:#x},{SECRET_SIZE:#x}")
+        }
+        Technology::SevSnp { .. } => format!(" casemate.snp={SNP_SECRETS:#x},{SNP_CPUID:#x}"),
+    }
+}
+
+/// Where the reserved memory in front of the kernel begins.
+fn reserved(technology: Technology) -> u64 {
+    match technology {
+        Technology::SevSnp { .. } => SNP_CPUID,
+        Technology::None | Technology::Sev { .. } | Technology::SevEs { .. } => SECRET_GPA,
     }
 }
 
@@ -206,7 +218,7 @@ mod tests {
     }
 
     /// Owners compare against what their own copy of this code assembles: a change here is a new version.
-    const GOLDEN: &str = "903ab4aef490701111a87be7d0bf1f8f5567cee482b1f6e78ba5f83043b86199";
+    const GOLDEN: &str = "f84288c70b485cad70f60d7414cb2a59e7081eeaf5073c4f342d7449c170ac1b";
 
     #[test]
     fn every_input_is_in_the_pieces() {
@@ -246,6 +258,14 @@ mod tests {
             ..plan()
         };
         assert_eq!(appended_cmdline(&plain), "");
+        let snp = MachinePlan {
+            technology: Technology::SevSnp {
+                emulated: true,
+                policy: 0x30000,
+            },
+            ..plan()
+        };
+        assert_eq!(appended_cmdline(&snp), " casemate.snp=0xffe000,0xffd000");
     }
 
     #[test]

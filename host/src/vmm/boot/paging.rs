@@ -10,15 +10,19 @@ pub const DATA_SELECTOR: u16 = 0x18;
 /// Selector of the task state segment.
 pub const TSS_SELECTOR: u16 = 0x20;
 
-/// The descriptor table's bytes.
+/// Where the 32-bit descriptor table begins, from the start of [`gdt`]; selectors mean the same in both.
+pub const GDT32_OFFSET: u64 = 0x40;
+
+/// The bytes of both descriptor tables: the 64-bit one, and [`GDT32_OFFSET`] behind it the 32-bit one.
 pub fn gdt() -> Vec<u8> {
-    GDT_ENTRIES
-        .iter()
-        .flat_map(|entry| entry.to_le_bytes())
-        .collect()
+    let bytes = |entries: [u64; 5]| entries.into_iter().flat_map(u64::to_le_bytes);
+    let mut table: Vec<u8> = bytes(GDT_ENTRIES).collect();
+    table.resize(GDT32_OFFSET as usize, 0);
+    table.extend(bytes([0, 0, CODE32, DATA, TSS]));
+    table
 }
 
-/// Last valid byte of the descriptor table.
+/// Last valid byte of each descriptor table.
 pub fn gdt_limit() -> u16 {
     (GDT_ENTRIES.len() * 8 - 1) as u16
 }
@@ -44,13 +48,10 @@ const ENTRIES: usize = 512;
 const PRESENT_WRITABLE: u64 = 0x3;
 const LARGE: u64 = 0x80;
 // null, unused, 64-bit code, data, TSS: as the boot protocol wants them at 0x10 and 0x18
-const GDT_ENTRIES: [u64; 5] = [
-    0,
-    0,
-    0x00af_9b00_0000_ffff,
-    0x00cf_9300_0000_ffff,
-    0x008f_8b00_0000_ffff,
-];
+const GDT_ENTRIES: [u64; 5] = [0, 0, 0x00af_9b00_0000_ffff, DATA, TSS];
+const CODE32: u64 = 0x00cf_9b00_0000_ffff;
+const DATA: u64 = 0x00cf_9300_0000_ffff;
+const TSS: u64 = 0x008f_8b00_0000_ffff;
 
 #[cfg(test)]
 mod tests {
@@ -58,6 +59,24 @@ mod tests {
 
     fn word(bytes: &[u8], index: usize) -> u64 {
         u64::from_le_bytes(bytes[index * 8..index * 8 + 8].try_into().unwrap())
+    }
+
+    #[test]
+    fn both_tables_have_the_boot_protocols_segments() {
+        let table = gdt();
+        let (base, selector) = (GDT32_OFFSET as usize / 8, usize::from(CODE_SELECTOR) / 8);
+        // L is set in the one, D in the other.
+        assert_eq!(word(&table, selector) >> 53 & 3, 0b01);
+        assert_eq!(word(&table, base + selector) >> 53 & 3, 0b10);
+        for selector in [DATA_SELECTOR, TSS_SELECTOR] {
+            let index = usize::from(selector) / 8;
+            assert_eq!(word(&table, index), word(&table, base + index));
+        }
+        assert!(usize::from(gdt_limit()) < GDT32_OFFSET as usize);
+        assert_eq!(
+            table.len(),
+            GDT32_OFFSET as usize + usize::from(gdt_limit()) + 1
+        );
     }
 
     #[test]

@@ -7,7 +7,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use super::super::layout::SECRET_GPA;
 use super::super::protocol::{
-    MachineState, MachineStatus, Measurement, OwnerSession, RoleError, VmmReply, VmmRequest,
+    LaunchBinding, MachineState, MachineStatus, Measurement, RoleError, VmmReply, VmmRequest,
 };
 use super::{Control, not_confidential, wrong_state};
 use crate::ipc::Channel;
@@ -21,7 +21,7 @@ impl Control {
     ) -> Result<VmmReply, RoleError> {
         match request {
             VmmRequest::Prepare { .. } => Err(wrong_state("the machine is prepared already")),
-            VmmRequest::Launch { session } => self.launch(session.as_ref()).map(VmmReply::Launched),
+            VmmRequest::Launch { binding } => self.launch(&binding).map(VmmReply::Launched),
             VmmRequest::Incoming => {
                 self.expect(&[MachineState::Prepared], "receiving")?;
                 self.state = MachineState::Incoming;
@@ -62,26 +62,13 @@ impl Control {
         }
     }
 
-    fn launch(&mut self, session: Option<&OwnerSession>) -> Result<Option<Measurement>, RoleError> {
+    fn launch(&mut self, binding: &LaunchBinding) -> Result<Option<Measurement>, RoleError> {
         self.expect(&[MachineState::Prepared], "a launch")?;
         let start = Instant::now();
-        if let Some(protection) = self.machine.protection() {
-            protection.launch_start(session)?;
+        let mut measurement = self.machine.launch(binding)?;
+        if let Some(measurement) = &mut measurement {
+            measurement.elapsed_us = u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX);
         }
-        self.machine
-            .load(|protection, gpa, length| match protection {
-                Some(protection) => protection.launch_update(gpa, length),
-                None => Ok(()),
-            })?;
-        let measurement = match self.machine.protection() {
-            Some(protection) => {
-                let mut measurement = protection.launch_measure()?;
-                measurement.elapsed_us =
-                    u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX);
-                Some(measurement)
-            }
-            None => None,
-        };
         self.state = MachineState::Measured;
         Ok(measurement)
     }
@@ -89,12 +76,15 @@ impl Control {
     fn first_run(&mut self) -> Result<VmmReply, RoleError> {
         self.expect(&[MachineState::Measured], "the first run")?;
         self.machine.acquire()?;
-        if let Some(protection) = self.machine.protection() {
-            protection.launch_finish()?;
-        }
+        let digest = match self.machine.protection() {
+            Some(protection) => protection.launch_finish()?,
+            None => None,
+        };
         self.machine.run()?;
         self.state = MachineState::Running;
-        Ok(VmmReply::Done)
+        Ok(VmmReply::Started {
+            digest: digest.map(|digest| digest.to_string()),
+        })
     }
 
     fn resume_by_agent(&mut self) -> Result<VmmReply, RoleError> {

@@ -7,6 +7,8 @@ use super::super::protocol::{
     EXCHANGE_PAGES, MAX_STATE, MachineState, MoverReply, MoverRequest, RoleError,
 };
 use super::{Control, Move, not_confidential, wrong_state};
+use crate::confidential::launch::GuestProtection;
+use crate::confidential::protocol::PlatformEvidence;
 use crate::ipc::{Channel, IpcError};
 use crate::vmm::kvm::KvmError;
 use crate::vmm::machine::MachineError;
@@ -95,9 +97,13 @@ impl Control {
                 target_pdh,
                 platform,
                 amd,
-            } => self.send_start(&target_pdh, &platform, &amd),
+            } => self.send_start(&PlatformEvidence {
+                pdh: target_pdh,
+                platform,
+                amd,
+            }),
             MoverRequest::PlatformEvidence => {
-                let (pdh, platform, amd) = self.protection()?.evidence()?;
+                let PlatformEvidence { pdh, platform, amd } = self.protection()?.evidence()?;
                 Ok(MoverReply::Evidence { pdh, platform, amd })
             }
             MoverRequest::ReceiveStart {
@@ -151,14 +157,10 @@ impl Control {
         }
     }
 
-    fn send_start(
-        &mut self,
-        target: &[u8],
-        platform: &[u8],
-        amd: &[u8],
-    ) -> Result<MoverReply, RoleError> {
+    fn send_start(&mut self, target: &PlatformEvidence) -> Result<MoverReply, RoleError> {
         self.expect(SOURCE, "SEND_START")?;
-        let (policy, source_pdh, session) = self.protection()?.send_start(target, platform, amd)?;
+        self.machine.check_movable()?;
+        let (policy, source_pdh, session) = self.protection()?.send_start(target)?;
         self.moving.sending = true;
         Ok(MoverReply::SendStarted {
             policy,
@@ -210,6 +212,8 @@ impl Control {
         if self.machine.stop_notice().reason().is_some() {
             return Err(wrong_state("the guest has switched itself off"));
         }
+        // What it said since SEND_START counts too, and it says no more now.
+        self.machine.check_movable()?;
         if let Some(protection) = self.machine.protection() {
             protection.send_finish()?;
         }
@@ -263,9 +267,7 @@ impl Control {
         Ok(MoverReply::Done)
     }
 
-    fn protection(
-        &mut self,
-    ) -> Result<&mut Box<dyn crate::vmm::confidential_hook::GuestProtection>, RoleError> {
+    fn protection(&mut self) -> Result<&mut GuestProtection, RoleError> {
         self.machine.protection().ok_or_else(not_confidential)
     }
 

@@ -2,7 +2,10 @@
 
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 
-/// Leaves for vCPU `id` of `count`. `sev` is whether AMD's real secure processor encrypts the guest.
+use crate::vmm::page_sharing::CPUID_FEATURES;
+
+/// Leaves for vCPU `id` of `count`. `sev` is whether AMD's real secure processor encrypts the guest: then it sees where
+/// the C-bit is, and is offered to tell which pages it shares.
 pub fn for_vcpu(supported: &CpuId, id: u8, count: u8, sev: bool) -> Vec<kvm_cpuid_entry2> {
     let mut leaves: Vec<kvm_cpuid_entry2> = supported
         .as_slice()
@@ -13,6 +16,9 @@ pub fn for_vcpu(supported: &CpuId, id: u8, count: u8, sev: bool) -> Vec<kvm_cpui
         .collect();
     for leaf in &mut leaves {
         patch(leaf, id, count);
+        if sev && leaf.function == KVM_FEATURES {
+            leaf.eax |= CPUID_FEATURES;
+        }
     }
     leaves.extend(topology(id, count));
     leaves
@@ -40,25 +46,57 @@ pub fn check_compatible(
             .map(|((want, have), mask)| want & !have & mask)
             .collect();
         if missing.iter().any(|word| *word != 0) {
-            return Err(CpuidMismatch {
+            return Err(CpuidMismatch::Features {
                 function: leaf.function,
                 index: leaf.index,
                 missing,
             });
         }
     }
-    Ok(())
+    check_encryption_bit(supported, saved)
 }
 
-/// A processor feature of the saved vCPU that this host does not have.
+/// Why this host's processor cannot go on with a saved vCPU.
 #[derive(Debug, thiserror::Error)]
-#[error(
-    "this host's processor lacks features of CPUID leaf {function:#x}.{index}: {missing:x?} (eax, ebx, ecx, edx)"
-)]
-pub struct CpuidMismatch {
-    function: u32,
-    index: u32,
-    missing: Vec<u32>,
+pub enum CpuidMismatch {
+    /// A feature that it does not have.
+    #[error(
+        "this host's processor lacks features of CPUID leaf {function:#x}.{index}: {missing:x?} (eax, ebx, ecx, edx)"
+    )]
+    Features {
+        /// The leaf.
+        function: u32,
+        /// Its index.
+        index: u32,
+        /// Bits of EAX, EBX, ECX, EDX.
+        missing: Vec<u32>,
+    },
+    /// The guest's page tables have the C-bit where this processor has an address.
+    #[error(
+        "the guest has its encryption bit at {saved}, this host's processor has it at {here}; move it to a host with a \
+         processor of the same generation, or launch it anew"
+    )]
+    EncryptionBit {
+        /// In the guest's page tables.
+        saved: u32,
+        /// Here; 0 where there is none.
+        here: u32,
+    },
+}
+
+/// The position is in every page table of the guest.
+fn check_encryption_bit(
+    supported: &CpuId,
+    saved: &[kvm_cpuid_entry2],
+) -> Result<(), CpuidMismatch> {
+    let bit = |leaves: &[kvm_cpuid_entry2]| {
+        let leaf = leaves.iter().find(|leaf| leaf.function == SEV_LEAF)?;
+        Some(leaf.ebx & ENCRYPTION_BIT)
+    };
+    match (bit(saved), bit(supported.as_slice()).unwrap_or(0)) {
+        (Some(saved), here) if saved != here => Err(CpuidMismatch::EncryptionBit { saved, here }),
+        _ => Ok(()),
+    }
 }
 
 fn patch(leaf: &mut kvm_cpuid_entry2, id: u8, count: u8) {
@@ -131,7 +169,8 @@ fn feature_words(function: u32, index: u32) -> Option<[u32; 4]> {
         (0xd, 1) => Some([!0, 0, 0, 0]),
         (0x8000_0001, _) => Some([0, 0, !(AMD_CMP_LEGACY | AMD_TOPOLOGY_EXTENSIONS), !0]),
         (0x8000_0008, _) => Some([0, !0, 0, 0]),
-        (0x4000_0001, _) => Some([!0, 0, 0, 0]),
+        // What this VMM offers itself is there on every host that takes such a guest.
+        (KVM_FEATURES, _) => Some([!CPUID_FEATURES, 0, 0, 0]),
         _ => None,
     }
 }
@@ -156,6 +195,9 @@ const AMD_CMP_LEGACY: u32 = 1 << 1;
 // Without it no guest reads 0x8000001d/e as thread and node topology; leaf 0xB says it all.
 const AMD_TOPOLOGY_EXTENSIONS: u32 = 1 << 22;
 const SEV_LEAF: u32 = 0x8000_001f;
+/// EBX of that leaf.
+const ENCRYPTION_BIT: u32 = 0x3f;
+const KVM_FEATURES: u32 = 0x4000_0001;
 // host topology (0xb, 0x1f, 0x80000026) is replaced; performance monitoring (0xa, 0x80000022) is not
 // offered, since its registers do not migrate between processor models
 const DROPPED: &[u32] = &[0xa, 0xb, 0x1f, 0x8000_0022, 0x8000_0026];
@@ -177,6 +219,7 @@ mod tests {
             leaf(7, 0x20, 0, 0),
             leaf(0xb, 1, 2, 3),
             leaf(SEV_LEAF, 51, 0, 0),
+            leaf(KVM_FEATURES, 0, 0, 0),
         ])
         .unwrap()
     }
@@ -200,6 +243,40 @@ mod tests {
         assert!(check_compatible(&supported(), &saved).is_ok());
         saved.iter_mut().find(|l| l.function == 7).unwrap().ebx |= 1 << 16;
         let error = check_compatible(&supported(), &saved).unwrap_err();
-        assert_eq!((error.function, error.missing[1]), (7, 1 << 16));
+        let CpuidMismatch::Features {
+            function, missing, ..
+        } = error
+        else {
+            panic!("{error}");
+        };
+        assert_eq!((function, missing[1]), (7, 1 << 16));
+    }
+
+    #[test]
+    fn an_encrypted_guest_sees_the_c_bit_and_is_heard() {
+        let leaves = for_vcpu(&supported(), 0, 1, true);
+        let find = |leaves: &[kvm_cpuid_entry2], function| {
+            leaves.iter().find(|l| l.function == function).copied()
+        };
+        assert_eq!(find(&leaves, SEV_LEAF).unwrap().ebx, 51);
+        assert_eq!(find(&leaves, KVM_FEATURES).unwrap().eax, 1 << 16 | 1 << 17);
+        let plain = for_vcpu(&supported(), 0, 1, false);
+        assert_eq!(find(&plain, KVM_FEATURES).unwrap().eax, 0);
+    }
+
+    #[test]
+    fn a_guest_does_not_go_where_the_c_bit_is_another() {
+        let mut saved = for_vcpu(&supported(), 0, 1, true);
+        assert!(check_compatible(&supported(), &saved).is_ok());
+        let leaf = saved.iter_mut().find(|l| l.function == SEV_LEAF).unwrap();
+        leaf.ebx = 47;
+        let error = check_compatible(&supported(), &saved).unwrap_err();
+        assert!(error.to_string().contains("at 47, this host's"), "{error}");
+        let nowhere = CpuId::from_entries(&[]).unwrap();
+        let only = saved.iter().filter(|l| l.function == SEV_LEAF).copied();
+        let only: Vec<_> = only.collect();
+        assert!(check_compatible(&nowhere, &only).is_err());
+        let plain = for_vcpu(&supported(), 0, 1, false);
+        assert!(check_compatible(&supported(), &plain).is_ok());
     }
 }

@@ -1,4 +1,8 @@
-//! State of the first vCPU at the 64-bit entry point of the Linux boot protocol.
+//! State of the first vCPU at the entry points of the Linux boot protocol.
+//!
+//! A guest in clear starts at the 64-bit one. A guest of AMD's own processor starts at the 32-bit one: without paging
+//! its accesses are to encrypted memory whatever the tables say, it makes its own tables with the C-bit, and so the
+//! position of that bit, which differs between hosts, is no input of the measurement.
 
 use kvm_bindings::{Msrs, kvm_dtable, kvm_msr_entry, kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
@@ -22,6 +26,37 @@ impl Entry {
         rip: linux::ENTRY,
         rsi: linux::BOOT_PARAMS_ADDRESS,
     };
+}
+
+/// Puts a vCPU into protected mode without paging at the 32-bit entry point, with the descriptor table of the layout.
+pub fn enter_protected_mode(vcpu: &VcpuFd) -> Result<(), KvmError> {
+    let mut sregs = vcpu.get_sregs().map_err(during("KVM_GET_SREGS"))?;
+    let code = segment(paging::CODE_SELECTOR, CODE_TYPE, false);
+    let data = segment(paging::DATA_SELECTOR, DATA_TYPE, false);
+    sregs.cs = code;
+    (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
+    sregs.tr = kvm_segment {
+        selector: paging::TSS_SELECTOR,
+        type_: TSS_TYPE,
+        s: 0,
+        db: 0,
+        ..data
+    };
+    sregs.gdt = kvm_dtable {
+        base: GDT + paging::GDT32_OFFSET,
+        limit: paging::gdt_limit(),
+        ..Default::default()
+    };
+    sregs.idt = kvm_dtable::default();
+    sregs.cr0 |= CR0_PE | CR0_ET;
+    vcpu.set_sregs(&sregs).map_err(during("KVM_SET_SREGS"))?;
+    let regs = kvm_regs {
+        rip: linux::ENTRY_32,
+        rsi: linux::BOOT_PARAMS_ADDRESS,
+        rflags: 2,
+        ..Default::default()
+    };
+    vcpu.set_regs(&regs).map_err(during("KVM_SET_REGS"))
 }
 
 /// Puts a vCPU into long mode at `entry`, with the descriptor and page tables of the layout.
@@ -60,6 +95,17 @@ pub fn enter_long_mode(vcpu: &VcpuFd, entry: Entry) -> Result<(), KvmError> {
     vcpu.set_regs(&regs).map_err(during("KVM_SET_REGS"))
 }
 
+/// Leaves a vCPU that has not run at reset, as it is measured: KVM's own state but for the type of the task
+/// register, which KVM chooses by the processor's maker.
+pub fn wait_at_reset(vcpu: &VcpuFd) -> Result<(), KvmError> {
+    let mut sregs = vcpu.get_sregs().map_err(during("KVM_GET_SREGS"))?;
+    sregs.tr.type_ = BUSY_16_BIT_TSS;
+    vcpu.set_sregs(&sregs).map_err(during("KVM_SET_SREGS"))?;
+    let mut regs = vcpu.get_regs().map_err(during("KVM_GET_REGS"))?;
+    regs.rdx = 0;
+    vcpu.set_regs(&regs).map_err(during("KVM_SET_REGS"))
+}
+
 /// Model-specific registers of every vCPU at power-on, as firmware would leave them.
 pub fn power_on_msrs(vcpu: &VcpuFd) -> Result<(), KvmError> {
     for (index, data) in POWER_ON {
@@ -93,10 +139,13 @@ fn segment(selector: u16, type_: u8, long: bool) -> kvm_segment {
     }
 }
 
+/// Where the stack begins, in the first vCPU's hands only.
+pub const BOOT_STACK: u64 = 0x8ff0;
+
 const CODE_TYPE: u8 = 0xb;
 const DATA_TYPE: u8 = 0x3;
 const TSS_TYPE: u8 = 0xb;
-const BOOT_STACK: u64 = 0x8ff0;
+const BUSY_16_BIT_TSS: u8 = 3;
 const CR0_PE: u64 = 1;
 const CR0_ET: u64 = 1 << 4;
 const CR0_PG: u64 = 1 << 31;

@@ -230,6 +230,14 @@ impl Runner {
             }
             Ok(VcpuExit::MmioRead(address, data)) => self.bus.memory_read(address, data),
             Ok(VcpuExit::MmioWrite(address, data)) => self.bus.memory_write(address, data),
+            Ok(VcpuExit::Hypercall(call)) => *call.ret = self.bus.hypercall(call.nr, &call.args),
+            Ok(VcpuExit::X86Rdmsr(msr)) => match self.bus.read_msr(msr.index) {
+                Some(value) => (*msr.data, *msr.error) = (value, 0),
+                None => *msr.error = 1,
+            },
+            Ok(VcpuExit::X86Wrmsr(msr)) => {
+                *msr.error = u8::from(!self.bus.write_msr(msr.index, msr.data));
+            }
             Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt | VcpuExit::Nmi) => {
                 return true;
             }

@@ -8,14 +8,17 @@ use casemate::confidential::kvm::{
     GuestKind, KvmSev, RealSev, RealSnp, SevDevice, SevError, SnpConfig, SnpFinish, SnpIdBlock,
     SnpInitialised, SnpLaunching, SnpPage, SnpRefused, SnpRunning, VLEK_WRAPPED, create_vm,
 };
-use casemate::confidential::launch::Firmware;
+use casemate::confidential::launch::{Firmware, GuestProtection};
 use casemate::confidential::page_map::Conversion;
+use casemate::confidential::protocol::PlatformEvidence;
 use casemate::confidential::shared::{Access, MemoryLayout, SharedMemory};
 use casemate::confidential::{GuestMemoryView, open_real};
-use casemate::vmm::confidential_hook::GuestProtection;
-use casemate::vmm::protocol::{EXCHANGE_SIZE, OwnerSession, PACKET_STRIDE, RoleError};
+use casemate::vmm::protocol::{
+    EXCHANGE_SIZE, LaunchBinding, OwnerSession, PACKET_STRIDE, RoleError,
+};
 use casemate_double::protocol::{
-    Answer, Ask, Device, Outcome, START, SnpStep, Step, Wrong, read_frame, write_frame,
+    Answer, Ask, Certificates, Device, Outcome, START, SnpStep, Step, Wrong, read_frame,
+    write_frame,
 };
 use kvm_bindings::{kvm_regs, kvm_sev_cmd, kvm_sregs, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
@@ -54,7 +57,7 @@ enum Snp {
 struct Guest {
     vcpu: Option<VcpuFd>,
     snp: Option<Snp>,
-    protection: Option<Box<dyn GuestProtection>>,
+    protection: Option<GuestProtection>,
     vm: Arc<VmFd>,
     memory: SharedMemory,
     exchange: SharedMemory,
@@ -72,6 +75,7 @@ impl Child {
                 .attach(policy, pages * 4096, amd, wrong)
                 .map(|()| Answer::Done),
             Ask::Report { mnonce } => report(mnonce).map(Answer::Bytes),
+            Ask::SendFinish { target } => send_finish(target).map(|()| Answer::Done),
             Ask::SnpAttach { pages } => self.attach_snp(pages * 4096).map(|()| Answer::Done),
             Ask::Open => {
                 self.device = Some(SevDevice::open()?);
@@ -259,11 +263,18 @@ impl Guest {
         match step {
             Step::LaunchStart { session } => {
                 let session = session.map(|(certificate, blob)| OwnerSession { certificate, blob });
-                protection.launch_start(session.as_ref())?;
+                protection.launch_start(&LaunchBinding {
+                    session,
+                    ..LaunchBinding::default()
+                })?;
             }
             Step::LaunchUpdate { gpa, length } => protection.launch_update(gpa, length)?,
             Step::LaunchMeasure => {
-                let measured = protection.launch_measure()?;
+                // Of a SEV guest nothing: its registers are not measured.
+                protection.launch_vcpus(&[])?;
+                let measured = protection
+                    .launch_measure()?
+                    .ok_or_else(|| fault("no measurement"))?;
                 return Ok(Answer::Measured {
                     blob: measured.blob,
                     api: measured.api,
@@ -275,11 +286,15 @@ impl Guest {
                 ciphertext,
                 gpa,
             } => protection.launch_secret(&header, &ciphertext, gpa)?,
-            Step::LaunchFinish => protection.launch_finish()?,
-            Step::Evidence => return Ok(Answer::Certificates(protection.evidence()?)),
+            Step::LaunchFinish => drop(protection.launch_finish()?),
+            Step::Evidence => {
+                let PlatformEvidence { pdh, platform, amd } = protection.evidence()?;
+                return Ok(Answer::Certificates((pdh, platform, amd)));
+            }
             Step::SendStart { target } => {
+                let (pdh, platform, amd) = target;
                 let (policy, pdh, session) =
-                    protection.send_start(&target.0, &target.1, &target.2)?;
+                    protection.send_start(&PlatformEvidence { pdh, platform, amd })?;
                 return Ok(Answer::Sending(policy, pdh, session));
             }
             Step::SendPages { gpas } => {
@@ -422,8 +437,20 @@ fn device(device: &SevDevice, command: &Device) -> Result<Answer, RoleError> {
     })
 }
 
-/// The one thing that the VMM's own interface has no word for: SEV's attestation report.
+/// What the VMM's own interface has no word for: SEV's attestation report.
 fn report(mnonce: [u8; 16]) -> Result<Vec<u8>, RoleError> {
+    Ok(unguarded()?.attestation_report(mnonce)?)
+}
+
+/// What it issues only when nobody listens any more: SEND_FINISH.
+fn send_finish((pdh, platform, amd): Certificates) -> Result<(), RoleError> {
+    let mut sev = unguarded()?;
+    sev.send_start(&PlatformEvidence { pdh, platform, amd })?;
+    sev.send_finish()
+}
+
+/// A launched SEV guest of one empty page.
+fn unguarded() -> Result<KvmSev<Arc<VmFd>>, RoleError> {
     let kvm = Kvm::new().map_err(fault)?;
     let (vm, initialise) = create_vm(&kvm, GuestKind::Sev)?;
     let (memory, exchange) = (sealed(4096)?, sealed(EXCHANGE_SIZE as u64)?);
@@ -436,7 +463,7 @@ fn report(mnonce: [u8; 16]) -> Result<Vec<u8>, RoleError> {
     };
     let layout = MemoryLayout::packed(&[(0, 4096)])?;
     let mut sev = KvmSev::attach(real, 1, memory.as_fd(), layout, exchange.as_fd())?;
-    sev.launch_start(None)?;
+    sev.launch_start(&LaunchBinding::default())?;
     sev.launch_update(0, 4096)?;
     sev.launch_measure()?;
     sev.launch_finish()?;
@@ -444,7 +471,7 @@ fn report(mnonce: [u8; 16]) -> Result<Vec<u8>, RoleError> {
     if (status.policy, status.state) != (1, 3) {
         return Err(fault(format!("{status:?}")));
     }
-    Ok(sev.attestation_report(mnonce)?)
+    Ok(sev)
 }
 
 fn running(guest: &mut SnpRunning<Arc<VmFd>>, step: SnpStep) -> Result<Answer, RoleError> {

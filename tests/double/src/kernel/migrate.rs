@@ -123,6 +123,7 @@ impl Kernel {
             processor.receive_start(policy, &certificate(&pdh)?, &parse_session(&session)?)
         })?;
         self.bind(vm, op, handle, asid)?;
+        vm.received = true;
         start.set(0, &handle.0.to_le_bytes());
         Ok(start.write_back()?)
     }

@@ -4,6 +4,7 @@ mod device;
 mod fields;
 mod launch;
 mod migrate;
+mod processor;
 mod snp;
 mod vm;
 
@@ -17,6 +18,7 @@ use casemate_attest::processor::snp::SnpProcessor;
 use casemate_attest::processor::{FirmwareError, SecureProcessor};
 use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::unistd::Pid;
 
 use crate::error::DoubleError;
 use crate::filter::ioctl;
@@ -47,6 +49,8 @@ pub(crate) struct Kernel {
     /// What stands for `/dev/sev`.
     device: OwnedFd,
     vms: BTreeMap<u64, Vm>,
+    /// `RLIMIT_MEMLOCK` of processes that have set it.
+    memlock: BTreeMap<Pid, u64>,
     pub(crate) script: Script,
     pub(crate) log: Vec<String>,
     pub(crate) complaints: Vec<String>,
@@ -110,6 +114,7 @@ impl Kernel {
             parts,
             device,
             vms: BTreeMap::new(),
+            memlock: BTreeMap::new(),
             script: Script::default(),
             log: Vec::new(),
             complaints: Vec::new(),
@@ -143,17 +148,30 @@ impl Kernel {
         outcome
     }
 
-    pub(crate) fn created_vm(&mut self, descriptor: u64, vm_type: u32) {
-        self.vms.insert(descriptor, Vm::new(vm_type));
+    pub(crate) fn created_vm(&mut self, owner: Pid, descriptor: u64, vm_type: u32) {
+        self.vms.insert(descriptor, Vm::new(owner, vm_type));
+    }
+
+    /// A thread is gone; with the last of a process go its machines.
+    pub(crate) fn ended(&mut self, thread: Pid) {
+        let gone = |(descriptor, vm): (&u64, &Vm)| (vm.owner == thread).then_some(*descriptor);
+        let descriptors: Vec<u64> = self.vms.iter().filter_map(gone).collect();
+        for descriptor in descriptors {
+            self.destroyed(descriptor);
+        }
     }
 
     /// Answers a call of the child.
     pub(crate) fn answer(&mut self, call: &Call) -> Reply {
-        let caller = Caller(call.pid);
+        let caller = Caller {
+            pid: call.pid,
+            memlock: self.memlock.get(&call.pid).copied(),
+        };
         let [first, second, third, ..] = call.args;
         match call.number {
             libc::SYS_openat => self.open(caller, second, third),
             libc::SYS_open => self.open(caller, first, second),
+            libc::SYS_prlimit64 => Reply::End(self.limit_locked_memory(caller, third).map(|()| 0)),
             libc::SYS_close => {
                 self.closed(caller, first);
                 Reply::Pass
@@ -197,6 +215,9 @@ impl Kernel {
         if command == ioctl::KVM_CHECK_EXTENSION {
             return self.check_extension(argument);
         }
+        if command == ioctl::KVM_GET_SUPPORTED_CPUID {
+            return self.supported_cpuid(caller, descriptor, argument);
+        }
         // Whatever else the number may mean to another kind of file is the real kernel's business.
         if caller.descriptor(descriptor).as_deref() != Some("anon_inode:kvm-vm") {
             return Reply::Pass;
@@ -204,7 +225,7 @@ impl Kernel {
         let mut vm = self
             .vms
             .remove(&descriptor)
-            .unwrap_or_else(|| Vm::new(kvm_bindings::KVM_X86_DEFAULT_VM));
+            .unwrap_or_else(|| Vm::new(caller.pid, kvm_bindings::KVM_X86_DEFAULT_VM));
         let reply = match command {
             ioctl::KVM_CREATE_VCPU => {
                 vm.vcpus += 1;
@@ -233,6 +254,13 @@ impl Kernel {
         let types = i64::from(self.parts.vm_types);
         self.note("KVM_CHECK_EXTENSION KVM_CAP_VM_TYPES", &Ok(()));
         Reply::End(Ok(types))
+    }
+
+    /// `setrlimit(RLIMIT_MEMLOCK)`, on a host whose root may raise it; here it may not be.
+    fn limit_locked_memory(&mut self, caller: Caller, limit: u64) -> Result<(), Errno> {
+        let limit = fields::Fields::read(caller, limit, 16)?;
+        self.memlock.insert(caller.pid, limit.u64(0));
+        Ok(())
     }
 
     /// `sev_mem_enc_register_region`.
@@ -284,6 +312,10 @@ impl Kernel {
         {
             return;
         }
+        self.destroyed(descriptor);
+    }
+
+    fn destroyed(&mut self, descriptor: u64) {
         let Some(vm) = self.vms.remove(&descriptor) else {
             return;
         };

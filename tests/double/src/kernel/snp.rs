@@ -103,7 +103,7 @@ impl Kernel {
         if !name.starts_with(&format!("/memfd:{GUEST_MEMFD}")) {
             return Err(Errno::EBADF.into());
         }
-        let length = std::fs::metadata(format!("/proc/{}/fd/{file}", caller.0));
+        let length = std::fs::metadata(format!("/proc/{}/fd/{file}", caller.pid));
         if length.map_or(0, |file| file.len()) < offset + size {
             return Err(Errno::EINVAL.into());
         }

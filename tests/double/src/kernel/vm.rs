@@ -2,6 +2,7 @@
 
 use casemate_attest::processor::GuestHandle;
 use nix::errno::Errno;
+use nix::unistd::Pid;
 
 use super::Refusal;
 use super::snp::SnpVm;
@@ -10,10 +11,14 @@ use crate::memory::{Caller, pages};
 /// One virtual machine.
 #[derive(Debug)]
 pub(super) struct Vm {
+    /// The thread that made it; with that thread's process goes the machine.
+    pub(super) owner: Pid,
     /// `KVM_X86_*_VM`.
     pub(super) vm_type: u32,
     pub(super) vcpus: u32,
     pub(super) active: bool,
+    /// Its guest has come from elsewhere, with page tables that were made there.
+    pub(super) received: bool,
     pub(super) es: bool,
     pub(super) asid: u32,
     pub(super) handle: Option<GuestHandle>,
@@ -28,11 +33,13 @@ pub(super) struct Vm {
 }
 
 impl Vm {
-    pub(super) fn new(vm_type: u32) -> Self {
+    pub(super) fn new(owner: Pid, vm_type: u32) -> Self {
         Self {
+            owner,
             vm_type,
             vcpus: 0,
             active: false,
+            received: false,
             es: false,
             asid: 0,
             handle: None,

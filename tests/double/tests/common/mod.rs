@@ -159,6 +159,50 @@ impl Vmm {
     }
 }
 
+/// Two machines of two sites; A may send to B.
+pub fn sites() -> (Vmm, Vmm) {
+    let mut a = site_a();
+    a.peers = vec![root(&SITE_B)];
+    let mut b = Config::new(&SITE_B);
+    b.peers = vec![root(&SITE_A)];
+    (Vmm::start(&a), Vmm::start(&b))
+}
+
+/// Source with a running guest, target without one.
+pub fn running(policy: u32) -> (Vmm, Vmm) {
+    let (mut source, mut target) = sites();
+    source.attach(policy);
+    source.launch();
+    source.done(&Ask::AddVcpu);
+    assert_eq!(source.bytes(&Ask::Run { outputs: 5 }), [1, 2, 3, 4, 5]);
+    assert_eq!(target.attach_as(policy, None), Ok(Answer::Done));
+    target.done(&Ask::AddVcpu);
+    (source, target)
+}
+
+pub fn open_both(source: &mut Vmm, target: &mut Vmm) {
+    let certificates = target.evidence();
+    let sending = source.step(Step::SendStart {
+        target: certificates,
+    });
+    let Ok(Answer::Sending(policy, pdh, session)) = sending else {
+        panic!("{sending:?}");
+    };
+    target.stepped(Step::ReceiveStart {
+        policy,
+        pdh,
+        session,
+    });
+}
+
+pub fn all_pages() -> Vec<u64> {
+    (0..PAGES).map(|page| page * 4096).collect()
+}
+
+pub fn send_pages(source: &mut Vmm) -> Vec<u8> {
+    source.bytes(&Ask::Step(Step::SendPages { gpas: all_pages() }))
+}
+
 /// START, UPDATE of the code's page, MEASURE, FINISH.
 pub fn launch_steps(session: Option<(Vec<u8>, Vec<u8>)>) -> [Step; 4] {
     [

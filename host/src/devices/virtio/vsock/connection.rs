@@ -1,8 +1,8 @@
-//! One connection from a local client to a port of the guest: its stream, its phase, its credits.
+//! One connection between a port of the guest and the host: its far end, its phase, its credits.
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::sys::epoll::EpollFlags;
@@ -11,17 +11,18 @@ use nix::unistd;
 
 use super::super::ring::Segments;
 use super::packet::{Header, NO_RECEIVE, NO_SEND, NOTHING};
+use super::wire::Wire;
 
 /// Bytes from the guest that are kept for a client that does not read: the credit every guest socket is given.
 pub(super) const BUF_ALLOC: u32 = 128 << 10;
 
 pub(super) struct Connection {
-    pub(super) stream: OwnedFd,
+    pub(super) far: Far,
     pub(super) phase: Phase,
     pub(super) guest_port: u32,
     /// When it came, to evict the oldest.
     pub(super) serial: u64,
-    /// What the epoll instance was last told; nothing when the stream is not in it.
+    /// What the epoll instance was last told; nothing when the far end is not in it.
     pub(super) watched: EpollFlags,
     /// The client has sent its last byte.
     pub(super) client_done: bool,
@@ -35,6 +36,14 @@ pub(super) struct Connection {
     peer_fwd: u32,
     asked: bool,
     write_shut: bool,
+}
+
+/// The end that is not the guest's.
+pub(super) enum Far {
+    /// A local client, who connected to the guest.
+    Client(OwnedFd),
+    /// Who answers on a port that the guest connected to.
+    Wire(Wire),
 }
 
 pub(super) enum Phase {
@@ -57,11 +66,23 @@ pub(super) enum Greeting {
 pub(super) struct Overrun;
 
 impl Connection {
+    /// A local client's, who has not said yet where to.
     pub(super) fn new(stream: OwnedFd, serial: u64) -> Connection {
+        Self::between(Far::Client(stream), Phase::Greeting(Vec::new()), 0, serial)
+    }
+
+    /// The guest's to a wired port, open from the start.
+    pub(super) fn wired(wire: Wire, request: &Header, serial: u64) -> Connection {
+        let mut wired = Self::between(Far::Wire(wire), Phase::Open, request.src_port, serial);
+        wired.learn_credit(request);
+        wired
+    }
+
+    fn between(far: Far, phase: Phase, guest_port: u32, serial: u64) -> Connection {
         Connection {
-            stream,
-            phase: Phase::Greeting(Vec::new()),
-            guest_port: 0,
+            far,
+            phase,
+            guest_port,
             serial,
             watched: EpollFlags::empty(),
             client_done: false,
@@ -77,6 +98,14 @@ impl Connection {
         }
     }
 
+    /// The wire, if it goes to one.
+    pub(super) fn wire(&mut self) -> Option<&mut Wire> {
+        match &mut self.far {
+            Far::Client(_) => None,
+            Far::Wire(wire) => Some(wire),
+        }
+    }
+
     /// Reads the client's line, and not a byte beyond: what follows is for the guest.
     pub(super) fn greet(&mut self) -> Greeting {
         let Phase::Greeting(line) = &mut self.phase else {
@@ -84,7 +113,7 @@ impl Connection {
         };
         loop {
             let mut byte = [0];
-            match unistd::read(&self.stream, &mut byte) {
+            match unistd::read(&self.far, &mut byte) {
                 Ok(1) if byte == *b"\n" => break,
                 Ok(1) if line.len() < LINE_MAX => line.extend(byte),
                 Err(Errno::EINTR) => {}
@@ -103,7 +132,7 @@ impl Connection {
         self.phase = Phase::Open;
         let line = format!("OK {host_port}\n");
         // The first bytes on this socket; a socket that has no room for them is no use.
-        if unistd::write(&self.stream, line.as_bytes())? != line.len() {
+        if unistd::write(&self.far, line.as_bytes())? != line.len() {
             return Err(io::ErrorKind::WriteZero.into());
         }
         Ok(())
@@ -167,9 +196,12 @@ impl Connection {
 
     /// Gives the client what it takes, and its end of file when the guest has sent everything.
     pub(super) fn flush(&mut self) -> io::Result<()> {
+        if let Far::Wire(wire) = &mut self.far {
+            return Ok(wire.take(&mut self.to_client)?);
+        }
         while !self.to_client.is_empty() {
             let (bytes, _) = self.to_client.as_slices();
-            match unistd::write(&self.stream, bytes) {
+            match unistd::write(&self.far, bytes) {
                 Ok(count) => drop(self.to_client.drain(..count)),
                 Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => return Ok(()),
@@ -177,14 +209,27 @@ impl Connection {
             }
         }
         if self.guest_shut & NO_SEND != 0 && !std::mem::replace(&mut self.write_shut, true) {
-            shutdown(self.stream.as_raw_fd(), Shutdown::Write)?;
+            shutdown(self.far.as_fd().as_raw_fd(), Shutdown::Write)?;
         }
         Ok(())
     }
 
-    /// The guest has closed its socket and the client has everything it sent.
+    /// Bytes for the guest; none at the client's end.
+    pub(super) fn read(&mut self, bytes: &mut [u8]) -> Result<usize, Errno> {
+        match &mut self.far {
+            Far::Client(stream) => unistd::read(stream, bytes),
+            Far::Wire(wire) => wire.read(bytes),
+        }
+    }
+
+    /// The guest has closed its socket and the client has everything it sent; or no reply can follow.
     pub(super) fn finished(&self) -> bool {
-        self.guest_shut & NOTHING == NOTHING && self.to_client.is_empty()
+        match &self.far {
+            Far::Client(_) => self.guest_shut & NOTHING == NOTHING && self.to_client.is_empty(),
+            Far::Wire(wire) => {
+                self.guest_shut & NO_RECEIVE != 0 || self.guest_shut & NO_SEND != 0 && wire.idle()
+            }
+        }
     }
 
     /// Whether nobody would miss it: the client has not been connected yet, or has left.
@@ -192,8 +237,11 @@ impl Connection {
         !matches!(self.phase, Phase::Open) || self.client_done
     }
 
-    /// What to wait for on the stream. Nothing means: not even a hang-up, which would be reported without end.
+    /// What to wait for at the far end. Nothing means: not even a hang-up, which would be reported without end.
     pub(super) fn wants(&self, guest_has_buffers: bool) -> EpollFlags {
+        if let Far::Wire(wire) = &self.far {
+            return wire.wants();
+        }
         let mut wants = EpollFlags::empty();
         match self.phase {
             Phase::Greeting(_) => wants |= EpollFlags::EPOLLIN,
@@ -210,6 +258,15 @@ impl Connection {
 
     fn forwarded(&self) -> u32 {
         self.received.wrapping_sub(self.to_client.len() as u32)
+    }
+}
+
+impl AsFd for Far {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Client(stream) => stream.as_fd(),
+            Self::Wire(wire) => wire.as_fd(),
+        }
     }
 }
 

@@ -141,7 +141,9 @@ impl VirtioDevice for Vsock {
 
 impl Vsock {
     fn drop_connections(&mut self) {
-        self.connections.clear();
+        for (port, connection) in std::mem::take(&mut self.connections) {
+            self.retire(port, connection);
+        }
         self.replies.clear();
         self.held_back = false;
         self.full = false;

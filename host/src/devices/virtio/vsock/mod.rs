@@ -2,12 +2,14 @@
 //! the guest through a Unix socket.
 //!
 //! A client connects, writes `CONNECT <port>\n`, reads `OK <port>\n` when the guest has accepted (Firecracker's
-//! protocol), and then has a byte stream. The guest cannot connect to the host. Neither clients nor the guest are
-//! believed: connections, buffers and pending replies are bounded, and what makes no sense is reset.
+//! protocol), and then has a byte stream. The guest can connect to the ports of the host that were wired when the
+//! device was made ([`WiredPort`]), and to no other. Neither clients nor the guest are believed: connections, buffers
+//! and pending replies are bounded, and what makes no sense is reset.
 
 mod connection;
 mod device;
 mod packet;
+mod wire;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
@@ -17,16 +19,18 @@ use std::os::unix::net::UnixListener;
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::socket::{SockFlag, accept4};
-use nix::unistd;
 
 use self::connection::{BUF_ALLOC, Connection, Greeting, Overrun, Phase};
 use self::packet::{
     CREDIT_REQUEST, CREDIT_UPDATE, HEADER, HOST_CID, Header, NO_SEND, NOTHING, REQUEST, RESPONSE,
     RST, RW, SHUTDOWN, STREAM, TRANSPORT_RESET,
 };
+use self::wire::Wire;
 use super::ring::{Active, Chain};
 
-/// A virtio socket device for connections that the host starts.
+pub use self::wire::WiredPort;
+
+/// A virtio socket device for connections that the host starts, and for those of the guest to wired ports.
 ///
 /// Connections do not survive a move: the guest is told so by [`super::VirtioDevice::announce`], and until it has
 /// heard it, new clients wait. Nothing moves between [`super::VirtioDevice::release`] and
@@ -43,6 +47,8 @@ pub struct Vsock {
     arrival: Arrival,
     /// By the port at the host's end, which is never the same for two.
     connections: BTreeMap<u32, Connection>,
+    /// The wired ports that no connection uses, all below [`PORT_MIN`].
+    wires: BTreeMap<u32, Wire>,
     next_port: u32,
     next_serial: u64,
     /// Packets without data that wait for a buffer of the guest.
@@ -86,6 +92,7 @@ impl Vsock {
             held: false,
             arrival: Arrival::Settled,
             connections: BTreeMap::new(),
+            wires: BTreeMap::new(),
             next_port: PORT_MIN,
             next_serial: 0,
             replies: VecDeque::new(),
@@ -99,6 +106,8 @@ impl Vsock {
     /// Ends every event: sends what can be sent, goes on with the guest's packets, and watches the right descriptors.
     fn settle(&mut self) {
         loop {
+            self.send_replies();
+            self.turn_wires();
             self.send_replies();
             if !self.held_back || self.replies.len() >= REPLIES_MAX {
                 break;
@@ -149,6 +158,9 @@ impl Vsock {
         let Some(connection) =
             connection.filter(|known| known.guest_port == header.src_port && header.kind == STREAM)
         else {
+            if self.connect_wire(&header) {
+                return Ok(());
+            }
             if header.op != RST {
                 self.reply_to(&header, RST);
             }
@@ -194,7 +206,7 @@ impl Vsock {
         result
     }
 
-    /// Gives a client what waits for it, and draws the consequences.
+    /// Gives the far end what waits for it, and draws the consequences.
     fn forward(&mut self, port: u32) {
         let Some(connection) = self.connections.get_mut(&port) else {
             return;
@@ -214,7 +226,7 @@ impl Vsock {
         }
     }
 
-    /// From a client to the guest.
+    /// From the far end to the guest.
     fn deliver(&mut self, port: u32, hung_up: bool) {
         let Some(mut active) = self.active.take() else {
             return;
@@ -373,9 +385,11 @@ impl Vsock {
         self.forget(port);
     }
 
-    /// Hangs up on the client.
+    /// Hangs up on the far end.
     fn forget(&mut self, port: u32) {
-        self.connections.remove(&port);
+        if let Some(connection) = self.connections.remove(&port) {
+            self.retire(port, connection);
+        }
         self.full = false;
     }
 
@@ -442,11 +456,11 @@ impl Vsock {
             }
             let mut event = EpollEvent::new(wants, u64::from(*port));
             let changed = if wants.is_empty() {
-                self.epoll.delete(&connection.stream)
+                self.epoll.delete(&connection.far)
             } else if connection.watched.is_empty() {
-                self.epoll.add(&connection.stream, event)
+                self.epoll.add(&connection.far, event)
             } else {
-                self.epoll.modify(&connection.stream, &mut event)
+                self.epoll.modify(&connection.far, &mut event)
             };
             connection.watched = wants;
             if changed.is_err() {
@@ -474,6 +488,7 @@ impl Vsock {
                 .map(|connection| &connection.phase)
             {
                 Some(Phase::Greeting(_)) => self.greet(port),
+                Some(Phase::Open) if port < PORT_MIN => self.hear(port),
                 Some(Phase::Open) => {
                     self.forward(port);
                     let hung_up = event
@@ -534,7 +549,7 @@ fn fill(
     let take = room.min(connection.credit()).min(scratch.len());
     let space = scratch.get_mut(..take).unwrap_or_default();
     let count = loop {
-        match unistd::read(&connection.stream, space) {
+        match connection.read(space) {
             Err(Errno::EINTR) => {}
             result => break result?,
         }

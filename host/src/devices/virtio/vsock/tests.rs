@@ -9,7 +9,10 @@ use proptest::prelude::*;
 
 use super::super::driver::{Buffer, Driver};
 use super::super::{Activation, VirtioDevice};
+use super::packet::NO_RECEIVE;
 use super::*;
+
+mod wired;
 
 const CID: u64 = 42;
 const PORT: u32 = 1234;

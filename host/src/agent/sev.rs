@@ -1,0 +1,72 @@
+//! AMD's own secure processor as the agent hands it to a VMM: `/dev/sev`, and what AMD says of it.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use crate::agent::api::Failure;
+use crate::confidential::kvm::{GuestKind, real_kind};
+use crate::machine::plan::MachinePlan;
+use crate::vmm::protocol::HandleKind;
+
+/// Whether this host has one that can be asked.
+pub fn present() -> bool {
+    File::open(DEVICE).is_ok()
+}
+
+/// What the VMM of a guest of this processor gets; nothing for another guest. `certificates` is the file of ASK ‖ ARK.
+///
+/// The device is open for reading: that is enough for a guest's commands, and no command that changes the platform is
+/// taken from it (`sev_ioctl` of Linux).
+pub fn handles(
+    plan: &MachinePlan,
+    certificates: Option<&Path>,
+) -> Result<Vec<(HandleKind, OwnedFd)>, Failure> {
+    if real_kind(plan.technology).is_none() {
+        return Ok(Vec::new());
+    }
+    let device = File::open(DEVICE).map_err(|e| {
+        Failure::new(
+            "NO_PROCESSOR",
+            format!("{DEVICE} cannot be opened: {e}; see `casemate doctor`"),
+        )
+    })?;
+    let mut handles = vec![(HandleKind::SevDevice, device.into())];
+    if let Some(path) = certificates {
+        let file = File::open(path).map_err(|e| {
+            Failure::new(
+                "AMD_CERTIFICATES",
+                format!("{} cannot be read: {e}", path.display()),
+            )
+        })?;
+        handles.push((HandleKind::AmdCertificates, file.into()));
+    }
+    Ok(handles)
+}
+
+/// Bytes that the VMM may lock: all of the guest's memory stays pinned, and what is being measured is pinned once more.
+pub fn locked_memory(plan: &MachinePlan) -> u64 {
+    match real_kind(plan.technology) {
+        Some(_) => plan.memory_bytes.saturating_mul(2),
+        None => 0,
+    }
+}
+
+/// Refuses what Linux cannot start by itself on this processor.
+pub fn check_boot(plan: &MachinePlan) -> Result<(), Failure> {
+    match real_kind(plan.technology) {
+        None | Some(GuestKind::Sev) => Ok(()),
+        Some(GuestKind::SevEs | GuestKind::Snp) => Err(Failure::new(
+            "FIRMWARE_NEEDED",
+            format!(
+                "{} cannot be started as {} on a real processor: Linux needs a firmware there, to start the other vCPUs \
+                 and to accept its memory, and this version boots kernels directly; describe it with \
+                 `technology = \"sev\"`, or run it on a host whose policy allows the emulated processor",
+                plan.name,
+                plan.technology.name()
+            ),
+        )),
+    }
+}
+
+const DEVICE: &str = "/dev/sev";

@@ -1,0 +1,87 @@
+//! A machine's first memory and registers, loaded and measured.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use super::{Machine, MachineError};
+use crate::confidential::launch::SpecialPage;
+use crate::vmm::boot::{BootError, BootImage, measured};
+use crate::vmm::protocol::{LaunchBinding, Measurement};
+use crate::vmm::vcpu::entry::{Entry, enter_long_mode, enter_protected_mode, wait_at_reset};
+use crate::vmm::vcpu::{VcpuError, cpuid};
+
+impl Machine {
+    /// Reads kernel and initramfs, places the first memory and the first registers, and has them measured piece by
+    /// piece where a technology does. Of a SEV or SEV-ES guest the measurement comes back.
+    pub fn launch(&mut self, binding: &LaunchBinding) -> Result<Option<Measurement>, MachineError> {
+        let kernel = self.kernel.take().ok_or(MachineError::NoKernel)?;
+        let kernel = read_image(&kernel)?;
+        let initrd = match self.initrd.take() {
+            Some(file) => read_image(&file)?,
+            None => Vec::new(),
+        };
+        let pieces = BootImage::assemble(&self.plan, &kernel, &initrd)?;
+        if let Some(protection) = &mut self.protection {
+            protection.launch_start(binding)?;
+        }
+        for piece in pieces {
+            self.memory.write(piece.gpa, &piece.bytes)?;
+            if let Some(protection) = &mut self.protection {
+                protection.launch_update(piece.gpa, piece.bytes.len() as u64)?;
+            }
+        }
+        self.load_registers()?;
+        self.measure()
+    }
+
+    fn load_registers(&self) -> Result<(), MachineError> {
+        let (first, others) = self
+            .vcpus
+            .split_first()
+            .ok_or(MachineError::Vcpu(VcpuError::Gone))?;
+        if self.sharing.is_some() {
+            first.call(enter_protected_mode)??;
+        } else {
+            first.call(|fd| enter_long_mode(fd, Entry::LINUX))??;
+        }
+        if self.plan.technology.measures_registers() {
+            for vcpu in others {
+                vcpu.call(wait_at_reset)??;
+            }
+        }
+        Ok(())
+    }
+
+    /// What is measured behind the pieces of memory.
+    fn measure(&mut self) -> Result<Option<Measurement>, MachineError> {
+        let Some(protection) = &mut self.protection else {
+            return Ok(None);
+        };
+        for (gpa, page) in measured::special_pages(self.plan.technology) {
+            if *page == SpecialPage::Cpuid {
+                let leaves = cpuid::for_vcpu(self.context.supported(), 0, self.plan.vcpus, false);
+                self.memory.write(*gpa, &measured::cpuid_page(&leaves))?;
+            }
+            protection.launch_special(*gpa, *page)?;
+        }
+        if self.plan.technology.measures_registers() {
+            protection.launch_vcpus(&measured::vcpu_states(&self.plan))?;
+        }
+        Ok(protection.launch_measure()?)
+    }
+}
+
+/// Reads an image from its start, whatever the descriptor's position.
+fn read_image(file: &File) -> Result<Vec<u8>, MachineError> {
+    let size = file.metadata()?.len();
+    if size > MAX_IMAGE {
+        return Err(MachineError::Boot(BootError::Kernel(
+            "or initramfs is larger than 1 GiB",
+        )));
+    }
+    let mut bytes = vec![0u8; usize::try_from(size).unwrap_or(0)];
+    file.read_exact_at(&mut bytes, 0)?;
+    Ok(bytes)
+}
+
+const MAX_IMAGE: u64 = 1 << 30;
