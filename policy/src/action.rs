@@ -238,6 +238,10 @@ pub enum PlatformCommand {
     Csr,
     /// PEK_CERT_IMPORT: the owner's authority signs this platform.
     Import,
+    /// PEK_GEN: new keys, signed by nobody but the platform itself.
+    PekGen,
+    /// PDH_GEN: a new Diffie-Hellman key.
+    PdhGen,
     /// PLATFORM_RESET: its identity is gone.
     Reset,
     /// SNP_CONFIG: the TCB it reports.

@@ -171,3 +171,23 @@ fn policies_written_for_trustee_run() {
         Code::RegoRefused
     );
 }
+
+#[test]
+fn the_example_of_the_reference_runs() {
+    let reference = include_str!("../REGO.md");
+    let example = reference.split("```rego\n").nth(1).unwrap();
+    let example = example.split("```").next().unwrap();
+    let policy = RegoPolicy::parse("REGO.md", example, Dialect::Casemate).unwrap();
+    let open = parse(BASE);
+    for (action, allowed) in [
+        (Action::List, true),
+        (launch(Technology::SevSnp, 0x20000), true),
+        (launch(Technology::Sev, 1), false),
+        (Action::Pause, false),
+    ] {
+        let inquiry = ask(operator(), "vm", action);
+        let typed = decide(&open, &inquiry);
+        assert!(typed.allowed);
+        assert_eq!(policy.restrict(&inquiry, typed).allowed, allowed);
+    }
+}

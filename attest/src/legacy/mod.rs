@@ -5,6 +5,7 @@
 //! room for and keeps them as they came, so that signatures are checked over what was received
 //! and never over a re-encoding of it.
 
+pub mod builtin;
 pub mod ca;
 pub mod certificate;
 pub mod chain;
@@ -17,7 +18,7 @@ pub mod session;
 
 pub use ca::{CaCertificate, CaError};
 pub use certificate::{CertificateError, SevCertificate};
-pub use chain::{ChainError, LegacyChain, TrustAnchors, VerifiedChain};
+pub use chain::{ChainError, Generation, LegacyChain, TrustAnchors, VerifiedChain};
 pub use measure::MeasureBlob;
 pub use packet::PacketHeader;
 pub use policy::{ApiVersion, GuestPolicy, PolicyFlag};

@@ -14,7 +14,10 @@ use serde::{Deserialize, Serialize};
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum FirmwareError {
     /// INVALID_PLATFORM_STATE
-    #[error("the platform is not in the state for this command; initialise it first")]
+    #[error(
+        "the platform is not in the state for this command; initialise it, or where it holds \
+         confidential guests end them first"
+    )]
     InvalidPlatformState,
     /// INVALID_GUEST_STATE
     #[error("the guest is not in the state for this command; ask GUEST_STATUS for its state")]
@@ -25,6 +28,9 @@ pub enum FirmwareError {
         /// What would fit.
         needed: u32,
     },
+    /// ALREADY_OWNED
+    #[error("the platform has an owner already; a new PEK or a factory reset ends that")]
+    AlreadyOwned,
     /// INVALID_CERTIFICATE
     #[error(
         "a certificate is malformed, misplaced, or ends at an untrusted root; check the target's \
@@ -104,6 +110,7 @@ impl FirmwareError {
             Self::InvalidPlatformState => 0x01,
             Self::InvalidGuestState => 0x02,
             Self::InvalidLength { .. } => 0x04,
+            Self::AlreadyOwned => 0x05,
             Self::InvalidCertificate => 0x06,
             Self::PolicyFailure => 0x07,
             Self::Inactive => 0x08,
@@ -131,6 +138,7 @@ impl FirmwareError {
             Self::InvalidPlatformState => "INVALID_PLATFORM_STATE",
             Self::InvalidGuestState => "INVALID_GUEST_STATE",
             Self::InvalidLength { .. } => "INVALID_LEN",
+            Self::AlreadyOwned => "ALREADY_OWNED",
             Self::InvalidCertificate => "INVALID_CERTIFICATE",
             Self::PolicyFailure => "POLICY_FAILURE",
             Self::Inactive => "INACTIVE",
@@ -190,6 +198,20 @@ impl From<SessionError> for FirmwareError {
             SessionError::BadWrapMac | SessionError::BadPolicyMac => Self::BadMeasurement,
             SessionError::NotKept(_) => Self::InvalidParam,
             SessionError::Random => Self::HardwarePlatform,
+        }
+    }
+}
+
+impl From<CertificateError> for FirmwareError {
+    fn from(error: CertificateError) -> Self {
+        match error {
+            CertificateError::Length(_) => Self::InvalidLength {
+                needed: crate::legacy::certificate::CERTIFICATE_LEN as u32,
+            },
+            CertificateError::BadSignature { .. } | CertificateError::Unsigned { .. } => {
+                Self::BadSignature
+            }
+            _ => Self::InvalidCertificate,
         }
     }
 }

@@ -1,7 +1,8 @@
 //! Who an emulated platform is: a root of its own that says so, and the keys below it.
 //!
 //! The root's and the ASK's private keys sign once and are forgotten: what an installation
-//! keeps cannot make a second platform under the same root.
+//! keeps cannot make a second chip under the same root. The chip's own key (CEK) stays, as in a
+//! real one: it endorses every new PEK.
 
 use crate::legacy::ca::{self, CaCertificate, CaError, KeySize};
 use crate::legacy::certificate::{
@@ -24,6 +25,7 @@ use zeroize::Zeroizing;
 pub struct Identity {
     chain: LegacyChain,
     owned: bool,
+    cek: SecretKey,
     pek: SecretKey,
     pdh: SecretKey,
 }
@@ -53,6 +55,11 @@ pub enum IdentityError {
     /// The kept chain does not verify.
     #[error("the kept chain of the emulated platform does not verify")]
     Chain(#[from] ChainError),
+    /// Not what PEK_CSR hands out.
+    #[error(
+        "this is no platform's signing request; take the file that `casemate platform csr` wrote"
+    )]
+    NotARequest,
     /// The bytes are not what was written.
     #[error("not a kept identity of an emulated platform: {0}; remove it to have a new one made")]
     NotKept(&'static str),
@@ -97,7 +104,7 @@ impl Identity {
         let mut raw = Zeroizing::new(Vec::with_capacity(KEPT_LEN));
         raw.extend(KEPT_MAGIC);
         raw.push(u8::from(self.owned));
-        for key in [&self.pek, &self.pdh] {
+        for key in [&self.cek, &self.pek, &self.pdh] {
             push_key(&mut raw, key);
         }
         raw.extend(self.chain.pdh.as_bytes());
@@ -108,25 +115,32 @@ impl Identity {
 
     /// Reads what [`to_bytes`](Self::to_bytes) wrote, and checks that it still holds together.
     pub fn from_bytes(raw: &[u8]) -> Result<Self, IdentityError> {
+        let mut parts = Parts(raw);
+        match parts.take(8) {
+            magic if magic == KEPT_MAGIC => {}
+            magic if magic == KEPT_MAGIC_1 => {
+                return Err(IdentityError::NotKept(
+                    "an older version, without the chip's key",
+                ));
+            }
+            _ => return Err(IdentityError::NotKept("another format or version")),
+        }
         if raw.len() != KEPT_LEN {
             return Err(IdentityError::NotKept("wrong length"));
-        }
-        let mut parts = Parts(raw);
-        if parts.take(8) != KEPT_MAGIC {
-            return Err(IdentityError::NotKept("another format or version"));
         }
         let owned = match parts.take(1) {
             [0] => false,
             [1] => true,
             _ => return Err(IdentityError::NotKept("unknown ownership")),
         };
+        let cek = parts.key()?;
         let pek = parts.key()?;
         let pdh = parts.key()?;
         let pdh_cert = parts.take(CERTIFICATE_LEN);
         let chain = LegacyChain::parse(pdh_cert, parts.take(PLATFORM_CERTS_LEN), parts.0)?;
         let trust = TrustAnchors::amd().with_emulated_root(chain.ark.fingerprint())?;
         chain.verify(&trust)?;
-        let held = [(&pek, &chain.pek), (&pdh, &chain.pdh)];
+        let held = [(&cek, &chain.cek), (&pek, &chain.pek), (&pdh, &chain.pdh)];
         if held
             .iter()
             .any(|(key, cert)| key.public_key() != *cert.public_key())
@@ -138,6 +152,7 @@ impl Identity {
         Ok(Self {
             chain,
             owned,
+            cek,
             pek,
             pdh,
         })
@@ -149,31 +164,79 @@ impl Identity {
         let ark = root.certify(&root, Usage::Ark, profile.ark_id, profile.ark_id)?;
         let ask = root.certify(&intermediate, Usage::Ask, profile.ask_id, profile.ark_id)?;
 
-        let [cek, pek, pdh] = [(); 3].map(|()| SecretKey::random(&mut OsRng));
-        let builder =
-            |usage, key: &SecretKey| CertificateBuilder::new(usage, key.public_key(), profile.api);
-        let cek_cert = builder(Usage::Cek, &cek);
+        let cek = SecretKey::random(&mut OsRng);
+        let cek_cert = CertificateBuilder::new(Usage::Cek, cek.public_key(), profile.api);
         let mut signature = intermediate.sign(cek_cert.body())?;
         signature.reverse();
         let cek_cert = cek_cert.add_signature(Usage::Ask, Algorithm::RsaSha256, &signature);
-        let pek_cert = builder(Usage::Pek, &pek)
-            .sign(Usage::Oca, &owner.key)?
-            .sign(Usage::Cek, &cek)?;
-        let pdh_cert = builder(Usage::Pdh, &pdh).sign(Usage::Pek, &pek)?;
+        let keys = Keys::generate();
+        let (pek_cert, pdh_cert) = keys.certify(&cek, owner, profile.api)?;
         let chain = LegacyChain {
             ark,
             ask,
             cek: cek_cert.finish(),
             oca: owner.certificate.clone(),
-            pek: pek_cert.finish(),
-            pdh: pdh_cert.finish(),
+            pek: pek_cert,
+            pdh: pdh_cert,
         };
         Ok(Self {
             chain,
             owned,
-            pek,
-            pdh,
+            cek,
+            pek: keys.pek,
+            pdh: keys.pdh,
         })
+    }
+
+    /// What PEK_CSR hands out: the PEK's certificate, without a signature.
+    pub(super) fn signing_request(&self) -> SevCertificate {
+        CertificateBuilder::new(Usage::Pek, self.pek.public_key(), API).finish()
+    }
+
+    /// Takes an owner: `pek` is the request with the owner's signature, which the caller has
+    /// verified. The CEK's is added here, and the PDH is a new one.
+    pub(super) fn adopt(
+        &mut self,
+        pek: &SevCertificate,
+        oca: &SevCertificate,
+    ) -> Result<(), IdentityError> {
+        let (subject, signer) = (Usage::Pek, Usage::Oca);
+        let by_owner = pek
+            .signature_by(signer)
+            .ok_or(CertificateError::Unsigned { subject, signer })?;
+        let endorsed = CertificateBuilder::new(Usage::Pek, self.pek.public_key(), API)
+            .add_signature(signer, by_owner.algorithm, by_owner.bytes)
+            .sign(Usage::Cek, &self.cek)?
+            .finish();
+        self.renew_pdh()?;
+        self.chain.pek = endorsed;
+        self.chain.oca = oca.clone();
+        self.owned = true;
+        Ok(())
+    }
+
+    /// A new owner that is the platform itself, a new PEK and a new PDH.
+    pub(super) fn own_itself(&mut self) -> Result<(), IdentityError> {
+        let owner = OwnerAuthority::generate()?;
+        let keys = Keys::generate();
+        let (pek, pdh) = keys.certify(&self.cek, &owner, API)?;
+        self.chain.oca = owner.certificate;
+        self.chain.pek = pek;
+        self.chain.pdh = pdh;
+        self.pek = keys.pek;
+        self.pdh = keys.pdh;
+        self.owned = false;
+        Ok(())
+    }
+
+    /// A new PDH under the same PEK.
+    pub(super) fn renew_pdh(&mut self) -> Result<(), IdentityError> {
+        let key = SecretKey::random(&mut OsRng);
+        self.chain.pdh = CertificateBuilder::new(Usage::Pdh, key.public_key(), API)
+            .sign(Usage::Pek, &self.pek)?
+            .finish();
+        self.pdh = key;
+        Ok(())
     }
 
     /// A platform that calls itself what it should not.
@@ -196,6 +259,17 @@ impl OwnerAuthority {
     /// The owner's certificate.
     pub fn certificate(&self) -> &SevCertificate {
         &self.certificate
+    }
+
+    /// Signs a platform's request (PEK_CSR): the PEK certificate that PEK_CERT_IMPORT takes. Whose
+    /// request that is has to be settled before: it says nothing of its chip.
+    pub fn sign_pek(&self, request: &SevCertificate) -> Result<SevCertificate, IdentityError> {
+        let pek = *request.public_key();
+        let builder = CertificateBuilder::new(Usage::Pek, pek, request.api());
+        if request.usage() != Usage::Pek || builder.body() != request.body() {
+            return Err(IdentityError::NotARequest);
+        }
+        Ok(builder.sign(Usage::Oca, &self.key)?.finish())
     }
 
     /// The owner as bytes, for a file that only the owner can read. Secret.
@@ -230,6 +304,34 @@ pub(crate) struct Profile {
     pub(crate) ark_id: [u8; 16],
     pub(crate) ask_id: [u8; 16],
     pub(crate) api: ApiVersion,
+}
+
+/// The keys that a platform has beside its chip's.
+struct Keys {
+    pek: SecretKey,
+    pdh: SecretKey,
+}
+
+impl Keys {
+    fn generate() -> Self {
+        let [pek, pdh] = [(); 2].map(|()| SecretKey::random(&mut OsRng));
+        Self { pek, pdh }
+    }
+
+    /// The certificates of PEK and PDH.
+    fn certify(
+        &self,
+        cek: &SecretKey,
+        owner: &OwnerAuthority,
+        api: ApiVersion,
+    ) -> Result<(SevCertificate, SevCertificate), CertificateError> {
+        let pek = CertificateBuilder::new(Usage::Pek, self.pek.public_key(), api)
+            .sign(Usage::Oca, &owner.key)?
+            .sign(Usage::Cek, cek)?;
+        let pdh = CertificateBuilder::new(Usage::Pdh, self.pdh.public_key(), api)
+            .sign(Usage::Pek, &self.pek)?;
+        Ok((pek.finish(), pdh.finish()))
+    }
 }
 
 /// An RSA key of the emulated CA; 2048 bits (as Naples), so that making one takes moments.
@@ -293,10 +395,11 @@ const PROFILE: Profile = Profile {
     api: API,
 };
 const SCALAR_LEN: usize = 48;
-const KEPT_MAGIC: [u8; 8] = *b"CMSEVPI1";
+const KEPT_MAGIC: [u8; 8] = *b"CMSEVPI2";
+const KEPT_MAGIC_1: [u8; 8] = *b"CMSEVPI1";
 const KEPT_LEN: usize = 8
     + 1
-    + 2 * SCALAR_LEN
+    + 3 * SCALAR_LEN
     + CERTIFICATE_LEN
     + PLATFORM_CERTS_LEN
     + 2 * KeySize::Rsa2048.certificate_len();
@@ -334,14 +437,15 @@ mod tests {
     #[test]
     fn a_damaged_identity_is_refused() {
         let kept = testing::identity().to_bytes();
-        // Magic, ownership, PEK key, PDH key, PDH certificate, CEK signature, ARK modulus.
+        // Magic, ownership, CEK key, PEK key, PDH key, PDH certificate, CEK signature, ARK modulus.
         for at in [
             0,
             8,
             20,
             70,
-            105 + 30,
-            105 + 4 * 2084 - 1000,
+            120,
+            153 + 30,
+            153 + 4 * 2084 - 1000,
             KEPT_LEN - 300,
         ] {
             let mut raw = kept.clone();
@@ -355,6 +459,10 @@ mod tests {
             Identity::from_bytes(&swapped),
             Err(IdentityError::NotKept(_))
         ));
+        let mut older = kept.clone();
+        older[7] = b'1';
+        let said = Identity::from_bytes(&older).err().unwrap().to_string();
+        assert!(said.contains("without the chip's key"), "{said}");
     }
 
     #[test]

@@ -14,6 +14,7 @@ mod guest;
 mod identity;
 mod migrate;
 mod platform;
+mod provision;
 pub mod snp;
 
 pub use error::FirmwareError;
@@ -23,6 +24,7 @@ pub(crate) use identity::Profile;
 pub use identity::{Identity, IdentityError, OwnerAuthority};
 pub use migrate::SendSession;
 pub use platform::{PlatformState, PlatformStatus, ProcessorConfig, SecureProcessor};
+pub use provision::{CHIP_ID_LEN, PlatformCommand};
 
 /// Identities for unit tests, made once: RSA keys take a while.
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use super::guest::{Command, Guest, GuestHandle, GuestState};
 use super::identity::{API, Identity};
-use super::{FirmwareError, asid, migrate};
+use super::{FirmwareError, PlatformCommand, asid, migrate};
 use crate::legacy::certificate::{SevCertificate, Usage};
 use crate::legacy::chain::{LegacyChain, TrustAnchors};
 use crate::legacy::packet::TransportKeys;
@@ -93,9 +93,7 @@ impl SecureProcessor {
 
     /// INIT.
     pub fn init(&mut self) -> Result<(), FirmwareError> {
-        if self.initialised {
-            return Err(FirmwareError::InvalidPlatformState);
-        }
+        self.require(PlatformCommand::Init)?;
         self.initialised = true;
         Ok(())
     }
@@ -108,15 +106,10 @@ impl SecureProcessor {
 
     /// PLATFORM_STATUS.
     pub fn status(&self) -> PlatformStatus {
-        let state = match (self.initialised, self.guests.is_empty()) {
-            (false, _) => PlatformState::Uninit,
-            (true, true) => PlatformState::Init,
-            (true, false) => PlatformState::Working,
-        };
         PlatformStatus {
             api: API,
             build: BUILD,
-            state,
+            state: self.state(),
             owned: self.identity.owned(),
             config_es: self.es && self.initialised,
             guest_count: u32::try_from(self.guests.len()).unwrap_or(u32::MAX),
@@ -126,7 +119,7 @@ impl SecureProcessor {
 
     /// PDH_CERT_EXPORT: the platform's certificates, and those that AMD publishes for real ones.
     pub fn pdh_cert_export(&self) -> Result<&LegacyChain, FirmwareError> {
-        self.require_init()?;
+        self.require(PlatformCommand::PdhCertExport)?;
         Ok(self.identity.chain())
     }
 
@@ -222,6 +215,23 @@ impl SecureProcessor {
         self.guest(handle)?.require(Command::Decommission)?;
         self.guests.remove(&handle);
         Ok(())
+    }
+
+    /// Whether the platform's state allows a command.
+    pub(super) fn require(&self, command: PlatformCommand) -> Result<(), FirmwareError> {
+        if self.state().allows(command) {
+            Ok(())
+        } else {
+            Err(FirmwareError::InvalidPlatformState)
+        }
+    }
+
+    fn state(&self) -> PlatformState {
+        match (self.initialised, self.guests.is_empty()) {
+            (false, _) => PlatformState::Uninit,
+            (true, true) => PlatformState::Init,
+            (true, false) => PlatformState::Working,
+        }
     }
 
     fn require_init(&self) -> Result<(), FirmwareError> {

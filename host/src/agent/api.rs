@@ -6,6 +6,10 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::agent::platform_api::{
+    OrderedBytes, PlatformInfo, PlatformOrderText, ProcessorKind, SnpCertificatesText, SnpInfo,
+    TcbInfo,
+};
 use crate::sandbox::report::{ProbeReport, SandboxReport};
 use crate::vmm::protocol::MachineState;
 
@@ -71,7 +75,22 @@ pub enum Request {
         name: String,
     },
     /// Certificates and status of the secure processor.
-    Platform,
+    Platform {
+        /// Which one; by default the one by which guests are launched.
+        processor: Option<ProcessorKind>,
+    },
+    /// What its SNP reports are signed under.
+    SnpCertificates {
+        /// Which one; by default the one by which guests are launched.
+        processor: Option<ProcessorKind>,
+    },
+    /// An order of the platform's operator.
+    PlatformOrder {
+        /// Which one; by default the one by which guests are launched.
+        processor: Option<ProcessorKind>,
+        /// The order.
+        order: PlatformOrderText,
+    },
     /// Tries from inside the guest's processes what must be refused.
     SandboxProbe {
         /// Its name.
@@ -165,7 +184,11 @@ pub enum Answer {
     /// A measurement.
     Measurement(MeasurementInfo),
     /// The secure processor.
-    Platform(PlatformInfo),
+    Platform(Box<PlatformInfo>),
+    /// What its SNP reports are signed under.
+    SnpCertificates(SnpCertificatesText),
+    /// What an order gave.
+    Ordered(OrderedBytes),
     /// A migration that ended well: the mover's outcome.
     Migrated {
         /// Totals.
@@ -240,27 +263,6 @@ pub struct MeasurementInfo {
     pub elapsed_us: u64,
     /// Whether the software secure processor measured.
     pub emulated: bool,
-}
-
-/// The secure processor.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct PlatformInfo {
-    /// Whether it is the software one.
-    pub emulated: bool,
-    /// API major.
-    pub api_major: u8,
-    /// API minor.
-    pub api_minor: u8,
-    /// Firmware build.
-    pub build: u8,
-    /// PDH certificate, base64.
-    pub pdh: String,
-    /// PEK, OCA, CEK, base64.
-    pub platform: String,
-    /// ASK, ARK, base64.
-    pub amd: String,
-    /// SHA-256 of the root's public key, hex: what a policy names as trusted emulated root.
-    pub root_sha256: String,
 }
 
 /// Longest request or answer line in bytes.

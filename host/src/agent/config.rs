@@ -25,12 +25,14 @@ pub struct AgentConfig {
     pub policy_trust: Option<Trust>,
     /// Who this host is to others; needed for migration.
     pub identity: Option<IdentityFiles>,
-    /// ASK and ARK of this host's processor, one behind the other as AMD publishes them; needed where SEV guests of the
-    /// real processor arrive.
-    pub amd_certificates: Option<PathBuf>,
     /// Addresses of the peers that the policy names.
     #[serde(default)]
     pub peers: BTreeMap<String, SocketAddr>,
+    /// ASK ‖ ARK of this host's own AMD processor, as AMD publishes them; by default those of its generation that come
+    /// with Casemate.
+    pub amd_certificates: Option<PathBuf>,
+    /// Certificate (CEK) of this host's own AMD processor with AMD's signature, which the processor exports without.
+    pub chip_certificate: Option<PathBuf>,
     /// First of the user ids given to roles.
     #[serde(default = "default_uid_base")]
     pub uid_base: u32,
@@ -70,8 +72,9 @@ impl AgentConfig {
             .identity
             .iter_mut()
             .flat_map(|i| [&mut i.certificate, &mut i.key, &mut i.ca]);
-        let paths = paths.chain(&mut config.amd_certificates);
-        for path in paths.chain(identity) {
+        let published = [&mut config.amd_certificates, &mut config.chip_certificate];
+        let published = published.into_iter().flatten();
+        for path in paths.chain(identity).chain(published) {
             *path = folder.join(&*path);
         }
         Ok(config)

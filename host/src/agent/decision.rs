@@ -9,9 +9,10 @@ use casemate_policy::{
     Action, ActionKind, Code, Decision, HostPolicy, Inquiry, Timestamp, decide, history, may_ask,
 };
 
-use crate::agent::Agent;
 use crate::agent::api::{Answer, Failure, Request};
 use crate::agent::authority::{Caller, PolicyText};
+use crate::agent::processor::OperatedProcessor as _;
+use crate::agent::{Agent, platform};
 use crate::machine::plan::{MachinePlan, Technology};
 use crate::machine::spec::MachineSpec;
 use crate::vmm::boot::{BootImage, measured};
@@ -34,7 +35,13 @@ impl Request {
             Self::PolicyLoad { .. } => Asked::First(ActionKind::PolicyLoad, None),
             Self::Approve { .. } => Asked::First(ActionKind::Approve, None),
             Self::List => Asked::Whole(Action::List, ""),
-            Self::Platform => Asked::Whole(Action::PlatformShow, ""),
+            Self::Platform { .. } | Self::SnpCertificates { .. } => {
+                Asked::Whole(Action::PlatformShow, "")
+            }
+            Self::PlatformOrder { order, .. } => match order.command() {
+                Some(command) => Asked::Whole(Action::PlatformAdmin { command }, platform::OBJECT),
+                None => Asked::Whole(Action::PlatformShow, ""),
+            },
             Self::Status { name } => Asked::Whole(Action::Status, name),
             Self::Measurement { name } => Asked::Whole(Action::Measurement, name),
             Self::SandboxReport { name } => Asked::Whole(Action::SandboxReport, name),

@@ -94,6 +94,19 @@ pub fn write_secret(path: &Path, bytes: &[u8]) -> io::Result<()> {
     file.sync_all()
 }
 
+/// Puts new content in the place of a file that only its owner can read: whole, or not at all.
+pub fn replace_secret(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let fresh = path.with_extension("new");
+    match fs::remove_file(&fresh) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    write_secret(&fresh, bytes)?;
+    fs::rename(&fresh, path)?;
+    let folder = path.parent().unwrap_or(Path::new("."));
+    fs::File::open(folder)?.sync_all()
+}
+
 fn failed(error: &dyn fmt::Display) -> Failure {
     Failure::new("EVIDENCE", format!("evidence: {error}"))
 }

@@ -2,6 +2,7 @@
 //!
 //! It holds the host's key and never touches guest memory, nor a byte that a peer sent before a mover has parsed it.
 
+mod amd_processor;
 pub mod api;
 pub mod authority;
 pub mod client;
@@ -13,6 +14,8 @@ mod incoming;
 mod launch;
 mod mover_process;
 mod outgoing;
+mod platform;
+pub mod platform_api;
 mod processor;
 mod record;
 mod server;
@@ -27,13 +30,11 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
 use casemate_policy::HostPolicy;
 use casemate_policy::ledger::{Entry, Outcome};
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::agent::api::{Answer, Failure, GuestInfo, PlatformInfo, Request};
+use crate::agent::api::{Answer, Failure, GuestInfo, Request};
 use crate::agent::authority::{Authority, Caller};
 use crate::agent::config::AgentConfig;
 use crate::agent::evidence::Evidence;
@@ -176,7 +177,11 @@ impl Agent {
                 downtime_limit_ms,
             } => self.migrate(caller, &name, &to, downtime_limit_ms, progress),
             Request::Cancel { name } => self.cancel(&name),
-            Request::Platform => self.platform(),
+            Request::Platform { processor } => self.platform(processor),
+            Request::SnpCertificates { processor } => self.snp_certificates(processor),
+            Request::PlatformOrder { processor, order } => {
+                self.platform_order(caller, processor, &order)
+            }
             Request::SandboxProbe { name } => self.probe(caller, &name),
             Request::SandboxReport { name } => self.sandbox_report(&name),
             Request::PolicyLoad { policy } => self.load_policy(caller, &policy),
@@ -273,21 +278,6 @@ impl Agent {
         self.evidence
             .record(entry.emulated(guest.plan.technology.emulated()))?;
         Ok(Answer::Guest(guest.info()?))
-    }
-
-    fn platform(&self) -> Result<Answer, Failure> {
-        let processor = self.processor.as_ref().ok_or_else(no_processor)?;
-        let (status, evidence) = (processor.status()?, processor.evidence());
-        Ok(Answer::Platform(PlatformInfo {
-            emulated: status.emulated,
-            api_major: status.api.0,
-            api_minor: status.api.1,
-            build: status.api.2,
-            pdh: STANDARD.encode(&evidence.pdh),
-            platform: STANDARD.encode(&evidence.platform),
-            amd: STANDARD.encode(&evidence.amd),
-            root_sha256: hex::encode(processor.root().as_bytes()),
-        }))
     }
 
     fn probe(&self, caller: &Caller, name: &str) -> Result<Answer, Failure> {

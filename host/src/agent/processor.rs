@@ -1,6 +1,7 @@
-//! The software secure processor as the agent sees it: one jailed process, its identity kept on the disk.
+//! The secure processor as the agent sees it: AMD's behind `/dev/sev` ([`super::amd_processor`]), or the software
+//! one, a jailed process with its identity kept on the disk.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use casemate_attest::legacy::CaCertificate;
@@ -8,20 +9,37 @@ use casemate_policy::Fingerprint;
 use zeroize::Zeroizing;
 
 use crate::agent::api::Failure;
-use crate::agent::evidence::write_secret;
+use crate::agent::evidence::{replace_secret, write_secret};
 use crate::agent::vmm_process::lock;
-use crate::confidential::control::{GuestLink, ProcessorLink};
-use crate::confidential::protocol::{PlatformEvidence, PlatformStatus};
+use crate::confidential::control::{GuestLink, Ordered, ProcessorLink};
+use crate::confidential::protocol::{
+    PlatformEvidence, PlatformOrder, PlatformStatus, SnpCertificates, SnpStatus,
+};
 use crate::ipc::Channel;
 use crate::sandbox::jail::RoleProcess;
 use crate::sandbox::report::{ProbeReport, SandboxReport};
 use crate::vmm::protocol::RoleError;
 
+/// A secure processor as the platform's operator deals with it.
+pub trait OperatedProcessor {
+    /// Whether it is the software one.
+    fn emulated(&self) -> bool;
+    /// PLATFORM_STATUS.
+    fn status(&self) -> Result<PlatformStatus, Failure>;
+    /// PDH_CERT_EXPORT, and ASK ‖ ARK where they are known (else empty).
+    fn certificates(&self) -> Result<PlatformEvidence, Failure>;
+    /// SNP_PLATFORM_STATUS; none where there is no SNP.
+    fn snp_status(&self) -> Result<Option<SnpStatus>, Failure>;
+    /// The certificates of SNP reports, where the host has them.
+    fn snp_certificates(&self) -> Result<Option<SnpCertificates>, Failure>;
+    /// Carries out an order; what it gives, if anything.
+    fn order(&self, order: &PlatformOrder) -> Result<Option<Vec<u8>>, Failure>;
+}
+
 /// The running processor.
 pub struct Processor {
     link: Mutex<ProcessorLink>,
-    evidence: PlatformEvidence,
-    root: Fingerprint,
+    file: PathBuf,
     snp: bool,
     _process: Mutex<RoleProcess>,
 }
@@ -37,7 +55,8 @@ impl Processor {
         snp: bool,
     ) -> Result<Self, Failure> {
         let link = ProcessorLink::new(channel);
-        let identity = kept_or_new(&state_dir.join("processor.identity"), || link.generate())?;
+        let file = state_dir.join("processor.identity");
+        let identity = kept_or_new(&file, || link.generate())?;
         let snp_identity = match snp {
             true => Some(kept_or_new(
                 &state_dir.join("processor-snp.identity"),
@@ -50,12 +69,9 @@ impl Processor {
         };
         let snp_bytes = snp_identity.as_ref().map(|bytes| bytes.as_slice());
         link.initialise(&identity, snp_bytes, peer_roots)?;
-        let evidence = link.evidence()?;
-        let root = root_of(&evidence)?;
         Ok(Self {
             link: Mutex::new(link),
-            evidence,
-            root,
+            file,
             snp,
             _process: Mutex::new(process),
         })
@@ -69,21 +85,6 @@ impl Processor {
     /// Whether it launches SEV-SNP guests.
     pub fn has_snp(&self) -> bool {
         self.snp
-    }
-
-    /// PLATFORM_STATUS.
-    pub fn status(&self) -> Result<PlatformStatus, Failure> {
-        Ok(lock(&self.link).status()?)
-    }
-
-    /// The platform's certificates.
-    pub fn evidence(&self) -> &PlatformEvidence {
-        &self.evidence
-    }
-
-    /// Fingerprint of the root: what policies name.
-    pub fn root(&self) -> Fingerprint {
-        self.root
     }
 
     /// State of the processor's sandbox.
@@ -114,8 +115,65 @@ fn kept_or_new(
     }
 }
 
-/// The root is the second of the two CA certificates.
-fn root_of(evidence: &PlatformEvidence) -> Result<Fingerprint, Failure> {
+impl OperatedProcessor for Processor {
+    fn emulated(&self) -> bool {
+        true
+    }
+
+    fn status(&self) -> Result<PlatformStatus, Failure> {
+        Ok(lock(&self.link).status()?)
+    }
+
+    fn certificates(&self) -> Result<PlatformEvidence, Failure> {
+        Ok(lock(&self.link).evidence()?)
+    }
+
+    fn snp_status(&self) -> Result<Option<SnpStatus>, Failure> {
+        Ok(lock(&self.link).snp_status()?)
+    }
+
+    fn snp_certificates(&self) -> Result<Option<SnpCertificates>, Failure> {
+        let link = lock(&self.link);
+        match link.snp_status()? {
+            Some(_) => Ok(Some(link.snp_certificates()?)),
+            None => Ok(None),
+        }
+    }
+
+    fn order(&self, order: &PlatformOrder) -> Result<Option<Vec<u8>>, Failure> {
+        let link = lock(&self.link);
+        match link.order(order)? {
+            Ordered::Done => Ok(None),
+            Ordered::Bytes(bytes) => Ok(Some(bytes)),
+            Ordered::Changed(identity) => self.keep(&link, &identity).map(|()| None),
+        }
+    }
+}
+
+impl Processor {
+    /// Keeps a changed identity in place of the old one, or has the processor go back to that.
+    fn keep(&self, link: &ProcessorLink, identity: &[u8]) -> Result<(), Failure> {
+        let Err(error) = replace_secret(&self.file, identity) else {
+            return Ok(());
+        };
+        let file = self.file.display();
+        let back = std::fs::read(&self.file)
+            .map(Zeroizing::new)
+            .map_err(|e| e.to_string())
+            .and_then(|kept| link.restore(&kept).map_err(|e| e.to_string()));
+        let now = match back {
+            Ok(()) => "the processor is what it was; make room and try again".to_owned(),
+            Err(e) => format!("nor could it go back ({e}); start the agent again"),
+        };
+        Err(Failure::new(
+            "PROCESSOR_IDENTITY",
+            format!("{file} cannot be replaced: {error}; {now}"),
+        ))
+    }
+}
+
+/// Fingerprint of the root, the second of the two CA certificates: what policies name.
+pub(super) fn root_of(evidence: &PlatformEvidence) -> Result<Fingerprint, Failure> {
     let broken =
         |e: casemate_attest::legacy::CaError| Failure::new("PROCESSOR_IDENTITY", e.to_string());
     let (_ask, rest) = CaCertificate::parse_first(&evidence.amd).map_err(broken)?;

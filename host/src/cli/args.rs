@@ -7,6 +7,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use super::attest::AttestCommand;
 use super::broker::BrokerArgs;
 use super::evidence::EvidenceCommand;
+use super::platform::PlatformArgs;
 use super::policy::PolicyCommand;
 
 /// Casemate: a security-hardened confidential VM host.
@@ -119,12 +120,12 @@ pub enum Command {
         #[command(subcommand)]
         command: PolicyCommand,
     },
-    /// The secure processor of this host.
-    Platform {
-        /// What to do.
-        #[command(subcommand)]
-        command: PlatformCommand,
-    },
+    /// The secure processor of this host: status, certificates, owner, SEV-SNP configuration.
+    #[command(
+        after_help = "To take a platform: oca new (on the owner's machine), csr (on the host), oca sign (owner), import \
+            (host). All that changes the processor is written into the agent's ledger."
+    )]
+    Platform(PlatformArgs),
     /// The cells of a guest's processes.
     Sandbox {
         /// What to do.
@@ -197,19 +198,6 @@ pub enum OwnerCommand {
     Measure {
         /// Description of the guest.
         description: PathBuf,
-    },
-}
-
-/// What can be asked of the secure processor.
-#[derive(Debug, Subcommand)]
-pub enum PlatformCommand {
-    /// Status, and whether it is emulated.
-    Show,
-    /// Write its certificates for a guest owner.
-    Export {
-        /// Folder for pdh.cert, platform.cert, amd.cert.
-        #[arg(long)]
-        out: PathBuf,
     },
 }
 

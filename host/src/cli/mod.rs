@@ -6,6 +6,7 @@ mod broker;
 mod evidence;
 mod migrate;
 mod owner;
+mod platform;
 mod policy;
 mod render;
 mod roles;
@@ -19,7 +20,7 @@ use clap::{CommandFactory, Parser};
 
 use crate::agent::api::{Answer, Failure, Request, SessionText};
 use crate::agent::client::ask;
-use args::{Cli, Command, PlatformCommand, SandboxCommand};
+use args::{Cli, Command, SandboxCommand};
 
 /// Runs the command line.
 pub fn main() -> ExitCode {
@@ -95,12 +96,7 @@ fn run(cli: Cli) -> Result<u8, Failure> {
         Command::Attest { command } => attest::run(command, json),
         Command::Broker(args) => broker::run(args, json),
         Command::Policy { command } => policy::run(agent, command, json),
-        Command::Platform {
-            command: PlatformCommand::Show,
-        } => show(agent, &Request::Platform, json),
-        Command::Platform {
-            command: PlatformCommand::Export { out },
-        } => export_platform(agent, &out),
+        Command::Platform(args) => platform::run(agent, args, json),
         Command::Sandbox {
             command: SandboxCommand::Probe { name },
         } => show(agent, &Request::SandboxProbe { name }, json),
@@ -155,36 +151,6 @@ fn show(agent: &Path, request: &Request, json: bool) -> Result<u8, Failure> {
         _ => true,
     };
     Ok(u8::from(!held))
-}
-
-fn export_platform(agent: &Path, out: &Path) -> Result<u8, Failure> {
-    let Answer::Platform(platform) = ask(agent, &Request::Platform, &mut |_| {})? else {
-        return Err(Failure::new(
-            "AGENT_LOST",
-            "the agent answered something else",
-        ));
-    };
-    std::fs::create_dir_all(out).map_err(|e| output_failed(&e))?;
-    for (file, text) in [
-        ("pdh.cert", &platform.pdh),
-        ("platform.cert", &platform.platform),
-        ("amd.cert", &platform.amd),
-    ] {
-        std::fs::write(out.join(file), from_base64(text)?).map_err(|e| output_failed(&e))?;
-    }
-    let kind = if platform.emulated {
-        "emulated, NOT AMD"
-    } else {
-        "AMD"
-    };
-    print_bytes(
-        format!(
-            "{kind}; root sha256:{}\nwritten to {}\n",
-            platform.root_sha256,
-            out.display()
-        )
-        .as_bytes(),
-    )
 }
 
 fn read_session(folder: &Path) -> Result<SessionText, Failure> {

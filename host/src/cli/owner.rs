@@ -282,7 +282,7 @@ fn kept_session(folder: &Path) -> Result<OwnerSession, Failure> {
 }
 
 /// The outer error is a file or an argument that cannot be used; the inner is a chain that is not trusted.
-fn verified_chain(
+pub(super) fn verified_chain(
     folder: &Path,
     allow: Option<&str>,
 ) -> Result<Result<VerifiedChain, ChainError>, Failure> {

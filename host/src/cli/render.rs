@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use crate::agent::api::{Answer, GuestInfo};
+use crate::agent::api::{Answer, GuestInfo, PlatformInfo, SnpInfo};
 use crate::sandbox::report::{ProbeReport, SandboxReport};
 
 /// An answer as text, with a line end.
@@ -20,14 +20,12 @@ pub fn answer(answer: &Answer) -> String {
                 mark(m.emulated)
             )
         }
-        Answer::Platform(p) => format!(
-            "secure processor: API {}.{} build {}{}\nroot sha256:{}\n",
-            p.api_major,
-            p.api_minor,
-            p.build,
-            mark(p.emulated),
-            p.root_sha256
-        ),
+        Answer::Platform(info) => platform(info),
+        Answer::SnpCertificates(found) => match &found.vcek {
+            Some(_) => "SEV-SNP certificates; `casemate platform export` writes them\n".to_owned(),
+            None => "AMD's key service has the SEV-SNP certificates\n".to_owned(),
+        },
+        Answer::Ordered(ordered) => format!("{}: {}\n", ordered.what, ordered.bytes),
         Answer::Migrated { outcome } => outcome_text(outcome),
         Answer::Probe { reports } => reports.iter().map(probe).collect(),
         Answer::Sandbox { reports } => reports.iter().map(sandbox).collect(),
@@ -83,6 +81,72 @@ impl Rounds {
         }
         text
     }
+}
+
+fn platform(info: &PlatformInfo) -> String {
+    let mut text = format!(
+        "secure processor: API {}.{} build {}{}\n",
+        info.api_major,
+        info.api_minor,
+        info.build,
+        mark(info.emulated)
+    );
+    let owner = match &info.owner_sha256 {
+        Some(sha256) => format!("sha256:{sha256}"),
+        None if info.owned => "an outside one".to_owned(),
+        None => "the platform itself".to_owned(),
+    };
+    let es = if info.sev_es {
+        "initialised"
+    } else {
+        "not initialised"
+    };
+    let _ = writeln!(
+        text,
+        "  state         {}, {} guests",
+        info.state, info.guests
+    );
+    let _ = writeln!(text, "  owner         {owner}");
+    let _ = writeln!(text, "  SEV-ES        {es}");
+    match &info.snp {
+        None => text.push_str("  SEV-SNP       not initialised\n"),
+        Some(snp) => snp_lines(&mut text, snp),
+    }
+    let root = match info.root_sha256.as_str() {
+        "" => "root unknown; see `casemate platform export`".to_owned(),
+        sha256 => format!("root sha256:{sha256}"),
+    };
+    text + &root + "\n"
+}
+
+fn snp_lines(text: &mut String, snp: &SnpInfo) {
+    let product = snp.product.as_deref().unwrap_or("unknown product");
+    let _ = writeln!(
+        text,
+        "  SEV-SNP       API {}.{} build {}, {product}, {} guests",
+        snp.api_major, snp.api_minor, snp.build, snp.guests
+    );
+    for (name, tcb) in [
+        ("current TCB", &snp.current_tcb),
+        ("reported TCB", &snp.reported_tcb),
+    ] {
+        let shown = match &tcb.parts {
+            Some(parts) => parts.to_string(),
+            None => format!("0x{}", tcb.raw),
+        };
+        let _ = writeln!(text, "    {name:<13} {shown}");
+    }
+    let mask = |masked: bool| if masked { "masked" } else { "shown" };
+    let key = match (snp.mask_chip_key, snp.vlek_loaded) {
+        (_, true) => "VLEK loaded",
+        (true, false) => "masked",
+        (false, false) => "VCEK",
+    };
+    let _ = writeln!(
+        text,
+        "    reports       chip id {}, signing key {key}",
+        mask(snp.mask_chip_id)
+    );
 }
 
 fn outcome_text(outcome: &serde_json::Value) -> String {

@@ -7,11 +7,33 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use zeroize::Zeroizing;
 
 use crate::confidential::protocol::{
-    ControlOutcome, ControlReply, PlatformEvidence, PlatformStatus, ProcessorControl,
+    ControlOutcome, ControlReply, PlatformEvidence, PlatformOrder, PlatformStatus,
+    ProcessorControl, SnpCertificates, SnpStatus,
 };
 use crate::ipc::{Channel, IpcError};
 use crate::sandbox::report::{ProbeReport, SandboxReport};
 use crate::vmm::protocol::{HandleKind, RoleError};
+
+/// What an order of the platform's operator led to.
+pub enum Ordered {
+    /// Nothing more to say.
+    Done,
+    /// What was asked for.
+    Bytes(Vec<u8>),
+    /// The platform's identity is another one now: secret, to be kept in place of the old one.
+    Changed(Zeroizing<Vec<u8>>),
+}
+
+impl std::fmt::Debug for Ordered {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Done => f.write_str("Done"),
+            Self::Bytes(bytes) => f.debug_tuple("Bytes").field(bytes).finish(),
+            // The identity is secret.
+            Self::Changed(_) => f.write_str("Changed"),
+        }
+    }
+}
 
 /// The agent's end of the control channel. The psp ends when this is dropped.
 #[derive(Debug)]
@@ -116,6 +138,41 @@ impl ProcessorLink {
     pub fn evidence(&self) -> Result<PlatformEvidence, RoleError> {
         match self.call(&ProcessorControl::Evidence, &[])? {
             ControlReply::Evidence(evidence) => Ok(evidence),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// SNP_PLATFORM_STATUS; none where there is no SNP.
+    pub fn snp_status(&self) -> Result<Option<SnpStatus>, RoleError> {
+        match self.call(&ProcessorControl::SnpStatus, &[])? {
+            ControlReply::SnpStatus(status) => Ok(status),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// The certificates of SNP reports.
+    pub fn snp_certificates(&self) -> Result<SnpCertificates, RoleError> {
+        match self.call(&ProcessorControl::SnpCertificates, &[])? {
+            ControlReply::SnpCertificates(certificates) => Ok(certificates),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// Carries out an order of the platform's operator.
+    pub fn order(&self, order: &PlatformOrder) -> Result<Ordered, RoleError> {
+        match self.call(&ProcessorControl::Order(order.clone()), &[])? {
+            ControlReply::Done => Ok(Ordered::Done),
+            ControlReply::Bytes { bytes } => Ok(Ordered::Bytes(bytes)),
+            ControlReply::Changed { identity } => Ok(Ordered::Changed(Zeroizing::new(identity))),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// Becomes again the platform of an older identity of the same chip.
+    pub fn restore(&self, identity: &[u8]) -> Result<(), RoleError> {
+        let identity = identity.to_vec();
+        match self.call(&ProcessorControl::Restore { identity }, &[])? {
+            ControlReply::Done => Ok(()),
             _ => Err(unexpected()),
         }
     }

@@ -4,6 +4,7 @@ pub mod control;
 pub mod kvm;
 pub mod launch;
 pub mod page_map;
+mod platform_order;
 mod processor_guest;
 pub mod processor_role;
 mod processor_snp;

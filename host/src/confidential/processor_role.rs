@@ -16,6 +16,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use zeroize::Zeroizing;
 
+use crate::confidential::platform_order;
 use crate::confidential::processor_guest::GuestClient;
 use crate::confidential::protocol::{
     ControlOutcome, ControlReply, GuestOutcome, GuestRequest, PlatformEvidence, PlatformStatus,
@@ -70,13 +71,7 @@ pub(super) struct Platforms {
 impl Platforms {
     /// SEV-SNP, if this installation has it.
     pub(super) fn snp(&mut self) -> Result<&mut SnpProcessor, RoleError> {
-        self.snp.as_mut().ok_or_else(|| {
-            RoleError::new(
-                "SNP_NOT_ENABLED",
-                "this host's emulated processor has no SEV-SNP identity; allow \"sev-snp\" in the policy's \
-                 technologies and start the agent again",
-            )
-        })
+        self.snp.as_mut().ok_or_else(no_snp)
     }
 
     /// Forgets a SEV-SNP guest.
@@ -182,12 +177,31 @@ impl Processor {
                 let status = self.platform()?.status();
                 Ok(ControlReply::Status(PlatformStatus {
                     api: (status.api.major, status.api.minor, status.build),
+                    state: status.state as u8,
+                    owned: status.owned,
+                    es: status.config_es,
                     guests: status.guest_count,
                     emulated: status.emulated,
                 }))
             }
             ProcessorControl::Evidence => {
                 Ok(ControlReply::Evidence(platform_evidence(self.platform()?)?))
+            }
+            ProcessorControl::SnpStatus => {
+                let snp = self.platforms.as_mut().and_then(|both| both.snp.as_mut());
+                platform_order::snp_status(snp)
+            }
+            ProcessorControl::SnpCertificates => {
+                let snp = self.platforms.as_mut().and_then(|both| both.snp.as_mut());
+                platform_order::snp_certificates(snp)
+            }
+            ProcessorControl::Order(order) => {
+                let both = self.platforms.as_mut().ok_or_else(no_identity)?;
+                platform_order::carry_out(&mut both.sev, both.snp.as_mut(), order)
+            }
+            ProcessorControl::Restore { identity } => {
+                let both = self.platforms.as_mut().ok_or_else(no_identity)?;
+                platform_order::restore(&mut both.sev, &Zeroizing::new(identity))
             }
             ProcessorControl::SandboxReport => Ok(ControlReply::Report(self.cell.report()?)),
             ProcessorControl::SandboxProbe => Ok(ControlReply::Probe(self.cell.probe()?)),
@@ -248,14 +262,24 @@ impl Processor {
     }
 
     fn platform(&self) -> Result<&SecureProcessor, RoleError> {
-        let platforms = self.platforms.as_ref().ok_or_else(|| {
-            RoleError::new(
-                "PLATFORM_STATE",
-                "the platform has no identity yet; the agent must initialise it",
-            )
-        })?;
+        let platforms = self.platforms.as_ref().ok_or_else(no_identity)?;
         Ok(&platforms.sev)
     }
+}
+
+pub(super) fn no_snp() -> RoleError {
+    RoleError::new(
+        "SNP_NOT_ENABLED",
+        "this host's emulated processor has no SEV-SNP identity; allow \"sev-snp\" in the policy's \
+         technologies and start the agent again",
+    )
+}
+
+fn no_identity() -> RoleError {
+    RoleError::new(
+        "PLATFORM_STATE",
+        "the platform has no identity yet; the agent must initialise it",
+    )
 }
 
 /// One request of a client; an error ends the client.
@@ -300,7 +324,7 @@ fn snp_identity_error(error: SnpIdentityError) -> RoleError {
     RoleError::new("PLATFORM_IDENTITY", error)
 }
 
-fn identity_error(error: casemate_attest::processor::IdentityError) -> RoleError {
+pub(super) fn identity_error(error: casemate_attest::processor::IdentityError) -> RoleError {
     RoleError::new("PLATFORM_IDENTITY", error)
 }
 

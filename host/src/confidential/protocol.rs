@@ -33,10 +33,67 @@ pub enum ProcessorControl {
     Status,
     /// The certificates of the platform.
     Evidence,
+    /// What SNP_PLATFORM_STATUS says, if there is SNP.
+    SnpStatus,
+    /// The certificates below which SNP reports are signed.
+    SnpCertificates,
+    /// A command of the platform's operator.
+    Order(PlatformOrder),
+    /// Becomes again what it was, where what an order changed could not be kept. The same chip's identity only.
+    Restore {
+        /// The identity that is kept.
+        #[serde(with = "serde_bytes")]
+        identity: Vec<u8>,
+    },
     /// State of the sandbox.
     SandboxReport,
     /// Tries from inside what must be refused.
     SandboxProbe,
+}
+
+/// What a platform's operator may ask of a secure processor, AMD's or the software one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PlatformOrder {
+    /// GET_ID: 64 bytes a socket.
+    ChipId,
+    /// PEK_CSR: 2084 bytes.
+    PekCsr,
+    /// PEK_CERT_IMPORT.
+    PekCertImport {
+        /// The request, signed by the owner.
+        #[serde(with = "serde_bytes")]
+        pek: Vec<u8>,
+        /// The owner's certificate.
+        #[serde(with = "serde_bytes")]
+        oca: Vec<u8>,
+    },
+    /// PEK_GEN.
+    PekGen,
+    /// PDH_GEN.
+    PdhGen,
+    /// FACTORY_RESET.
+    FactoryReset,
+    /// SNP_CONFIG.
+    SnpConfig(SnpConfig),
+    /// SNP_COMMIT.
+    SnpCommit,
+    /// SNP_VLEK_LOAD.
+    SnpVlekLoad {
+        /// The wrapped hash stick, 432 bytes.
+        #[serde(with = "serde_bytes")]
+        wrapped: Vec<u8>,
+    },
+}
+
+/// What SNP_CONFIG sets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnpConfig {
+    /// TCB version that reports show, eight bytes as they stand in a report; all zero for the committed one.
+    pub reported_tcb: [u8; 8],
+    /// Reports do not show the chip's id.
+    pub mask_chip_id: bool,
+    /// Reports are not signed with the chip's key.
+    pub mask_chip_key: bool,
 }
 
 /// psp to agent.
@@ -57,6 +114,22 @@ pub enum ControlReply {
     Status(PlatformStatus),
     /// The platform's certificates.
     Evidence(PlatformEvidence),
+    /// SNP_PLATFORM_STATUS; none without SNP.
+    SnpStatus(Option<SnpStatus>),
+    /// The certificates of SNP reports.
+    SnpCertificates(SnpCertificates),
+    /// What an order gives: a request to sign, an id.
+    Bytes {
+        /// As the firmware has it.
+        #[serde(with = "serde_bytes")]
+        bytes: Vec<u8>,
+    },
+    /// An order changed the identity: secret, to be kept in place of the old one.
+    Changed {
+        /// Opaque.
+        #[serde(with = "serde_bytes")]
+        identity: Vec<u8>,
+    },
     /// State of the sandbox.
     Report(crate::sandbox::report::SandboxReport),
     /// Result of the probe.
@@ -68,10 +141,55 @@ pub enum ControlReply {
 pub struct PlatformStatus {
     /// API major, API minor, build.
     pub api: (u8, u8, u8),
+    /// UNINIT 0, INIT 1, WORKING 2.
+    pub state: u8,
+    /// An outside owner has signed the platform.
+    pub owned: bool,
+    /// SEV-ES is initialised.
+    pub es: bool,
     /// Guests known to the firmware.
     pub guests: u32,
-    /// Never anything but true of this role; the real processor is not behind it.
+    /// True of the psp role, false of AMD's processor.
     pub emulated: bool,
+}
+
+/// SNP_PLATFORM_STATUS.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnpStatus {
+    /// API major, API minor.
+    pub api: (u8, u8),
+    /// Build.
+    pub build: u32,
+    /// Whether SNP is initialised.
+    pub initialised: bool,
+    /// TCB version that runs, eight bytes as they stand in a report.
+    pub current_tcb: [u8; 8],
+    /// TCB version that reports show.
+    pub reported_tcb: [u8; 8],
+    /// Reports do not show the chip's id.
+    pub mask_chip_id: bool,
+    /// Reports are not signed with the chip's key.
+    pub mask_chip_key: bool,
+    /// A VLEK is loaded.
+    pub vlek_loaded: bool,
+    /// SNP guests known to the firmware.
+    pub guests: u32,
+    /// `milan`, `genoa` or `turin`, where it is known: the order of a TCB version's bytes depends on it.
+    pub product: Option<String>,
+}
+
+/// What SNP reports are signed under, DER.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnpCertificates {
+    /// The root.
+    #[serde(with = "serde_bytes")]
+    pub ark: Vec<u8>,
+    /// The issuer of VCEKs.
+    #[serde(with = "serde_bytes")]
+    pub ask: Vec<u8>,
+    /// The chip's key for the reported TCB version.
+    #[serde(with = "serde_bytes")]
+    pub vcek: Vec<u8>,
 }
 
 /// The certificates that prove a platform to a peer.

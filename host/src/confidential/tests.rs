@@ -14,7 +14,7 @@ use casemate_crypto_migrate::guest::PAGE_SIZE;
 use super::control::ProcessorLink;
 use super::launch::GuestProtection;
 use super::processor_role;
-use super::protocol::{GuestOutcome, GuestRequest, LAUNCH_CHUNK};
+use super::protocol::{GuestOutcome, GuestRequest, LAUNCH_CHUNK, PlatformOrder};
 use super::shared::{Access, MemoryRun, SharedMemory, sealed_memfd};
 use super::{GuestMemoryView, open};
 use crate::ipc::{Channel, IpcError};
@@ -442,4 +442,28 @@ fn a_plain_guest_has_no_protection_and_a_real_one_is_refused_by_name() {
     assert!(none.is_none());
     let without = open(&plan(EMULATED), view, exchange.as_fd(), None);
     assert_eq!(code(without.map(|_| ())), "NO_PROCESSOR");
+}
+
+#[test]
+fn while_a_guest_lives_its_platform_keeps_owner_and_pek() {
+    let psp = psp(&SITE_A, &[]);
+    let mut toy = Toy::new(&psp);
+    toy.launch();
+    let before = psp.evidence().unwrap();
+    for order in [
+        PlatformOrder::FactoryReset,
+        PlatformOrder::PekGen,
+        PlatformOrder::PekCsr,
+    ] {
+        assert_eq!(code(psp.order(&order)), "INVALID_PLATFORM_STATE");
+    }
+    assert_eq!(psp.evidence().unwrap(), before);
+    assert_eq!(psp.status().unwrap().guests, 1);
+    psp.order(&PlatformOrder::PdhGen).unwrap();
+    let after = psp.evidence().unwrap();
+    assert_ne!(after.pdh, before.pdh);
+    assert_eq!(after.platform, before.platform);
+    toy.protection.decommission();
+    psp.order(&PlatformOrder::FactoryReset).unwrap();
+    assert_ne!(psp.evidence().unwrap().platform, before.platform);
 }

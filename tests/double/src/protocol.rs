@@ -38,6 +38,8 @@ pub enum Ask {
     Snp(SnpStep),
     /// Opens `/dev/sev` only.
     Open,
+    /// Opens it for reading only, as no code of the host does.
+    OpenReadOnly,
     /// Adds the vCPU, in real mode at [`START`].
     AddVcpu,
     /// Writes guest memory as a loader does.
@@ -189,6 +191,7 @@ pub enum Device {
     PekCertImport { pek: Vec<u8>, oca: Vec<u8> },
     PekGen,
     PdhGen,
+    FactoryReset,
     ChipId,
     SnpStatus,
     SnpSetConfig { tcb: u64, id: bool, key: bool },

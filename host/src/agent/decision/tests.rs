@@ -7,6 +7,7 @@ use casemate_policy::sign::{Signatures, SigningKey};
 
 use super::*;
 use crate::agent::config::AgentConfig;
+use crate::agent::platform_api::PlatformOrderText;
 
 const POLICY: &str = "[host]\nname = 'h'\n[technologies]\nallowed = ['none', 'sev']\n[limits]\nmax_vcpus = 1\nmax_memory_mib = 64\n";
 const PEOPLE: &str = "[people]\ntwo_person = ['policy-load']\n\
@@ -104,7 +105,12 @@ fn every_request() -> Vec<Request> {
             downtime_limit_ms: None,
         },
         Request::Cancel { name: name() },
-        Request::Platform,
+        Request::Platform { processor: None },
+        Request::SnpCertificates { processor: None },
+        Request::PlatformOrder {
+            processor: None,
+            order: PlatformOrderText::PdhGen,
+        },
         Request::SandboxProbe { name: name() },
         Request::SandboxReport { name: name() },
         Request::PolicyLoad {
@@ -118,7 +124,7 @@ fn every_request() -> Vec<Request> {
     all
 }
 
-const LAST: usize = 14;
+const LAST: usize = 16;
 
 fn kind(request: &Request) -> usize {
     match request {
@@ -132,10 +138,12 @@ fn kind(request: &Request) -> usize {
         Request::InjectSecret { .. } => 7,
         Request::Migrate { .. } => 8,
         Request::Cancel { .. } => 9,
-        Request::Platform => 10,
-        Request::SandboxProbe { .. } => 11,
-        Request::SandboxReport { .. } => 12,
-        Request::PolicyLoad { .. } => 13,
+        Request::Platform { .. } => 10,
+        Request::SnpCertificates { .. } => 11,
+        Request::PlatformOrder { .. } => 12,
+        Request::SandboxProbe { .. } => 13,
+        Request::SandboxReport { .. } => 14,
+        Request::PolicyLoad { .. } => 15,
         Request::Approve { .. } => LAST,
     }
 }

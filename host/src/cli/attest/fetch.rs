@@ -222,7 +222,7 @@ fn base(args: &FetchArgs) -> Result<BaseUrl, Failure> {
 }
 
 /// `bl=10,tee=0,snp=23,ucode=84`, each part once, `fmc` where the product has it.
-fn tcb(text: &str) -> Result<TcbVersion, String> {
+pub(in crate::cli) fn tcb(text: &str) -> Result<TcbVersion, String> {
     let mut levels = [None; TcbPart::ALL.len()];
     for part in text.split(',') {
         let refused =

@@ -15,6 +15,7 @@ mod shared;
 mod verify;
 
 use clap::Subcommand;
+pub(super) use fetch::tcb;
 
 use crate::agent::api::Failure;
 

@@ -312,6 +312,7 @@ mod tests {
             FirmwareError::InvalidPlatformState,
             FirmwareError::InvalidGuestState,
             FirmwareError::InvalidLength { needed: 1 },
+            FirmwareError::AlreadyOwned,
             FirmwareError::InvalidCertificate,
             FirmwareError::PolicyFailure,
             FirmwareError::Inactive,

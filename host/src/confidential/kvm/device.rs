@@ -9,6 +9,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
 
+use super::code::FirmwareCode;
 use super::command::repeated_on_device;
 use super::error::SevError;
 use super::structs::{
@@ -125,12 +126,7 @@ impl SevDevice {
 
     /// PEK_CSR: the platform's request for its owner's signature. Needs write permission.
     pub fn pek_csr(&self) -> Result<Vec<u8>, SevError> {
-        let mut csr = vec![0u8; CERTIFICATE];
-        let mut request = SevUserPekCsr::default();
-        (request.address, request.length) = address_mut(&mut csr)?;
-        self.give("PEK_CSR", command::PEK_CSR, &mut request)?;
-        cut(&mut csr, request.length, "PEK_CSR")?;
-        Ok(csr)
+        self.sized::<SevUserPekCsr>("PEK_CSR", command::PEK_CSR)
     }
 
     /// PEK_CERT_IMPORT: the PEK, signed by the owner, and the owner's own certificate. Needs write permission
@@ -152,14 +148,22 @@ impl SevDevice {
         self.plain("PDH_GEN", command::PDH_GEN)
     }
 
-    /// GET_ID2: the chip's identity, for the key service.
+    /// FACTORY_RESET: forgets owner, PEK and PDH; the chip's key stays. Needs write permission and no guests.
+    pub fn factory_reset(&self) -> Result<(), SevError> {
+        let command = "FACTORY_RESET";
+        match self.plain(command, command::FACTORY_RESET) {
+            // Linux's own check, and its only use of this error here.
+            Err(SevError::Kernel {
+                errno: Errno::EBUSY,
+                ..
+            }) => Err(SevError::GuestsRunning { command }),
+            done => done,
+        }
+    }
+
+    /// GET_ID2: the chip's identity, for the key service; 64 bytes a socket.
     pub fn chip_id(&self) -> Result<Vec<u8>, SevError> {
-        let mut id = vec![0u8; CHIP_ID];
-        let mut request = SevUserGetId2::default();
-        (request.address, request.length) = address_mut(&mut id)?;
-        self.give("GET_ID", command::GET_ID2, &mut request)?;
-        cut(&mut id, request.length, "GET_ID")?;
-        Ok(id)
+        self.sized::<SevUserGetId2>("GET_ID", command::GET_ID2)
     }
 
     /// SNP_PLATFORM_STATUS.
@@ -212,6 +216,35 @@ impl SevDevice {
         self.file.as_raw_fd()
     }
 
+    /// A command that fills one buffer whose length only the firmware knows: asked for first, without a buffer, so
+    /// that none is ever too short. Of a shorter one Linux 6.12 copies back more than it holds.
+    fn sized<T: OneBuffer>(&self, name: &'static str, number: u32) -> Result<Vec<u8>, SevError> {
+        let mut query = T::default();
+        let asked = self.give(name, number, &mut query);
+        let needed = query.length();
+        match asked {
+            Err(SevError::Firmware {
+                code: FirmwareCode::INVALID_LEN,
+                ..
+            }) if needed != 0 => {}
+            Err(error) => return Err(error),
+            Ok(()) => {
+                let (command, what) = (name, "data, where only their length was asked for");
+                return Err(SevError::Answer { command, what });
+            }
+        }
+        if needed as usize > BLOB_MAX {
+            let (command, what) = (name, "a length beyond all certificates'");
+            return Err(SevError::Answer { command, what });
+        }
+        let mut buffer = vec![0u8; needed as usize];
+        let mut request = T::default();
+        request.name(address_mut(&mut buffer)?);
+        self.give(name, number, &mut request)?;
+        cut(&mut buffer, request.length(), name)?;
+        Ok(buffer)
+    }
+
     fn give<T>(&self, name: &'static str, number: u32, parameters: &mut T) -> Result<(), SevError> {
         self.issue(name, number, std::ptr::from_mut(parameters) as u64)
     }
@@ -234,6 +267,32 @@ impl SevDevice {
                 .map(drop)
                 .map_err(|errno| (errno, issue.error))
         })
+    }
+}
+
+/// A command's structure that is nothing but a buffer's address and length.
+trait OneBuffer: Default {
+    fn name(&mut self, buffer: (u64, u32));
+    fn length(&self) -> u32;
+}
+
+impl OneBuffer for SevUserPekCsr {
+    fn name(&mut self, buffer: (u64, u32)) {
+        (self.address, self.length) = buffer;
+    }
+
+    fn length(&self) -> u32 {
+        self.length
+    }
+}
+
+impl OneBuffer for SevUserGetId2 {
+    fn name(&mut self, buffer: (u64, u32)) {
+        (self.address, self.length) = buffer;
+    }
+
+    fn length(&self) -> u32 {
+        self.length
     }
 }
 
@@ -291,5 +350,3 @@ mod ioctl {
 pub const PATH: &str = "/dev/sev";
 /// `SEV_STATUS_FLAGS_CONFIG_ES`.
 const CONFIG_ES: u32 = 0x100;
-/// Both sockets' identities.
-const CHIP_ID: usize = 128;

@@ -38,6 +38,14 @@ pub enum SevError {
         /// How often it was tried.
         times: u32,
     },
+    /// Refused because guests run.
+    #[error(
+        "{command} refused by the kernel: the secure processor holds confidential guests; end them first"
+    )]
+    GuestsRunning {
+        /// The command, as the specification names it.
+        command: &'static str,
+    },
     /// The kernel answered with something it must not.
     #[error("{command}: the kernel's answer has no sense ({what}); update the kernel")]
     Answer {
@@ -64,6 +72,7 @@ impl SevError {
             Self::Firmware { code, .. } => code.name(),
             Self::Kernel { errno, .. } => kernel_code(*errno),
             Self::Busy { .. } => "SEV_BUSY",
+            Self::GuestsRunning { .. } => "GUESTS_RUNNING",
             Self::Answer { .. } => "SEV_KERNEL_ANSWER",
             Self::Unsupported(_) => "SEV_NOT_SUPPORTED",
             Self::Request(_) => "BAD_REQUEST",

@@ -75,6 +75,7 @@ fn numbers() -> Vec<(&'static str, u64)> {
         ("KVM_MEMORY_ENCRYPT_REG_REGION", nix::request_code_read!(0xae, 0xbb, size_of::<kvm::kvm_enc_region>())),
     ];
     for (name, number) in [
+        ("SEV_FACTORY_RESET", command::FACTORY_RESET),
         ("SEV_PLATFORM_STATUS", command::PLATFORM_STATUS),
         ("SEV_PEK_GEN", command::PEK_GEN),
         ("SEV_PEK_CSR", command::PEK_CSR),

@@ -20,7 +20,9 @@ mod vm;
 
 pub use code::FirmwareCode;
 pub use command::{ATTEMPTS, SevVm};
-pub use device::{DeviceStatus, PlatformCertificates, SevDevice, SnpConfig, SnpStatus};
+pub use device::{
+    DeviceStatus, PATH as DEVICE_PATH, PlatformCertificates, SevDevice, SnpConfig, SnpStatus,
+};
 pub use error::SevError;
 pub use sev::{GuestStatus, KvmSev, RealSev};
 pub use snp::{

@@ -435,7 +435,7 @@ mod tests {
             },
             initialise,
             device: tempfile::tempfile().unwrap().into(),
-            amd: vec![],
+            amd: vec![1],
         };
         let layout = MemoryLayout::packed(&[(0, 16 * 4096)]).unwrap();
         let sev = KvmSev::attach(real, policy, memory.as_fd(), layout, exchange.as_fd()).unwrap();
@@ -502,6 +502,12 @@ mod tests {
         // The stand-in for /dev/sev is a plain file: its ioctl fails, and that is said.
         let error = sev.evidence().unwrap_err();
         assert!(error.text.contains("PDH_CERT_EXPORT"), "{error}");
+        // Without AMD's certificates no source would believe them.
+        let amd = std::mem::take(&mut sev.amd);
+        let error = sev.evidence().unwrap_err();
+        assert_eq!(error.code, "AMD_CERTIFICATES");
+        assert!(error.text.contains("`amd_certificates`"), "{error}");
+        sev.amd = amd;
         assert!(
             sev.launch_update(15 * 4096, 8192).is_err(),
             "outside memory"

@@ -134,6 +134,7 @@ pub struct SevUserSnpVlekLoad {
 
 /// Command numbers of `SEV_ISSUE_CMD`, named as in the header.
 pub mod command {
+    pub const FACTORY_RESET: u32 = 0;
     pub const PLATFORM_STATUS: u32 = 1;
     pub const PEK_GEN: u32 = 2;
     pub const PEK_CSR: u32 = 3;

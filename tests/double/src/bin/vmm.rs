@@ -81,6 +81,11 @@ impl Child {
                 self.device = Some(SevDevice::open()?);
                 Ok(Answer::Done)
             }
+            Ask::OpenReadOnly => {
+                let file = std::fs::File::open("/dev/sev").map_err(fault)?;
+                self.device = Some(SevDevice::from(OwnedFd::from(file)));
+                Ok(Answer::Done)
+            }
             Ask::Device(command) => device(self.device()?, &command),
             Ask::Close => {
                 self.guest = None;
@@ -421,6 +426,7 @@ fn device(device: &SevDevice, command: &Device) -> Result<Answer, RoleError> {
         Device::PekCertImport { pek, oca } => done(device.pek_cert_import(pek, oca))?,
         Device::PekGen => done(device.pek_gen())?,
         Device::PdhGen => done(device.pdh_gen())?,
+        Device::FactoryReset => done(device.factory_reset())?,
         Device::ChipId => Answer::Bytes(device.chip_id()?),
         Device::SnpStatus => text(&device.snp_status()?),
         Device::SnpSetConfig { tcb, id, key } => done(device.snp_set_config(SnpConfig {

@@ -1,7 +1,7 @@
 //! `/dev/sev`, with the checks of Linux 6.12's `sev_ioctl` in its order.
 
-use casemate_attest::processor::FirmwareError;
 use casemate_attest::processor::snp::{SnpConfig, SnpProcessor};
+use casemate_attest::processor::{FirmwareError, PlatformState, SecureProcessor};
 use casemate_attest::tcb::RawTcb;
 use nix::errno::Errno;
 
@@ -54,30 +54,103 @@ impl Kernel {
         match number {
             9..=12 => self.snp_command(number, caller, data, writable),
             _ if changes && !writable => Err(Errno::EPERM.into()),
+            0 => self.factory_reset(),
             1 => self.platform_status(caller, data),
-            5 => self.pdh_cert_export(caller, data),
-            3 => {
-                let csr = Fields::read(caller, data, 12)?;
-                if csr.u64(0) != 0 && csr.u32(8) > BLOB_MAX {
-                    return Err(Errno::EFAULT.into());
-                }
-                self.unsupported(name)
+            2 => {
+                self.initialise()?;
+                self.firmware(name, SecureProcessor::pek_gen)
             }
-            6 => {
-                let import = Fields::read(caller, data, 24)?;
-                let pek = blob(caller, import.u64(0), import.u32(8))?;
-                let oca = blob(caller, import.u64(12), import.u32(20))?;
-                if pek.len() != CERTIFICATE || oca.len() != CERTIFICATE {
-                    self.complain(name, "a certificate has not the length of one");
-                }
-                self.unsupported(name)
+            3 => self.pek_csr(caller, data),
+            4 => {
+                self.initialise()?;
+                self.firmware(name, SecureProcessor::pdh_gen)
             }
-            8 => {
-                Fields::read(caller, data, 12)?;
-                self.unsupported(name)
-            }
-            _ => self.unsupported(name),
+            5 => self.pdh_cert_export(caller, data, writable),
+            6 => self.pek_cert_import(caller, data),
+            _ => self.get_id(caller, data),
         }
+    }
+
+    /// `__sev_platform_init_locked`, where nobody has initialised the platform yet.
+    fn initialise(&mut self) -> Outcome {
+        if self.parts.processor.status().state != PlatformState::Uninit {
+            return Ok(());
+        }
+        self.firmware("INIT", SecureProcessor::init)
+    }
+
+    /// `sev_ioctl_do_reset`.
+    fn factory_reset(&mut self) -> Outcome {
+        match self.parts.processor.status().state {
+            PlatformState::Working => return Err(Errno::EBUSY.into()),
+            PlatformState::Init => self.firmware("SHUTDOWN", |processor| {
+                processor.shutdown();
+                Ok(())
+            })?,
+            PlatformState::Uninit => {}
+        }
+        self.firmware("FACTORY_RESET", SecureProcessor::factory_reset)
+    }
+
+    /// `sev_ioctl_do_pek_csr`.
+    fn pek_csr(&mut self, caller: Caller, data: u64) -> Outcome {
+        let csr = Fields::read(caller, data, 12)?;
+        if csr.u64(0) != 0 && csr.u32(8) > BLOB_MAX {
+            return Err(Errno::EFAULT.into());
+        }
+        self.initialise()?;
+        self.fill("PEK_CSR", caller, csr, |processor| {
+            Ok(processor.pek_csr()?.as_bytes().to_vec())
+        })
+    }
+
+    /// `sev_ioctl_do_get_id2`.
+    fn get_id(&mut self, caller: Caller, data: u64) -> Outcome {
+        let id = Fields::read(caller, data, 12)?;
+        self.fill("GET_ID", caller, id, |processor| {
+            Ok(processor.get_id().to_vec())
+        })
+    }
+
+    /// A command with one buffer, whose length comes back whatever the firmware says of it.
+    fn fill(
+        &mut self,
+        name: &str,
+        caller: Caller,
+        mut buffer: Fields,
+        give: impl FnOnce(&SecureProcessor) -> Result<Vec<u8>, FirmwareError>,
+    ) -> Outcome {
+        let (address, length) = (buffer.u64(0), buffer.u32(8));
+        let room = if address == 0 { 0 } else { length };
+        let mut needed = None;
+        let filled = self.firmware(name, |processor| {
+            let bytes = give(processor)?;
+            let length = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
+            needed = Some(length);
+            if room < length {
+                return Err(FirmwareError::InvalidLength { needed: length });
+            }
+            Ok(bytes)
+        });
+        if let Some(needed) = needed {
+            buffer.set(8, &needed.to_le_bytes());
+            if room != 0 && room < needed {
+                self.complain(name, "Linux copies back more than this buffer holds");
+            }
+        }
+        buffer.write_back()?;
+        Ok(caller.write(address, &filled?)?)
+    }
+
+    /// `sev_ioctl_do_pek_import`.
+    fn pek_cert_import(&mut self, caller: Caller, data: u64) -> Outcome {
+        let import = Fields::read(caller, data, 24)?;
+        let pek = blob(caller, import.u64(0), import.u32(8))?;
+        let oca = blob(caller, import.u64(12), import.u32(20))?;
+        self.initialise()?;
+        self.firmware("PEK_CERT_IMPORT", |processor| {
+            processor.pek_cert_import(&pek, &oca)
+        })
     }
 
     /// `sev_ioctl_do_platform_status`.
@@ -92,7 +165,11 @@ impl Kernel {
     }
 
     /// `sev_ioctl_do_pdh_export`.
-    fn pdh_cert_export(&mut self, caller: Caller, data: u64) -> Outcome {
+    fn pdh_cert_export(&mut self, caller: Caller, data: u64, writable: bool) -> Outcome {
+        if self.parts.processor.status().state == PlatformState::Uninit && !writable {
+            return Err(Errno::EPERM.into());
+        }
+        self.initialise()?;
         let mut export = Fields::read(caller, data, 24)?;
         let (pdh, pdh_length) = (export.u64(0), export.u32(8));
         let (chain, chain_length) = (export.u64(12), export.u32(20));
@@ -183,11 +260,6 @@ impl Kernel {
         bytes.extend_from_slice(&status.current_tcb.0);
         bytes.extend_from_slice(&status.reported_tcb.0);
         Ok(caller.write(data, &bytes)?)
-    }
-
-    /// What the software processor has not.
-    fn unsupported(&mut self, name: &str) -> Outcome {
-        self.firmware(name, |_| Err(FirmwareError::Unsupported))
     }
 }
 
