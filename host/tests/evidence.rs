@@ -1,4 +1,5 @@
 //! `casemate evidence`, as an operator and an auditor use it.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::fs;
 use std::path::{Path, PathBuf};

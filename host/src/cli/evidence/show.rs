@@ -25,11 +25,13 @@ pub fn tail(ledger: &Path, lines: usize, follow: bool, json: bool) -> Result<u8,
         return print_json(&serde_json::json!({ "records": newest, "verified": false }));
     }
     print(newest, json)?;
-    while follow {
+    if !follow {
+        return Ok(0);
+    }
+    loop {
         std::thread::sleep(Duration::from_millis(200));
         print(&follower.poll().map_err(unreadable)?, json)?;
     }
-    Ok(0)
 }
 
 /// Verifies, and prints what matches.
