@@ -48,7 +48,7 @@ impl Agent {
         self.decide_on(caller, &plan.name, &action, claims)?;
         let launched = self.launch_decided(caller, &spec, &plan, binding, begun);
         if let Err(failure) = &launched {
-            self.record_failure(&caller.name(), "launch", &plan, failure);
+            self.record_failure(caller.name(), "launch", &plan, failure);
         }
         launched
     }
