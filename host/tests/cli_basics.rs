@@ -264,7 +264,20 @@ fn the_owner_needs_no_agent_to_measure() {
             "{to}"
         );
     }
-    host.write(&path, text.replace("\"sev\"", "\"none\""));
-    host.run(&["owner", "measure", &path])
-        .refused(1, &["no SEV guest"]);
+    let of = |section: &str| {
+        host.write(&path, text.replace(support::SEV_WITH_SECRET, section));
+        host.run(&["owner", "measure", &path])
+    };
+    of("[confidential]\ntechnology = \"none\"\n").refused(1, &["no confidential guest"]);
+    of("[confidential]\ntechnology = \"auto\"\n").refused(1, &["name one"]);
+    // The same memory under each technology: registers and special pages make three digests of it.
+    let digest = |technology: &str| {
+        let section = format!("[confidential]\ntechnology = \"{technology}\"\n");
+        host.write(&path, text.replace(support::SEV_WITH_SECRET, &section));
+        let measured = host.json(&["owner", "measure", &path]);
+        measured["launch_digest"].as_str().unwrap().to_owned()
+    };
+    let (sev, es, snp) = (digest("sev"), digest("sev-es"), digest("sev-snp"));
+    assert_eq!((sev.len(), es.len(), snp.len()), (64, 64, 96));
+    assert_ne!(sev, es);
 }

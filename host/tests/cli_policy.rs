@@ -1,9 +1,5 @@
 //! `casemate policy`: from an empty folder to a signed policy with cases, and back to decisions of the past.
-#![expect(
-    clippy::unwrap_used,
-    clippy::indexing_slicing,
-    reason = "a test fails by panicking"
-)]
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::fs;
 use std::path::Path;

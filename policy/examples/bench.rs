@@ -37,7 +37,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             }
             let begun = worked()?;
             for _ in 0..ROUNDS {
-                let _decision = black_box(decide(black_box(&policy), black_box(&inquiry)));
+                let _ = black_box(decide(black_box(&policy), black_box(&inquiry)));
             }
             *time = (worked()? - begun).as_nanos() / ROUNDS;
         }

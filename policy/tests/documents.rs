@@ -1,9 +1,5 @@
 //! The reference is true: every example in it is a policy, and every key is in it.
-#![expect(
-    clippy::unwrap_used,
-    clippy::indexing_slicing,
-    reason = "a test fails by panicking"
-)]
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use casemate_policy::action::ActionKind;
 use casemate_policy::{HostPolicy, document};

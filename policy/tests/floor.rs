@@ -1,9 +1,4 @@
 //! What no file can loosen, tried with the loosest files; what a file may not say; and any text at all.
-#![expect(
-    clippy::unwrap_used,
-    clippy::panic,
-    reason = "a test fails by panicking"
-)]
 
 mod support;
 

@@ -7,8 +7,7 @@ use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use casemate_attest::processor::snp::{CaKeySize, Personality, SnpIdentity};
-use casemate_attest::product::Product as Processor;
+use casemate_attest::processor::snp::{CaKeySize, SnpIdentity};
 use casemate_crypto_migrate::dev_ca::DevCa;
 use casemate_e2e::answers::GuestInfo;
 use casemate_e2e::cleanup::Cleanup;
@@ -43,7 +42,7 @@ fn a_guest_proves_itself_to_its_owner_and_a_policy_without_emulation_refuses_it(
         let accepted = lone.verify(&report, &nonce, true);
         assert_eq!(accepted.status, 0, "{accepted:?}");
         assert!(
-            accepted.stdout.contains("\"emulated\": true"),
+            accepted.stdout.contains("\"emulated\":true"),
             "{accepted:?}"
         );
         let refused = lone.verify(&report, &nonce, false);
@@ -131,7 +130,7 @@ struct Reported {
 }
 
 impl Lone {
-    fn new(name: &str, uid_base: u32) -> Self {
+    fn new(name: &'static str, uid_base: u32) -> Self {
         let (product, folder, cleanup) = (product(), folder(name), Cleanup::new());
         cleanup.folder(&folder).unwrap();
         let network = Network::build().unwrap();
@@ -139,10 +138,10 @@ impl Lone {
         // Smaller keys than AMD's: an emulated machine takes minutes to make those.
         let identity = SnpIdentity::generate_with(CaKeySize::Rsa2048).unwrap();
         let spec = SiteSpec {
-            name: "lone",
+            name,
             namespace: &network.site_a,
             listen: Some(SocketAddr::from((SITE_A, DIRECT))),
-            material: &ca.issue("lone.casemate.test").unwrap(),
+            material: &ca.issue(&format!("{name}.casemate.test")).unwrap(),
             authority: ca.certificate_pem(),
             platform: None,
             snp: Some(&identity.to_bytes().unwrap()),
@@ -220,27 +219,19 @@ impl Lone {
 
     fn verify(&self, report: &Path, nonce: &str, allow: bool) -> Said {
         let root = format!("sha256:{}", hex::encode(self.identity.root_fingerprint()));
-        let chain = self.folder.join("chain");
-        fs::create_dir_all(&chain).unwrap();
-        let certificates = self.identity.certificates();
-        let tcb = Personality::genoa().firmware.tcb;
-        let vcek = self.identity.vcek(Processor::Genoa, tcb).unwrap();
-        for (file, bytes) in [
-            ("ark.der", certificates.ark.as_slice()),
-            ("ask.der", certificates.ask.as_slice()),
-            ("vcek.der", vcek.certificate()),
-        ] {
-            fs::write(chain.join(file), bytes).unwrap();
-        }
+        let chain = self.folder.join("platform");
+        let words = ["platform", "export", "--out", text(&chain).unwrap()];
+        self.site.done(&words).unwrap();
         let description = self.folder.join("proof.toml");
         let policy = self.folder.join("owner.toml");
         let rules = format!(
-            "{}emulated_roots = [\"{root}\"]\nmeasurements = [\"{}\"]\nhost_data = [\"{HOST_DATA}\"]\nrequire_id_key = true\n",
+            "{}emulated_roots = [\"{root}\"]\nmeasurements = [\"{}\"]\n\n[launch]\nhost_data = [\"{HOST_DATA}\"]\n\
+             require_id_key = true\n",
             if allow { "allow_emulated = true\n" } else { "" },
             self.measured(&description)
         );
         fs::write(&policy, rules).unwrap();
-        let (leaf, chain_text) = (chain.join("vcek.der"), text(&chain).unwrap());
+        let (leaf, chain_text) = (chain.join("vcek.pem"), text(&chain).unwrap());
         let words = [
             "attest",
             "verify",
