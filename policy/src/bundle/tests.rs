@@ -310,3 +310,30 @@ fn changed_records_with_a_mended_manifest_are_refused() {
         );
     }
 }
+
+/// Of a selection, each record stands or falls with its own proof.
+#[test]
+fn a_changed_record_of_a_selection_is_refused_also_with_a_mended_manifest() {
+    let world = World::new();
+    let few = |record: &Record| record.seq % 100 == 7;
+    let only: Option<&dyn Fn(&Record) -> bool> = Some(&few);
+    let since = Vec::new();
+    let bundle = world
+        .export("some.tar", &Selection { only, since })
+        .unwrap();
+    let folder = world.directory.path().join("unpacked");
+    let file = fs::File::open(&bundle).unwrap();
+    tar::Archive::new(file).unpack(&folder).unwrap();
+    let text = fs::read_to_string(folder.join(MANIFEST)).unwrap();
+    let mut mended: Manifest = serde_json::from_str(&text).unwrap();
+    let records = fs::read_to_string(folder.join(RECORDS)).unwrap();
+    let forged = records.replacen("vm-7\"", "vm-8\"", 1);
+    assert_ne!(forged, records);
+    let digest = members::sha256(forged.as_bytes());
+    mended.files.insert(RECORDS.into(), digest);
+    fs::write(folder.join(RECORDS), &forged).unwrap();
+    let text = serde_json::to_string(&mended).unwrap();
+    fs::write(folder.join(MANIFEST), text).unwrap();
+    let refused = check(&folder, &world.expect(&[])).unwrap_err();
+    assert_eq!(refused.code(), "WRONG_RECORD");
+}
