@@ -141,6 +141,7 @@ fn an_owner_takes_the_platform_and_a_factory_reset_gives_it_back() {
     let ledger = host.path("state/ledger");
     host.run(&[
         "evidence",
+        "verify",
         ledger.to_str().unwrap(),
         "--key",
         key.to_str().unwrap(),
