@@ -46,7 +46,7 @@ fn bad_descriptions_say_what_is_wrong_and_where(world: &World) {
         ("vcpus = 2", "vcpus = 2\nvcups = 2", 3, "vcups"),
         ("vcpus = 2", "vcpus = 0", 2, "1 to 64"),
         ("\"512 MiB\"", "\"513 MB\"", 3, "512 MiB"),
-        ("\"sev\"", "\"sevv\"", 11, "\"none\" or \"sev\""),
+        ("\"sev\"", "\"sevv\"", 11, "want \"none\", \"sev\""),
         ("data.raw", "date.raw", 16, "date.raw"),
         ("secret = true", "secret = true\npolicy = 0", 13, "NODBG"),
     ];
