@@ -237,6 +237,10 @@ struct Guest {
 impl Guest {
     fn new(psp: &ProcessorLink, technology: Technology) -> Self {
         let memory = GuestMemory::new(MEASURED).unwrap();
+        // Pages that nobody has touched yet would be made while they are measured.
+        for chunk in (0..MEASURED).step_by(PAGE) {
+            memory.write(chunk, &[0x5a; PAGE]).unwrap();
+        }
         let exchange = ExchangeMemory::new().unwrap();
         let plan = MachinePlan {
             technology,
