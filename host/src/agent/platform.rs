@@ -2,8 +2,6 @@
 //!
 //! What changes it is written down before it is done and once more when it is, with the keys that there are then.
 
-use std::path::Path;
-
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use casemate_attest::legacy::SevCertificate;
@@ -20,8 +18,7 @@ use crate::agent::api::{
 };
 use crate::agent::authority::Caller;
 use crate::agent::processor::{OperatedProcessor, root_of};
-use crate::agent::{Agent, no_processor};
-use crate::confidential::kvm::DEVICE_PATH;
+use crate::agent::{Agent, no_processor, sev};
 use crate::confidential::protocol::{PlatformEvidence, PlatformOrder, SnpConfig, SnpStatus};
 
 impl Agent {
@@ -107,7 +104,7 @@ impl Agent {
         match (kind, &self.processor) {
             (Some(ProcessorKind::Amd), _) => act(&amd()?),
             (_, Some(software)) => act(software),
-            (None, None) if Path::new(DEVICE_PATH).exists() => act(&amd()?),
+            (None, None) if sev::present() => act(&amd()?),
             _ => Err(no_processor()),
         }
     }
