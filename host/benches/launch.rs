@@ -15,8 +15,6 @@
 mod vmm_support;
 
 use std::fs::File;
-use std::io::Write;
-use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use casemate::confidential::control::ProcessorLink;
@@ -34,13 +32,13 @@ use casemate_attest::processor::Identity;
 use casemate_attest::processor::snp::{CaKeySize, SnpIdentity};
 use ring::digest::{SHA256, SHA384, digest};
 use serde_json::{Value, json};
-use vmm_support::{Lines, Vmm, kvm, plan};
+use vmm_support::{Lines, Vmm, bzimage, image_file, kvm, plan};
 
 fn main() {
     let [here, there] = [0, 1].map(|_| Identity::generate().unwrap());
     let roots = [here.root_fingerprint(), there.root_fingerprint()];
     let (a, b) = (psp(&here, &roots), psp(&there, &roots));
-    let image = bzimage();
+    let image = bzimage(PRINTS_AND_LOOPS, IMAGE);
     let plain = median_of(|| launch(&a, Technology::None, &image));
     let phases = [
         (
@@ -297,37 +295,6 @@ impl Cell for Open {
     }
 }
 
-/// A kernel of [`IMAGE`] bytes that prints a line and loops.
-fn bzimage() -> Vec<u8> {
-    let mut image = vec![0u8; 1024 + 0x200];
-    let mut set = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
-    set(0x1f1, &[1]);
-    set(0x1fe, &[0x55, 0xaa]);
-    set(0x201, &[0x6a]);
-    set(0x202, b"HdrS");
-    set(0x206, &0x020fu16.to_le_bytes());
-    set(0x211, &[1]);
-    set(0x22c, &0x7fff_ffffu32.to_le_bytes());
-    set(0x230, &0x20_0000u32.to_le_bytes());
-    set(0x234, &[1]);
-    set(0x236, &1u16.to_le_bytes());
-    set(0x238, &2047u32.to_le_bytes());
-    set(0x258, &0x100_0000u64.to_le_bytes());
-    set(0x260, &(IMAGE as u32).to_le_bytes());
-    // mov edx, 0x3f8 ; mov al, '!' ; out dx, al ; mov al, 10 ; out dx, al ; jmp $
-    image.extend_from_slice(&[
-        0xba, 0xf8, 0x03, 0, 0, 0xb0, b'!', 0xee, 0xb0, 10, 0xee, 0xeb, 0xfe,
-    ]);
-    image.resize(IMAGE, 0xa5);
-    image
-}
-
-fn image_file(bytes: &[u8]) -> OwnedFd {
-    let mut file = tempfile::tempfile().unwrap();
-    file.write_all(bytes).unwrap();
-    file.into()
-}
-
 fn at_start(memory: &ExchangeMemory) -> File {
     use std::io::Seek;
     let mut file = File::from(memory.file().try_clone_to_owned().unwrap());
@@ -349,6 +316,10 @@ fn ms(took: Duration) -> f64 {
     (took.as_secs_f64() * 1e5).round() / 100.0
 }
 
+/// `mov edx, 0x3f8 ; mov al, '!' ; out dx, al ; mov al, 10 ; out dx, al ; jmp $`
+const PRINTS_AND_LOOPS: &[u8] = &[
+    0xba, 0xf8, 0x03, 0, 0, 0xb0, b'!', 0xee, 0xb0, 10, 0xee, 0xeb, 0xfe,
+];
 const RUNS: usize = 5;
 const IMAGE: usize = 64 << 20;
 const MEMORY: u64 = 256 << 20;

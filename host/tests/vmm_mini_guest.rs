@@ -12,14 +12,13 @@
 mod vmm_support;
 
 use std::fs::File;
-use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use casemate::vmm::protocol::{
     HandleKind, MachineState, MoverRequest, VmmEvent, VmmReply, VmmRequest,
 };
-use vmm_support::{Lines, Mover, Vmm, kvm, migrate, plan};
+use vmm_support::{Lines, Mover, Vmm, bzimage, image_file, kvm, migrate, plan};
 
 #[test]
 fn the_guest_runs_and_what_it_writes_is_in_the_dirty_log_exactly() {
@@ -251,7 +250,7 @@ fn bad_plans_and_images_are_refused_with_a_code() {
 fn launch(code: &[u8], lines: &Lines) -> Vmm {
     let mut vmm = Vmm::prepare(
         &plan(2, MEMORY, ""),
-        handles(Some(image_file(&bzimage(code))), lines),
+        handles(Some(image_file(&bzimage(code, 0))), lines),
     )
     .unwrap();
     let launched = vmm
@@ -310,33 +309,6 @@ fn decode(line: &str) -> Option<u32> {
     line.bytes().try_fold(0u32, |value, byte| {
         Some((value << 4) | u32::from(byte.checked_sub(b'a')?))
     })
-}
-
-/// A bzImage whose 64-bit entry point is `code`.
-fn bzimage(code: &[u8]) -> Vec<u8> {
-    let mut image = vec![0u8; 1024 + 0x200];
-    let mut set = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
-    set(0x1f1, &[1]);
-    set(0x1fe, &[0x55, 0xaa]);
-    set(0x201, &[0x6a]);
-    set(0x202, b"HdrS");
-    set(0x206, &0x020fu16.to_le_bytes());
-    set(0x211, &[1]);
-    set(0x22c, &0x7fff_ffffu32.to_le_bytes());
-    set(0x230, &0x20_0000u32.to_le_bytes());
-    set(0x234, &[1]);
-    set(0x236, &1u16.to_le_bytes());
-    set(0x238, &2047u32.to_le_bytes());
-    set(0x258, &0x100_0000u64.to_le_bytes());
-    set(0x260, &0x10_0000u32.to_le_bytes());
-    image.extend_from_slice(code);
-    image
-}
-
-fn image_file(bytes: &[u8]) -> OwnedFd {
-    let mut file = tempfile::tempfile().unwrap();
-    file.write_all(bytes).unwrap();
-    file.into()
 }
 
 const MEMORY: u64 = 64 << 20;

@@ -271,6 +271,35 @@ pub fn plan(vcpus: u8, memory_bytes: u64, cmdline: &str) -> MachinePlan {
     }
 }
 
+/// A bzImage with `code` as its kernel, of at least `length` bytes.
+pub fn bzimage(code: &[u8], length: usize) -> Vec<u8> {
+    let mut image = vec![0u8; 1024 + 0x200];
+    let mut set = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
+    set(0x1f1, &[1]);
+    set(0x1fe, &[0x55, 0xaa]);
+    set(0x201, &[0x6a]);
+    set(0x202, b"HdrS");
+    set(0x206, &0x020fu16.to_le_bytes());
+    set(0x211, &[1]);
+    set(0x22c, &0x7fff_ffffu32.to_le_bytes());
+    set(0x230, &0x20_0000u32.to_le_bytes());
+    set(0x234, &[1]);
+    set(0x236, &1u16.to_le_bytes());
+    set(0x238, &2047u32.to_le_bytes());
+    set(0x258, &0x100_0000u64.to_le_bytes());
+    set(0x260, &(length.max(0x10_0000) as u32).to_le_bytes());
+    image.extend_from_slice(code);
+    image.resize(image.len().max(length), 0xa5);
+    image
+}
+
+/// A file that holds `bytes`.
+pub fn image_file(bytes: &[u8]) -> OwnedFd {
+    let file = tempfile::tempfile().unwrap();
+    file.write_all_at(bytes, 0).unwrap();
+    file.into()
+}
+
 /// Everything a sandbox would do, left out.
 fn hooks() -> Hooks {
     Hooks {
