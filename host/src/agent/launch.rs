@@ -36,7 +36,7 @@ impl Agent {
         let spec = MachineSpec::load(description)
             .map_err(|e| Failure::new("DESCRIPTION", e.to_string()))?;
         let binding = Box::new(binding(&spec, session)?);
-        let plan = spec.plan(random_id()?, self.offer());
+        let plan = spec.plan(random_id()?, self.offer(spec.vsock_cid));
         let action = Action::Launch {
             technology: plan.technology.in_policy(),
             emulated: plan.technology.emulated(),

@@ -46,7 +46,7 @@ use crate::agent::transfer::{HostCredentials, role_error};
 use crate::agent::vmm_process::{VmmProcess, lock};
 use crate::confidential::control::GuestLink;
 use crate::ipc::Channel;
-use crate::machine::plan::{MachinePlan, Technology};
+use crate::machine::plan::MachinePlan;
 use crate::machine::spec::{Offer, Strongest};
 use crate::mover::protocol::AgentAnswer;
 use crate::sandbox::Role;
@@ -387,8 +387,9 @@ impl Agent {
         self.processor.is_some() || !sev::present()
     }
 
-    /// What a guest launched here can have. For `auto` the strongest technology that the policy allows too.
-    fn offer(&self) -> Offer {
+    /// What a guest launched here can have. For `auto` the strongest technology that the policy allows too, and whose
+    /// reports a guest with this `vsock` gets.
+    fn offer(&self, vsock: Option<u32>) -> Offer {
         use casemate_policy::Technology as Policy;
         let policy = self.policy();
         let allowed = &policy.technologies.allowed;
@@ -397,7 +398,7 @@ impl Agent {
         let strongest = if !emulated {
             // More than this needs a firmware on a real processor.
             Strongest::Sev
-        } else if has_snp && allowed.contains(&Policy::SevSnp) {
+        } else if has_snp && vsock.is_some() && allowed.contains(&Policy::SevSnp) {
             Strongest::SevSnp
         } else if allowed.contains(&Policy::SevEs) {
             Strongest::SevEs
@@ -417,7 +418,7 @@ impl Agent {
             return sev::handles(plan, self.config.amd_certificates.as_deref());
         }
         let processor = self.processor.as_ref().ok_or_else(no_processor)?;
-        let snp = matches!(plan.technology, Technology::SevSnp { .. });
+        let snp = processor::needs_messages(plan)?;
         processor.connect(snp).map(GuestLink::into_handles)
     }
 

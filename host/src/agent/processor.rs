@@ -16,6 +16,7 @@ use crate::confidential::protocol::{
     PlatformEvidence, PlatformOrder, PlatformStatus, SnpCertificates, SnpStatus,
 };
 use crate::ipc::Channel;
+use crate::machine::plan::{MachinePlan, Technology};
 use crate::sandbox::jail::RoleProcess;
 use crate::sandbox::report::{ProbeReport, SandboxReport};
 use crate::vmm::protocol::RoleError;
@@ -95,6 +96,24 @@ impl Processor {
     /// A probe from inside.
     pub fn probe(&self) -> Result<ProbeReport, Failure> {
         Ok(lock(&self.link).sandbox_probe()?)
+    }
+}
+
+/// Whether the guest's own messages need a way to the software processor; refused where there is none for them.
+pub fn needs_messages(plan: &MachinePlan) -> Result<bool, Failure> {
+    match (plan.technology, plan.vsock_cid) {
+        (Technology::SevSnp { emulated: true, .. }, None) => Err(Failure::new(
+            "VSOCK_NEEDED",
+            format!(
+                "{} has no vsock, and under the emulated processor a SEV-SNP guest gets its reports through it; add \
+                 [vsock] with a cid to its description",
+                plan.name
+            ),
+        )),
+        (technology, _) => Ok(matches!(
+            technology,
+            Technology::SevSnp { emulated: true, .. }
+        )),
     }
 }
 
@@ -179,4 +198,29 @@ pub(super) fn root_of(evidence: &PlatformEvidence) -> Result<Fingerprint, Failur
     let (_ask, rest) = CaCertificate::parse_first(&evidence.amd).map_err(broken)?;
     let root = CaCertificate::parse(rest).map_err(broken)?;
     Ok(Fingerprint::from_bytes(root.fingerprint()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::confidential::tests::plan;
+
+    #[test]
+    fn an_emulated_snp_guest_without_vsock_is_refused_and_told_why() {
+        let snp = |vsock_cid| {
+            let technology = Technology::SevSnp {
+                emulated: true,
+                policy: 0x3_0000,
+            };
+            needs_messages(&MachinePlan {
+                vsock_cid,
+                ..plan(technology)
+            })
+        };
+        let refused = snp(None).unwrap_err();
+        assert_eq!(refused.code, "VSOCK_NEEDED");
+        assert!(refused.error.contains("[vsock]"), "{}", refused.error);
+        assert!(snp(Some(3)).unwrap());
+        assert!(!needs_messages(&plan(Technology::None)).unwrap());
+    }
 }
