@@ -5,13 +5,13 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use crate::agent::api::Failure;
-use crate::confidential::kvm::{GuestKind, real_kind};
+use crate::confidential::kvm::{DEVICE_PATH, GuestKind, real_kind};
 use crate::machine::plan::MachinePlan;
 use crate::vmm::protocol::HandleKind;
 
 /// Whether this host has one that can be asked.
 pub fn present() -> bool {
-    File::open(DEVICE).is_ok()
+    File::open(DEVICE_PATH).is_ok()
 }
 
 /// What the VMM of a guest of this processor gets; nothing for another guest. `certificates` is the file of ASK ‖ ARK.
@@ -25,10 +25,10 @@ pub fn handles(
     if real_kind(plan.technology).is_none() {
         return Ok(Vec::new());
     }
-    let device = File::open(DEVICE).map_err(|e| {
+    let device = File::open(DEVICE_PATH).map_err(|e| {
         Failure::new(
             "NO_PROCESSOR",
-            format!("{DEVICE} cannot be opened: {e}; see `casemate doctor`"),
+            format!("{DEVICE_PATH} cannot be opened: {e}; see `casemate doctor`"),
         )
     })?;
     let mut handles = vec![(HandleKind::SevDevice, device.into())];
@@ -68,5 +68,3 @@ pub fn check_boot(plan: &MachinePlan) -> Result<(), Failure> {
         )),
     }
 }
-
-const DEVICE: &str = "/dev/sev";

@@ -60,8 +60,12 @@ impl WitnessKey {
 
 impl fmt::Display for WitnessKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let encoded = BASE64.encode([&[TYPE_COSIGNATURE][..], &self.public].concat());
-        write!(f, "{}+{}+{encoded}", self.name, hex::encode(self.id))
+        f.write_str(&note::key_text(
+            &self.name,
+            self.id,
+            TYPE_COSIGNATURE,
+            &self.public,
+        ))
     }
 }
 
@@ -69,16 +73,8 @@ impl FromStr for WitnessKey {
     type Err = NoteError;
 
     fn from_str(text: &str) -> Result<Self, NoteError> {
-        let mut parts = text.splitn(3, '+');
-        let (Some(name), Some(_), Some(encoded)) = (parts.next(), parts.next(), parts.next())
-        else {
-            return Err(NoteError::BadKey);
-        };
-        let bytes = BASE64.decode(encoded).map_err(|_| NoteError::BadKey)?;
-        let Some((&TYPE_COSIGNATURE, public)) = bytes.split_first() else {
-            return Err(NoteError::BadKey);
-        };
-        let key = Self::new(name, public.try_into().map_err(|_| NoteError::BadKey)?)?;
+        let (name, public) = note::key_parts(text, TYPE_COSIGNATURE)?;
+        let key = Self::new(name, public)?;
         if key.to_string() == text {
             Ok(key)
         } else {

@@ -168,8 +168,7 @@ impl<'note> Note<'note> {
 
 impl fmt::Display for VerifyingKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let encoded = BASE64.encode([&[TYPE_ED25519][..], &self.public].concat());
-        write!(f, "{}+{}+{encoded}", self.name, hex::encode(self.id))
+        f.write_str(&key_text(&self.name, self.id, TYPE_ED25519, &self.public))
     }
 }
 
@@ -177,22 +176,37 @@ impl FromStr for VerifyingKey {
     type Err = NoteError;
 
     fn from_str(text: &str) -> Result<Self, NoteError> {
-        let mut parts = text.splitn(3, '+');
-        let (Some(name), Some(_), Some(encoded)) = (parts.next(), parts.next(), parts.next())
-        else {
-            return Err(NoteError::BadKey);
-        };
-        let bytes = BASE64.decode(encoded).map_err(|_| NoteError::BadKey)?;
-        let Some((&TYPE_ED25519, public)) = bytes.split_first() else {
-            return Err(NoteError::BadKey);
-        };
-        let key = Self::new(name, public.try_into().map_err(|_| NoteError::BadKey)?)?;
+        let (name, public) = key_parts(text, TYPE_ED25519)?;
+        let key = Self::new(name, public)?;
         // The hash in the text must be the right one, in its one spelling.
         if key.to_string() == text {
             Ok(key)
         } else {
             Err(NoteError::BadKey)
         }
+    }
+}
+
+/// A C2SP verifier key: name, key hash, and type with public key in base64.
+pub(super) fn key_text(name: &str, id: [u8; 4], kind: u8, public: &[u8; 32]) -> String {
+    let encoded = BASE64.encode([&[kind][..], public].concat());
+    format!("{name}+{}+{encoded}", hex::encode(id))
+}
+
+/// Name and public key of a text that [`key_text`] may have written. Its hash is not looked at: compare what the
+/// key is written as.
+pub(super) fn key_parts(text: &str, kind: u8) -> Result<(&str, [u8; 32]), NoteError> {
+    let mut parts = text.splitn(3, '+');
+    let (Some(name), Some(_), Some(encoded)) = (parts.next(), parts.next(), parts.next()) else {
+        return Err(NoteError::BadKey);
+    };
+    let bytes = BASE64.decode(encoded).map_err(|_| NoteError::BadKey)?;
+    match bytes.split_first() {
+        Some((found, public)) if *found == kind => {
+            let public = public.try_into().map_err(|_| NoteError::BadKey)?;
+            Ok((name, public))
+        }
+        _ => Err(NoteError::BadKey),
     }
 }
 

@@ -4,7 +4,7 @@
 //! its accesses are to encrypted memory whatever the tables say, it makes its own tables with the C-bit, and so the
 //! position of that bit, which differs between hosts, is no input of the measurement.
 
-use kvm_bindings::{Msrs, kvm_dtable, kvm_msr_entry, kvm_regs, kvm_segment};
+use kvm_bindings::{Msrs, kvm_dtable, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 
 use crate::vmm::boot::{linux, paging};
@@ -31,23 +31,7 @@ impl Entry {
 /// Puts a vCPU into protected mode without paging at the 32-bit entry point, with the descriptor table of the layout.
 pub fn enter_protected_mode(vcpu: &VcpuFd) -> Result<(), KvmError> {
     let mut sregs = vcpu.get_sregs().map_err(during("KVM_GET_SREGS"))?;
-    let code = segment(paging::CODE_SELECTOR, CODE_TYPE, false);
-    let data = segment(paging::DATA_SELECTOR, DATA_TYPE, false);
-    sregs.cs = code;
-    (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
-    sregs.tr = kvm_segment {
-        selector: paging::TSS_SELECTOR,
-        type_: TSS_TYPE,
-        s: 0,
-        db: 0,
-        ..data
-    };
-    sregs.gdt = kvm_dtable {
-        base: GDT + paging::GDT32_OFFSET,
-        limit: paging::gdt_limit(),
-        ..Default::default()
-    };
-    sregs.idt = kvm_dtable::default();
+    flat_segments(&mut sregs, false);
     sregs.cr0 |= CR0_PE | CR0_ET;
     vcpu.set_sregs(&sregs).map_err(during("KVM_SET_SREGS"))?;
     let regs = kvm_regs {
@@ -62,23 +46,7 @@ pub fn enter_protected_mode(vcpu: &VcpuFd) -> Result<(), KvmError> {
 /// Puts a vCPU into long mode at `entry`, with the descriptor and page tables of the layout.
 pub fn enter_long_mode(vcpu: &VcpuFd, entry: Entry) -> Result<(), KvmError> {
     let mut sregs = vcpu.get_sregs().map_err(during("KVM_GET_SREGS"))?;
-    let code = segment(paging::CODE_SELECTOR, CODE_TYPE, true);
-    let data = segment(paging::DATA_SELECTOR, DATA_TYPE, false);
-    sregs.cs = code;
-    (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
-    sregs.tr = kvm_segment {
-        selector: paging::TSS_SELECTOR,
-        type_: TSS_TYPE,
-        s: 0,
-        db: 0,
-        ..data
-    };
-    sregs.gdt = kvm_dtable {
-        base: GDT,
-        limit: paging::gdt_limit(),
-        ..Default::default()
-    };
-    sregs.idt = kvm_dtable::default();
+    flat_segments(&mut sregs, true);
     sregs.cr3 = PAGE_TABLES;
     sregs.cr4 |= CR4_PAE;
     sregs.cr0 |= CR0_PE | CR0_ET | CR0_PG;
@@ -121,6 +89,30 @@ pub fn power_on_msrs(vcpu: &VcpuFd) -> Result<(), KvmError> {
         }
     }
     Ok(())
+}
+
+/// Flat segments and the descriptor table of the layout, for 64-bit code (`long`) or 32-bit.
+fn flat_segments(sregs: &mut kvm_sregs, long: bool) {
+    let data = segment(paging::DATA_SELECTOR, DATA_TYPE, false);
+    sregs.cs = segment(paging::CODE_SELECTOR, CODE_TYPE, long);
+    (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
+    sregs.tr = kvm_segment {
+        selector: paging::TSS_SELECTOR,
+        type_: TSS_TYPE,
+        s: 0,
+        db: 0,
+        ..data
+    };
+    sregs.gdt = kvm_dtable {
+        base: if long {
+            GDT
+        } else {
+            GDT + paging::GDT32_OFFSET
+        },
+        limit: paging::gdt_limit(),
+        ..Default::default()
+    };
+    sregs.idt = kvm_dtable::default();
 }
 
 fn segment(selector: u16, type_: u8, long: bool) -> kvm_segment {
