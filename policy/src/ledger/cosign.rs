@@ -236,6 +236,18 @@ mod tests {
         Cosigner::from_pkcs8(name, pkcs8.as_ref()).unwrap()
     }
 
+    #[test]
+    fn a_witness_s_key_is_no_log_s_key_nor_the_other_way() {
+        let of_witness = witness("w.test").witness_key().to_string();
+        assert!(of_witness.parse::<WitnessKey>().is_ok());
+        assert!(of_witness.parse::<VerifyingKey>().is_err());
+        let pkcs8 = Ed25519KeyPair::generate_pkcs8(&SystemRandom::new()).unwrap();
+        let signer = Signer::from_pkcs8("l.test", pkcs8.as_ref()).unwrap();
+        let of_log = signer.verifying_key().to_string();
+        assert!(of_log.parse::<VerifyingKey>().is_ok());
+        assert!(of_log.parse::<WitnessKey>().is_err());
+    }
+
     fn note() -> String {
         let checkpoint = Checkpoint {
             origin: "log.test".to_owned(),
