@@ -9,7 +9,7 @@ use crate::dev_ca::DevCa;
 use crate::guest::*;
 use crate::identity::{AllowList, AllowedPeer, Path, PeerIdentity, TrustAnchors};
 use crate::page::PageSealer;
-use crate::session::{self, Local};
+use crate::session::{self, Local, SessionFacts};
 use crate::tls;
 use crate::transcript::{Manifest, PageTable, StreamEnd};
 use crate::wire::batch::BatchBuilder;
@@ -298,6 +298,9 @@ struct Strict {
 }
 
 impl DestinationGuest for Strict {
+    fn agreed(&mut self, _: &SessionFacts) -> Result<(), Refusal> {
+        Ok(())
+    }
     fn admit(&mut self, _: &GuestOffer, _: &PeerIdentity) -> Result<Admission, Refusal> {
         Ok(Admission { evidence: vec![] })
     }

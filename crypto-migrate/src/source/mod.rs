@@ -16,11 +16,11 @@ use serde::Serialize;
 use self::stream::{EndOfStream, Stream, Totals, at, on};
 use crate::channel::{Channel, ChannelError};
 use crate::code::Code;
-use crate::guest::{GuestError, GuestOffer, SourceGuest};
+use crate::guest::{GuestError, GuestOffer, Refusal, SourceGuest};
 use crate::page::{PageError, PageSealer};
 use crate::precopy::{Convergence, Limits};
 use crate::progress::{Phase, Progress};
-use crate::session::{self, Local, OwnerKey, SessionError};
+use crate::session::{self, Local, OwnerKey, SessionError, SessionFacts};
 use crate::tls::{self, TlsError, Transport};
 use crate::transcript::{PageTable, TranscriptError};
 use crate::wire::FrameKind;
@@ -125,6 +125,9 @@ pub enum SourceError {
     /// The agreement.
     #[error("agreeing with the destination: {0}")]
     Agree(#[source] SessionError),
+    /// Local policy refuses the session that was agreed on.
+    #[error("session refused: {0}")]
+    Refused(#[source] Refusal),
     /// The stream, or the destination's abort.
     #[error("in phase {phase}: {error}")]
     Stream {
@@ -197,6 +200,7 @@ impl SourceError {
         match self {
             SourceError::Connect(error) => error.code().as_str(),
             SourceError::Agree(error) => error.code(),
+            SourceError::Refused(refusal) => &refusal.code,
             SourceError::Stream { error, .. } => error.code(),
             SourceError::Guest { .. } | SourceError::Destroy(_) => Code::GuestFailed.as_str(),
             SourceError::Page(error) => error.code().as_str(),
@@ -283,6 +287,9 @@ fn run<T: Transport>(
         deadline,
     )
     .map_err(SourceError::Agree)?;
+    let facts =
+        SessionFacts::of(channel.tls(), &session.peer, session.path).map_err(SourceError::Agree)?;
+    guest.agreed(&facts).map_err(SourceError::Refused)?;
     progress(Progress::new(Phase::Begin, started));
     let start = guest.begin(&session.evidence).map_err(at(Phase::Begin))?;
     channel.send(&Begin { start }).map_err(on(Phase::Begin))?;

@@ -12,6 +12,8 @@ pub mod evidence;
 mod guest;
 mod incoming;
 mod launch;
+mod launch_inputs;
+mod move_records;
 mod mover_process;
 mod outgoing;
 mod platform;
@@ -22,6 +24,7 @@ mod server;
 mod sev;
 mod tap;
 mod transfer;
+mod upkeep;
 mod vmm_process;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -155,6 +158,20 @@ impl Agent {
         progress: &mut dyn FnMut(serde_json::Value),
     ) -> Result<Answer, Failure> {
         self.gate(caller, &request)?;
+        let undone = request.undone_by_nobody();
+        let answer = self.perform(caller, request, progress);
+        if let (Err(failure), Some((action, object))) = (&answer, undone) {
+            self.record_undone(caller.name(), action, &object, failure);
+        }
+        answer
+    }
+
+    fn perform(
+        &self,
+        caller: &Caller,
+        request: Request,
+        progress: &mut dyn FnMut(serde_json::Value),
+    ) -> Result<Answer, Failure> {
         match request {
             Request::Run {
                 description,
@@ -186,6 +203,8 @@ impl Agent {
             Request::SandboxReport { name } => self.sandbox_report(&name),
             Request::PolicyLoad { policy } => self.load_policy(caller, &policy),
             Request::Approve { id } => self.approve(caller, &id),
+            Request::EvidenceRotate => self.rotate_evidence_key(caller),
+            Request::EvidenceRetain { keep_from } => self.retain_evidence(caller, keep_from),
         }
     }
 

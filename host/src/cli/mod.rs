@@ -103,7 +103,7 @@ fn run(cli: Cli) -> Result<u8, Failure> {
         Command::Sandbox {
             command: SandboxCommand::Report { name },
         } => show(agent, &Request::SandboxReport { name }, json),
-        Command::Evidence { command } => evidence::run(command, json),
+        Command::Evidence { command } => evidence::run(agent, command, json),
         Command::Completion { shell } => {
             let mut text = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "casemate", &mut text);

@@ -117,6 +117,8 @@ fn every_request() -> Vec<Request> {
             policy: PathBuf::from("/etc/shadow"),
         },
         Request::Approve { id: name() },
+        Request::EvidenceRotate,
+        Request::EvidenceRetain { keep_from: 3 },
     ];
     let mut kinds: Vec<usize> = all.iter().map(kind).collect();
     kinds.dedup();
@@ -124,7 +126,7 @@ fn every_request() -> Vec<Request> {
     all
 }
 
-const LAST: usize = 16;
+const LAST: usize = 18;
 
 fn kind(request: &Request) -> usize {
     match request {
@@ -144,7 +146,9 @@ fn kind(request: &Request) -> usize {
         Request::SandboxProbe { .. } => 13,
         Request::SandboxReport { .. } => 14,
         Request::PolicyLoad { .. } => 15,
-        Request::Approve { .. } => LAST,
+        Request::Approve { .. } => 16,
+        Request::EvidenceRotate => 17,
+        Request::EvidenceRetain { .. } => LAST,
     }
 }
 
@@ -195,7 +199,13 @@ fn every_request_that_changes_something_is_refused_to_a_viewer_and_recorded_for_
             .find(|r| matches!(r.asked(), Asked::Whole(a, _) if a.name() == action));
         assert_eq!(host.code(1000, request.unwrap()), "NO_SUCH_GUEST");
         let records = host.records();
-        let last = records.last().unwrap();
+        let [.., last, undone] = records.as_slice() else {
+            panic!("{action} left no two records");
+        };
+        assert_eq!(
+            (undone.action.as_str(), undone.outcome, undone.code.as_str()),
+            (action, Outcome::Failed, "NO_SUCH_GUEST")
+        );
         assert_eq!(
             (last.action.as_str(), last.actor.as_str()),
             (action, "olga")
@@ -217,6 +227,13 @@ fn without_people_the_socket_s_users_are_operators_as_before() {
         "NO_SUCH_GUEST"
     );
     assert_eq!(host.records().last().unwrap().actor, "operator");
+    // What was allowed and could not begin is a record too.
+    let away = Request::Migrate {
+        name: name(),
+        to: name(),
+        downtime_limit_ms: None,
+    };
+    assert_eq!(host.code(0, away), "NO_SUCH_GUEST");
     std::fs::write(host.path("next.toml"), format!("version = 1\n{POLICY}")).unwrap();
     host.load(0, "next.toml").unwrap();
 }
