@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Parser, Subcommand, ValueEnum};
 
 use super::attest::AttestCommand;
+use super::bench::BenchCommand;
 use super::broker::BrokerArgs;
 use super::evidence::EvidenceCommand;
 use super::platform::PlatformArgs;
@@ -140,6 +141,12 @@ pub enum Command {
         /// What to do.
         #[command(subcommand)]
         command: EvidenceCommand,
+    },
+    /// Measurements that need no guest.
+    Bench {
+        /// What to measure.
+        #[command(subcommand)]
+        command: BenchCommand,
     },
     /// Print a completion script.
     Completion {

@@ -2,6 +2,7 @@
 
 mod args;
 mod attest;
+mod bench;
 mod broker;
 mod evidence;
 mod migrate;
@@ -104,6 +105,7 @@ fn run(cli: Cli) -> Result<u8, Failure> {
             command: SandboxCommand::Report { name },
         } => show(agent, &Request::SandboxReport { name }, json),
         Command::Evidence { command } => evidence::run(command, json),
+        Command::Bench { command } => bench::run(command, json),
         Command::Completion { shell } => {
             let mut text = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "casemate", &mut text);

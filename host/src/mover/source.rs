@@ -6,6 +6,7 @@ use casemate_crypto_migrate::guest::{
     Gpn, GuestError, PAGE_SIZE, PageContent, PageRange, SourceGuest,
 };
 
+use crate::confidential::shared::GuestMemory;
 use crate::machine::plan::Technology;
 use crate::mover::agent_link::AgentLink;
 use crate::mover::evidence::{SendContext, encode, verify_target};
@@ -55,23 +56,6 @@ impl SourceMachine {
             }),
             _ => Err(unexpected()),
         }
-    }
-
-    fn read_clear(
-        &self,
-        pages: &[Gpn],
-        emit: &mut dyn FnMut(Gpn, PageContent<'_>),
-    ) -> Result<(), RoleError> {
-        let mut buffer = [0u8; PAGE_SIZE];
-        for &page in pages {
-            self.vmm.memory.read(address(page)?, &mut buffer)?;
-            if buffer == [0u8; PAGE_SIZE] {
-                emit(page, PageContent::Zero);
-            } else {
-                emit(page, PageContent::Data(&buffer));
-            }
-        }
-        Ok(())
     }
 
     fn read_packets(
@@ -145,7 +129,7 @@ impl SourceGuest for SourceMachine {
         if self.vmm.confidential() {
             self.read_packets(pages, emit).map_err(guest_error)
         } else {
-            self.read_clear(pages, emit).map_err(guest_error)
+            read_clear(&self.vmm.memory, pages, emit).map_err(guest_error)
         }
     }
 
@@ -186,6 +170,24 @@ impl SourceGuest for SourceMachine {
             .record(OwnershipStep::Departed)
             .map_err(guest_error)
     }
+}
+
+/// Reads pages in clear and passes each on; a page of zeroes as such.
+pub fn read_clear(
+    memory: &GuestMemory,
+    pages: &[Gpn],
+    emit: &mut dyn FnMut(Gpn, PageContent<'_>),
+) -> Result<(), RoleError> {
+    let mut buffer = [0u8; PAGE_SIZE];
+    for &page in pages {
+        memory.read(address(page)?, &mut buffer)?;
+        if buffer == [0u8; PAGE_SIZE] {
+            emit(page, PageContent::Zero);
+        } else {
+            emit(page, PageContent::Data(&buffer));
+        }
+    }
+    Ok(())
 }
 
 /// Guest physical address of a page.
