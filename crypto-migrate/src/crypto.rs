@@ -63,6 +63,26 @@ pub(crate) fn sha384(parts: &[&[u8]]) -> [u8; 48] {
     hash(&digest::SHA384, parts)
 }
 
+/// SHA-256 over what comes, piece by piece.
+pub(crate) struct RunningSha256(digest::Context);
+
+impl Default for RunningSha256 {
+    fn default() -> Self {
+        Self(digest::Context::new(&digest::SHA256))
+    }
+}
+
+impl RunningSha256 {
+    pub(crate) fn update(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
+    }
+
+    /// The digest of what came so far.
+    pub(crate) fn digest(&self) -> [u8; 32] {
+        finish(self.0.clone())
+    }
+}
+
 /// An ephemeral X25519 key, used once.
 pub(crate) struct EphemeralKey {
     private: agreement::EphemeralPrivateKey,
@@ -219,6 +239,10 @@ pub(crate) fn verify_p256(
 fn hash<const N: usize>(algorithm: &'static digest::Algorithm, parts: &[&[u8]]) -> [u8; N] {
     let mut context = digest::Context::new(algorithm);
     parts.iter().for_each(|part| context.update(part));
+    finish(context)
+}
+
+fn finish<const N: usize>(context: digest::Context) -> [u8; N] {
     let mut out = [0; N];
     out.iter_mut()
         .zip(context.finish().as_ref())

@@ -29,6 +29,7 @@ pub mod gateway;
 pub mod guest;
 pub mod identity;
 pub mod page;
+pub mod pages;
 pub mod precopy;
 pub mod progress;
 pub mod session;

@@ -53,7 +53,7 @@ fn an_honest_script_succeeds() {
 fn every_line_of_the_manifest_counts() {
     let lies: [fn(&mut Manifest); 8] = [
         |m| m.pages += 1,
-        |m| m.pages_sum[31] ^= 1,
+        |m| m.seals_sha256[31] ^= 1,
         |m| m.seals += 1,
         |m| m.rounds += 1,
         |m| m.epoch += 1,
@@ -243,7 +243,7 @@ fn speak(channel: &mut Channel<TcpStream>, local: &Local, script: Script) -> Opt
     let session = session::offer(channel, local, "b", None, &offer, deadline).ok()?;
     channel.send(&Begin { start: vec![] }).ok()?;
     let mut sealer = PageSealer::new(session.page_key, session.binding);
-    let mut table = PageTable::new(&offer.memory, session.manifest_key).unwrap();
+    let mut table = PageTable::new(&offer.memory).unwrap();
     let mut batch = BatchBuilder::new();
     for (page, count, round) in script.pages.iter().copied() {
         let content = if count == 0 {
@@ -251,10 +251,10 @@ fn speak(channel: &mut Channel<TcpStream>, local: &Local, script: Script) -> Opt
         } else {
             PageContent::Zero
         };
-        let (kind, tag) = sealer
+        let (header, tag) = sealer
             .seal(&mut batch, round, Gpn(page), count.max(1), content)
             .unwrap();
-        let _ = table.record(page, count.max(1), round, kind, &tag);
+        let _ = table.record(&header, &tag);
     }
     channel.send_batch(&mut batch).ok()?;
     channel.send(&script.end).ok()?;
@@ -304,7 +304,7 @@ impl DestinationGuest for Strict {
     fn begin(&mut self, _: &[u8]) -> Result<(), GuestError> {
         Ok(())
     }
-    fn write_page(&mut self, page: Gpn, _: PageContent<'_>) -> Result<(), GuestError> {
+    fn write_pages(&mut self, page: Gpn, _: PageContent<'_>) -> Result<(), GuestError> {
         assert!(page.0 < 16, "an unchecked page reached the guest");
         Ok(())
     }

@@ -39,7 +39,6 @@ impl Facts<'_> {
         &self,
         peer: PeerIdentity,
         page_key: AeadKey,
-        manifest_key: MacKey,
         evidence: Vec<u8>,
     ) -> Session {
         let (vm_id, epoch) = (self.guest.vm_id, self.guest.epoch);
@@ -54,7 +53,6 @@ impl Facts<'_> {
             path: self.path,
             binding,
             page_key,
-            manifest_key,
             offer_hash: self.offer_hash,
             evidence,
         }
@@ -93,7 +91,6 @@ pub(super) struct Keys {
     pub(super) control_source: AeadKey,
     pub(super) control_destination: AeadKey,
     pub(super) page: AeadKey,
-    pub(super) manifest: MacKey,
 }
 
 impl Keys {
@@ -109,7 +106,6 @@ impl Keys {
             control_source: schedule.aead(&facts.info("control", Role::Source))?,
             control_destination: schedule.aead(&facts.info("control", Role::Destination))?,
             page: schedule.aead(&facts.info("page", Role::Source))?,
-            manifest: schedule.mac(&facts.info("manifest", Role::Source))?,
         })
     }
 }

@@ -147,7 +147,6 @@ pub(crate) struct Session {
     pub(crate) path: PathKind,
     pub(crate) binding: Binding,
     pub(crate) page_key: AeadKey,
-    pub(crate) manifest_key: MacKey,
     pub(crate) offer_hash: [u8; 32],
     /// Platform evidence of the destination.
     pub(crate) evidence: Vec<u8>,
@@ -228,7 +227,7 @@ pub(crate) fn offer<T: Transport>(
         send: keys.control_source,
         receive: keys.control_destination,
     });
-    Ok(facts.session(peer, keys.page, keys.manifest, accept.evidence))
+    Ok(facts.session(peer, keys.page, accept.evidence))
 }
 
 /// What [`accept`] leaves behind besides the session.
@@ -308,7 +307,7 @@ pub(crate) fn accept<T: Transport>(
         send: keys.control_destination,
         receive: keys.control_source,
     });
-    let session = facts.session(peer, keys.page, keys.manifest, evidence);
+    let session = facts.session(peer, keys.page, evidence);
     Ok(Accepted {
         session,
         guest: offer.guest,

@@ -286,7 +286,7 @@ fn run<T: Transport>(
     progress(Progress::new(Phase::Begin, started));
     let start = guest.begin(&session.evidence).map_err(at(Phase::Begin))?;
     channel.send(&Begin { start }).map_err(on(Phase::Begin))?;
-    let table = PageTable::new(&offer.memory, session.manifest_key)?;
+    let table = PageTable::new(&offer.memory)?;
     let sealer = PageSealer::new(session.page_key, session.binding);
     let mut stream = Stream {
         channel,

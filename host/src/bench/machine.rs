@@ -5,6 +5,7 @@ use casemate_crypto_migrate::guest::{
     Refusal, SourceGuest,
 };
 use casemate_crypto_migrate::identity::PeerIdentity;
+use casemate_crypto_migrate::pages::PageSet;
 
 use super::memory::BenchMemory;
 use crate::confidential::shared::SharedError;
@@ -24,11 +25,11 @@ impl SourceGuest for Leaving<'_> {
     fn begin(&mut self, _: &[u8]) -> Result<Vec<u8>, GuestError> {
         Ok(Vec::new())
     }
-    fn start_tracking(&mut self) -> Result<Vec<Gpn>, GuestError> {
-        Ok((0..self.0.size() / PAGE_SIZE as u64).map(Gpn).collect())
+    fn start_tracking(&mut self) -> Result<PageSet, GuestError> {
+        Ok(PageSet::all(&self.0.ranges()))
     }
-    fn take_dirty(&mut self) -> Result<Vec<Gpn>, GuestError> {
-        Ok(Vec::new())
+    fn take_dirty(&mut self) -> Result<PageSet, GuestError> {
+        Ok(PageSet::empty(&self.0.ranges()))
     }
     fn read_pages(
         &mut self,
@@ -72,7 +73,7 @@ impl DestinationGuest for Arriving<'_> {
     fn begin(&mut self, _: &[u8]) -> Result<(), GuestError> {
         Ok(())
     }
-    fn write_page(&mut self, page: Gpn, content: PageContent<'_>) -> Result<(), GuestError> {
+    fn write_pages(&mut self, page: Gpn, content: PageContent<'_>) -> Result<(), GuestError> {
         let at = page.0.saturating_mul(PAGE_SIZE as u64);
         let failed = |e: SharedError| GuestError(e.to_string());
         match content {
