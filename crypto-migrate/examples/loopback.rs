@@ -4,15 +4,16 @@
 
 use std::net::{TcpListener, TcpStream};
 
+use casemate_crypto_migrate::Provider;
 use casemate_crypto_migrate::destination::{self, DestinationConfig};
 use casemate_crypto_migrate::dev_ca::{DevCa, HostMaterial};
 use casemate_crypto_migrate::guest::{
     Admission, DestinationGuest, Gpn, GuestError, GuestOffer, PAGE_SIZE, PageContent, PageRange,
     Refusal, SourceGuest,
 };
+use casemate_crypto_migrate::identity::Local;
 use casemate_crypto_migrate::identity::{AllowList, AllowedPeer, Path, PeerIdentity, TrustAnchors};
 use casemate_crypto_migrate::pages::PageSet;
-use casemate_crypto_migrate::session::Local;
 use casemate_crypto_migrate::source::{self, SourceConfig};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -37,6 +38,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             identity: own.identity()?,
             anchors,
             allow: AllowList::new(vec![peer]),
+            provider: Provider::default(),
         })
     };
     let source_config = SourceConfig::new(local(&a, "site-b", &b)?, "site-b");

@@ -13,10 +13,11 @@ use serde::Serialize;
 use crate::channel::{Channel, ChannelError};
 use crate::code::Code;
 use crate::guest::{DestinationGuest, Gpn, GuestError, GuestOffer};
+use crate::identity::Local;
 use crate::identity::PeerIdentity;
 use crate::page::{OpenError, PageOpener};
 use crate::progress::{Phase, Progress, millis};
-use crate::session::{self, Local, OwnerKey, SessionError};
+use crate::session::{self, OwnerKey, SessionError};
 use crate::source::Deadlines;
 use crate::tls::{self, TlsError, Transport};
 use crate::transcript::{Manifest, PageTable, StreamEnd, TranscriptError};
@@ -197,15 +198,8 @@ pub fn receive<T: Transport>(
 ) -> Result<DestinationOutcome, DestinationError> {
     let started = Instant::now();
     progress(Progress::new(Phase::Connect, started));
-    let local = &config.local;
-    let tls = tls::accept(
-        transport,
-        &local.identity,
-        &local.anchors,
-        &local.allow,
-        config.deadlines.connect,
-    )
-    .map_err(DestinationError::Connect)?;
+    let tls = tls::accept(transport, &config.local, config.deadlines.connect)
+        .map_err(DestinationError::Connect)?;
     let cancel = config.cancel.clone();
     let cancelled = Box::new(move || cancel.load(Ordering::Relaxed));
     let mut channel = Channel::new(tls, config.deadlines.frame, cancelled);

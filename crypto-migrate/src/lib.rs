@@ -44,4 +44,4 @@ mod crypto;
 mod rogue_tests;
 
 pub use channel::ChannelError;
-pub use crypto::CryptoError;
+pub use crypto::{CryptoError, Provider};

@@ -341,7 +341,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::crypto::KeySchedule;
+    use crate::crypto::{KeySchedule, Provider};
     use crate::guest::PAGE_SIZE;
     use crate::wire::batch::{join, split};
 
@@ -356,7 +356,7 @@ mod tests {
 
     fn key() -> AeadKey {
         KeySchedule::extract(b"salt", b"secret")
-            .aead(b"page")
+            .aead(Provider::default(), b"page")
             .unwrap()
     }
 

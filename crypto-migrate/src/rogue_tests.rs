@@ -4,12 +4,14 @@ use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use crate::channel::Channel;
+use crate::crypto::Provider;
 use crate::destination::{DestinationConfig, receive};
 use crate::dev_ca::DevCa;
 use crate::guest::*;
+use crate::identity::Local;
 use crate::identity::{AllowList, AllowedPeer, Path, PeerIdentity, TrustAnchors};
 use crate::page::PageSealer;
-use crate::session::{self, Local};
+use crate::session;
 use crate::tls;
 use crate::transcript::{Manifest, PageTable, StreamEnd};
 use crate::wire::batch::BatchBuilder;
@@ -200,6 +202,7 @@ fn play(script: Script) -> String {
                 identity: own.identity().unwrap(),
                 anchors,
                 allow: AllowList::new(vec![allowed]),
+                provider: Provider::default(),
             }
         };
     let (source, destination) = (
@@ -210,8 +213,7 @@ fn play(script: Script) -> String {
     let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let far = listener.accept().unwrap().0;
     let rogue = std::thread::spawn(move || {
-        let tls =
-            tls::connect(near, &source.identity, &source.anchors, &source.allow, TIME).unwrap();
+        let tls = tls::connect(near, &source, TIME).unwrap();
         let mut channel = Channel::new(tls, TIME, Box::new(|| false));
         // The destination may refuse at any point; that is what is tested.
         if speak(&mut channel, &source, script).is_none() {

@@ -272,7 +272,7 @@ fn bad_peer(bytes: Vec<u8>) -> String {
     let local = site.source(Path::Direct).local;
     let bad = std::thread::spawn(move || {
         let time = Duration::from_secs(5);
-        let mut tls = tls::connect(a, &local.identity, &local.anchors, &local.allow, time).unwrap();
+        let mut tls = tls::connect(a, &local, time).unwrap();
         tls.write_all(&bytes, Instant::now() + time).unwrap();
         tls.linger(Instant::now() + time);
     });

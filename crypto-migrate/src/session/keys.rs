@@ -4,7 +4,7 @@ use zeroize::Zeroizing;
 
 use super::{Session, SessionError, encode};
 use crate::channel::STREAM;
-use crate::crypto::{self, AeadKey, CryptoError, EphemeralKey, KeySchedule, MacKey};
+use crate::crypto::{self, AeadKey, CryptoError, EphemeralKey, KeySchedule, MacKey, Provider};
 use crate::guest::GuestOffer;
 use crate::identity::{HostIdentity, PeerIdentity};
 use crate::page::Binding;
@@ -98,14 +98,16 @@ impl Keys {
         transcript: &[u8; 48],
         secret: &[u8],
         facts: &Facts<'_>,
+        provider: Provider,
     ) -> Result<Self, CryptoError> {
         let schedule = KeySchedule::extract(transcript, secret);
+        let aead = |label, role| schedule.aead(provider, &facts.info(label, role));
         Ok(Self {
             confirm_source: schedule.mac(&facts.info("confirm", Role::Source))?,
             confirm_destination: schedule.mac(&facts.info("confirm", Role::Destination))?,
-            control_source: schedule.aead(&facts.info("control", Role::Source))?,
-            control_destination: schedule.aead(&facts.info("control", Role::Destination))?,
-            page: schedule.aead(&facts.info("page", Role::Source))?,
+            control_source: aead("control", Role::Source)?,
+            control_destination: aead("control", Role::Destination)?,
+            page: aead("page", Role::Source)?,
         })
     }
 }

@@ -6,17 +6,18 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use casemate_crypto_migrate::Provider;
 use casemate_crypto_migrate::destination::{
     self, DestinationConfig, DestinationError, DestinationOutcome,
 };
 use casemate_crypto_migrate::dev_ca::{DevCa, HostMaterial};
 use casemate_crypto_migrate::gateway::{Action, Direction, Gateway, GatewayError, GatewayReport};
 use casemate_crypto_migrate::guest::*;
+use casemate_crypto_migrate::identity::Local;
 use casemate_crypto_migrate::identity::{AllowList, AllowedPeer, Path, PeerIdentity, TrustAnchors};
 use casemate_crypto_migrate::pages::PageSet;
 use casemate_crypto_migrate::precopy::Limits;
 use casemate_crypto_migrate::progress::Progress;
-use casemate_crypto_migrate::session::Local;
 use casemate_crypto_migrate::source::{self, Deadlines, SourceConfig, SourceError, SourceOutcome};
 use casemate_crypto_migrate::wire::Frame;
 
@@ -49,6 +50,7 @@ impl Site {
             identity,
             anchors,
             allow: AllowList::new(allow),
+            provider: Provider::default(),
         }
     }
 

@@ -12,13 +12,14 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use casemate_crypto_migrate::Provider;
 use casemate_crypto_migrate::destination::{self, DestinationConfig};
 use casemate_crypto_migrate::dev_ca::DevCa;
 use casemate_crypto_migrate::guest::GuestOffer;
+use casemate_crypto_migrate::identity::Local;
 use casemate_crypto_migrate::identity::{
     self, AllowList, AllowedPeer, HostIdentity, LocalSigner, Pinned, TrustAnchors,
 };
-use casemate_crypto_migrate::session::Local;
 use casemate_crypto_migrate::source::{self, SourceConfig};
 use casemate_crypto_migrate::tls;
 use serde::de::DeserializeOwned;
@@ -45,13 +46,21 @@ pub enum Protect {
 }
 
 /// What to measure.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Plan {
     /// Bytes of memory, whole pages.
     pub size: u64,
     /// What protects the stream.
     pub protect: Protect,
+    /// Who does the cryptography, by name.
+    pub provider: String,
+}
+
+impl Plan {
+    fn provider(&self) -> Result<Provider, BenchError> {
+        self.provider.parse().map_err(BenchError::Usage)
+    }
 }
 
 /// The result.
@@ -64,7 +73,7 @@ pub struct Report {
     /// Connections that carried memory.
     pub streams: u16,
     /// Who did the cryptography.
-    pub provider: &'static str,
+    pub provider: Provider,
     /// From the first byte of the connection to the last page placed and acknowledged.
     pub seconds: f64,
     /// GiB (2^30 bytes) of memory per second of that time.
@@ -104,7 +113,6 @@ pub fn listen(address: SocketAddr, keys: &Path) -> Result<(), BenchError> {
     if !keys.join(AUTHORITY).exists() {
         Keys::make(keys)?;
     }
-    let keys = Keys::read(keys, Side::Destination)?;
     let listener = TcpListener::bind(address).map_err(BenchError::system("bind"))?;
     let address = listener
         .local_addr()
@@ -117,6 +125,7 @@ pub fn listen(address: SocketAddr, keys: &Path) -> Result<(), BenchError> {
         .map_err(BenchError::system("the address"))?;
     let mut talk = Talk::new(accept(&listener)?)?;
     let plan: Plan = talk.hear()?;
+    let keys = Keys::read(keys, Side::Destination, plan.provider()?)?;
     let memory = BenchMemory::populated(plan.size)?;
     talk.say(&Ready {})?;
     let data = accept(&listener)?;
@@ -139,7 +148,8 @@ pub fn listen(address: SocketAddr, keys: &Path) -> Result<(), BenchError> {
 
 /// The source: moves the memory to a destination that listens.
 pub fn connect(address: SocketAddr, keys: &Path, plan: Plan) -> Result<Report, BenchError> {
-    let keys = Keys::read(keys, Side::Source)?;
+    let provider = plan.provider()?;
+    let keys = Keys::read(keys, Side::Source, provider)?;
     let memory = BenchMemory::random(plan.size)?;
     let connect = || TcpStream::connect(address).map_err(BenchError::system("connect"));
     let mut talk = Talk::new(connect()?)?;
@@ -167,7 +177,7 @@ pub fn connect(address: SocketAddr, keys: &Path, plan: Plan) -> Result<Report, B
         size: plan.size,
         protect: plan.protect,
         streams: 1,
-        provider: "ring",
+        provider,
         seconds,
         gib_per_s: plan.size as f64 / f64::from(1 << 30) / seconds,
         cpu_s_per_gb_source: cpu_s / gigabytes,
@@ -330,7 +340,7 @@ impl Keys {
         write_file(&folder.join(AUTHORITY), authority.certificate_pem())
     }
 
-    fn read(folder: &Path, side: Side) -> Result<Self, BenchError> {
+    fn read(folder: &Path, side: Side, provider: Provider) -> Result<Self, BenchError> {
         let [certificate, key] = files(folder, side);
         let [other, _] = files(folder, side.other());
         let signer = Arc::new(LocalSigner::from_pem(&read_file(&key)?)?);
@@ -349,27 +359,18 @@ impl Keys {
                 identity,
                 anchors: TrustAnchors::from_pem(&read_file(&folder.join(AUTHORITY))?)?,
                 allow: AllowList::new(vec![allowed]),
+                provider,
             },
         })
     }
 
     fn connect_tls(&self, stream: TcpStream) -> Result<Pipe, BenchError> {
-        let Local {
-            identity,
-            anchors,
-            allow,
-        } = &self.local;
-        let tls = tls::connect(stream, identity, anchors, allow, PATIENCE)?;
+        let tls = tls::connect(stream, &self.local, PATIENCE)?;
         Ok(Pipe::Tls(Box::new(tls)))
     }
 
     fn accept_tls(&self, stream: TcpStream) -> Result<Pipe, BenchError> {
-        let Local {
-            identity,
-            anchors,
-            allow,
-        } = &self.local;
-        let tls = tls::accept(stream, identity, anchors, allow, PATIENCE)?;
+        let tls = tls::accept(stream, &self.local, PATIENCE)?;
         Ok(Pipe::Tls(Box::new(tls)))
     }
 }

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use casemate_crypto_migrate::Provider;
 use clap::{Args, Subcommand};
 
 use super::{print_bytes, print_json};
@@ -30,6 +31,9 @@ pub struct MigrateArgs {
     /// What protects the stream.
     #[arg(long, value_enum, default_value = "tls+mac")]
     protect: Protect,
+    /// Who does the cryptography, at both ends.
+    #[arg(long, default_value_t)]
+    provider: Provider,
     /// Be the destination, on this address; size and protection are the source's.
     #[arg(
         long,
@@ -52,6 +56,7 @@ pub fn run(command: BenchCommand, json: bool) -> Result<u8, Failure> {
     let plan = Plan {
         size: args.size,
         protect: args.protect,
+        provider: args.provider.to_string(),
     };
     let keys = args.keys.unwrap_or_default();
     let report = match (args.listen, args.connect) {
