@@ -242,6 +242,12 @@ pub struct GuestInfo {
     pub console: PathBuf,
     /// Unix socket to the guest's vsock ports.
     pub vsock: Option<PathBuf>,
+    /// How often the guest broke a rule of its devices, where the VMM was asked.
+    #[serde(default)]
+    pub device_faults: u64,
+    /// Unix socket of the guest's virtio console.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub terminal: Option<PathBuf>,
     /// Time from the request to the running (or measured) guest, microseconds; for a guest that arrived, none.
     pub launch_us: Option<u64>,
 }

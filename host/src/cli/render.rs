@@ -175,6 +175,9 @@ fn one_guest(guest: &GuestInfo) -> String {
     );
     let _ = writeln!(text, "  identity    {} epoch {}", guest.vm_id, guest.epoch);
     let _ = writeln!(text, "  console     {}", guest.console.display());
+    if let Some(terminal) = &guest.terminal {
+        let _ = writeln!(text, "  terminal    {}", terminal.display());
+    }
     if let Some(vsock) = &guest.vsock {
         let _ = writeln!(text, "  vsock       {}", vsock.display());
     }

@@ -2,3 +2,4 @@
 
 pub mod serial;
 pub mod virtio;
+pub mod watchdog;

@@ -15,6 +15,7 @@ use super::page_sharing::PageSharing;
 use super::pci::PciBus;
 use crate::devices::serial::Console;
 use crate::devices::virtio::transport::VirtioPci;
+use crate::devices::watchdog::Watchdog;
 
 /// Accesses of a vCPU that KVM does not answer itself.
 pub trait GuestBus: Send + Sync {
@@ -39,6 +40,7 @@ pub struct MachineBus {
     console: Arc<Console>,
     pci: Arc<PciBus>,
     functions: Vec<Arc<VirtioPci>>,
+    watchdog: Option<Arc<Watchdog>>,
     stop: Arc<StopNotice>,
     sharing: Option<Arc<PageSharing>>,
 }
@@ -49,6 +51,7 @@ impl MachineBus {
         console: Arc<Console>,
         pci: Arc<PciBus>,
         functions: Vec<Arc<VirtioPci>>,
+        watchdog: Option<Arc<Watchdog>>,
         stop: Arc<StopNotice>,
         sharing: Option<Arc<PageSharing>>,
     ) -> Self {
@@ -56,16 +59,30 @@ impl MachineBus {
             console,
             pci,
             functions,
+            watchdog,
             stop,
             sharing,
         }
     }
 
-    fn function_at(&self, address: u64) -> Option<(&VirtioPci, u64)> {
+    /// Whose BAR an address is in, and where.
+    fn device_at(&self, address: u64) -> Option<(Registers<'_>, u64)> {
         let offset = address.checked_sub(VIRTIO_BARS)?;
         let index = usize::try_from(offset / VIRTIO_BAR_SIZE).ok()?;
-        Some((self.functions.get(index)?, offset % VIRTIO_BAR_SIZE))
+        let registers = match self.functions.get(index) {
+            Some(function) => Registers::Virtio(function),
+            // The watchdog's slot is the one behind theirs.
+            None if index == self.functions.len() => Registers::Watchdog(self.watchdog.as_ref()?),
+            None => return None,
+        };
+        Some((registers, offset % VIRTIO_BAR_SIZE))
     }
+}
+
+/// A device with registers in memory.
+enum Registers<'a> {
+    Virtio(&'a VirtioPci),
+    Watchdog(&'a Watchdog),
 }
 
 impl GuestBus for MachineBus {
@@ -99,15 +116,18 @@ impl GuestBus for MachineBus {
     }
 
     fn memory_read(&self, address: u64, data: &mut [u8]) {
-        match self.function_at(address) {
-            Some((function, offset)) => function.bar_read(offset, data),
+        match self.device_at(address) {
+            Some((Registers::Virtio(function), offset)) => function.bar_read(offset, data),
+            Some((Registers::Watchdog(watchdog), offset)) => watchdog.bar_read(offset, data),
             None => data.fill(0xff),
         }
     }
 
     fn memory_write(&self, address: u64, data: &[u8]) {
-        if let Some((function, offset)) = self.function_at(address) {
-            function.bar_write(offset, data);
+        match self.device_at(address) {
+            Some((Registers::Virtio(function), offset)) => function.bar_write(offset, data),
+            Some((Registers::Watchdog(watchdog), offset)) => watchdog.bar_write(offset, data),
+            None => {}
         }
     }
 

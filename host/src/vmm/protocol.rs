@@ -5,6 +5,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::machine::plan::MachinePlan;
+use crate::machine::plan::devices::{DeviceChange, DeviceName, DeviceStatus};
 
 /// What each descriptor beside [`VmmRequest::Prepare`] is; same order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,6 +24,8 @@ pub enum HandleKind {
     Tap(u8),
     /// Listening Unix stream socket of the vsock device (host to guest, `CONNECT <port>\n`).
     VsockListener,
+    /// Listening Unix stream socket of the virtio console.
+    ConsoleListener,
     /// Channel to the software secure processor.
     Processor,
     /// `/dev/sev`, for reading: guests' commands and the platform's status and certificates.
@@ -70,6 +73,13 @@ pub enum VmmRequest {
     AttachMover,
     /// What the machine is doing.
     Status,
+    /// Changes a device, whether the guest runs or stands; or asks only what it says of itself.
+    Device {
+        /// Which.
+        device: DeviceName,
+        /// How.
+        change: Option<DeviceChange>,
+    },
     /// Tries from inside what must be refused.
     SandboxProbe,
     /// State of the sandbox, thread by thread.
@@ -145,6 +155,8 @@ pub enum VmmReply {
     },
     /// What the machine is doing.
     Status(MachineStatus),
+    /// What the device says of itself.
+    Device(DeviceStatus),
     /// Result of a probe, thread by thread.
     Probe(crate::sandbox::report::ProbeReport),
     /// State of the sandbox.
@@ -212,6 +224,8 @@ pub enum VmmEvent {
         /// Why: `shutdown`, `reset`, `triple-fault`, or the KVM exit's name.
         reason: String,
     },
+    /// The guest's watchdog was not fed. If its action is to stop, that follows.
+    Watchdog,
 }
 
 /// Mover to VMM. Bulk data is in the exchange memory of [`MoverReply::Attached`].

@@ -268,6 +268,7 @@ pub fn plan(vcpus: u8, memory_bytes: u64, cmdline: &str) -> MachinePlan {
         disks: vec![],
         nets: vec![],
         vsock_cid: None,
+        small: Default::default(),
     }
 }
 

@@ -172,6 +172,7 @@ mod tests {
             disks: vec![],
             nets: vec![],
             vsock_cid: None,
+            small: Default::default(),
         }
     }
 

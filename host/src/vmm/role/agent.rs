@@ -46,6 +46,13 @@ impl Control {
                 state: self.state,
                 device_faults: self.machine.device_faults(),
             })),
+            VmmRequest::Device { device, change } => {
+                let status = match change {
+                    Some(change) => self.machine.change_device(&device, &change)?,
+                    None => self.machine.device_status(&device)?,
+                };
+                Ok(VmmReply::Device(status))
+            }
             VmmRequest::SandboxProbe => (self.hooks.probe)()
                 .map(VmmReply::Probe)
                 .map_err(sandbox_error),
