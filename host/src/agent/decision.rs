@@ -196,7 +196,7 @@ impl Agent {
         let read = |path: &Path| std::fs::read(path).map_err(|e| failed(path, &e));
         let image = BootImage::assemble(plan, &read(&spec.kernel)?, &read(&spec.initrd)?)
             .map_err(|e| failed(&spec.kernel, &e))?;
-        claims.launch_digest = measured::launch_digest(plan, &image)
+        claims.launch_digest = measured::launch_digest(plan, &image.pieces)
             .and_then(|digest| digest.to_string().parse().ok());
         Ok(claims)
     }

@@ -83,12 +83,13 @@ impl Described {
         let plan = spec.plan([0; 16], anywhere);
         let image = BootImage::assemble(&plan, &read(&spec.kernel)?, &read(&spec.initrd)?)
             .map_err(|e| Failure::new("DESCRIPTION", format!("{}: {e}", description.display())))?;
-        let digest = measured::launch_digest(&plan, &image).ok_or_else(|| {
+        let digest = measured::launch_digest(&plan, &image.pieces).ok_or_else(|| {
             refuse("describes no confidential guest; there is nothing to measure")
         })?;
         let registers = measured::vcpu_states(&plan).concat();
         let registers = (!registers.is_empty()).then_some(("vcpu-registers", registers.as_slice()));
         let parts = image
+            .pieces
             .iter()
             .map(|part| (part.name, part.bytes.as_slice()))
             .chain(registers);
