@@ -34,7 +34,9 @@ impl Request {
             Self::Migrate { name, .. } => Asked::First(ActionKind::MigrateOut, Some(name)),
             Self::PolicyLoad { .. } => Asked::First(ActionKind::PolicyLoad, None),
             Self::Approve { .. } => Asked::First(ActionKind::Approve, None),
-            Self::List => Asked::Whole(Action::List, ""),
+            Self::List {} | Self::Tasks {} | Self::Metrics {} => Asked::Whole(Action::List, ""),
+            Self::Task { .. } | Self::TaskEvents { .. } => Asked::First(ActionKind::Status, None),
+            Self::TaskCancel { .. } => Asked::First(ActionKind::Cancel, None),
             Self::Platform { .. } | Self::SnpCertificates { .. } => {
                 Asked::Whole(Action::PlatformShow, "")
             }
@@ -257,4 +259,4 @@ impl Agent {
 const MAX_OBJECT: usize = 128;
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

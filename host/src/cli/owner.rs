@@ -17,7 +17,7 @@ use casemate_attest::verify::{
 use serde::Serialize;
 
 use crate::agent::api::{Answer, Failure, MeasurementInfo, Request};
-use crate::agent::client::ask;
+use crate::agent::client::{Agent, ask};
 use crate::agent::evidence::write_secret;
 use crate::cli::args::OwnerCommand;
 use crate::cli::{print_bytes, print_json, verdict};
@@ -25,7 +25,7 @@ use crate::machine::spec::{ConfidentialSpec, MachineSpec, Offer, Strongest};
 use crate::vmm::boot::{BootImage, measured};
 
 /// Runs an owner's command.
-pub fn run(agent: &Path, command: OwnerCommand, json: bool) -> Result<u8, Failure> {
+pub fn run(agent: &Agent, command: OwnerCommand, json: bool) -> Result<u8, Failure> {
     match command {
         OwnerCommand::Session {
             platform,
@@ -154,7 +154,7 @@ struct ReleaseResult<'a> {
 }
 
 impl Release<'_> {
-    fn run(self, agent: &Path, json: bool) -> Result<u8, Failure> {
+    fn run(self, agent: &Agent, json: bool) -> Result<u8, Failure> {
         let request = Request::Measurement {
             name: self.name.to_owned(),
         };
@@ -211,7 +211,7 @@ impl Release<'_> {
         Ok(verify_sev_launch(&evidence, &expected, &self.session))
     }
 
-    fn inject(&self, agent: &Path, measurement: &MeasureBlob) -> Result<(), Failure> {
+    fn inject(&self, agent: &Agent, measurement: &MeasureBlob) -> Result<(), Failure> {
         let page = secret_page(&self.secret)?;
         let packet = self
             .session

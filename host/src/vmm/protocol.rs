@@ -2,6 +2,7 @@
 //!
 //! One request, one reply, in order, on each channel. Events come only on the agent's channel, between replies.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::machine::plan::MachinePlan;
@@ -204,7 +205,7 @@ pub struct MachineStatus {
 }
 
 /// Where a machine is in its life.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum MachineState {
     /// Built, nothing loaded.
