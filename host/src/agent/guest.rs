@@ -30,6 +30,8 @@ pub struct Guest {
     pub console: PathBuf,
     /// The vsock device's Unix socket; removed with the guest.
     pub vsock: Option<PathBuf>,
+    /// The virtio console's Unix socket; removed with the guest.
+    pub terminal: Option<PathBuf>,
     /// From the request to the running (or measured) guest.
     pub launch_us: Mutex<Option<u64>>,
 }
@@ -38,7 +40,10 @@ impl Guest {
     /// What is known of it.
     pub fn info(&self) -> Result<GuestInfo, Failure> {
         match self.vmm.call(&VmmRequest::Status, &[]) {
-            Ok(VmmReply::Status(status)) => Ok(self.info_in(status.state)),
+            Ok(VmmReply::Status(status)) => Ok(GuestInfo {
+                device_faults: status.device_faults,
+                ..self.info_in(status.state)
+            }),
             Ok(_) => Err(Failure::new("VMM_GONE", "the VMM answered something else")),
             // The guest is to be seen and stopped all the same, and hides no other.
             Err(failure) if ["VMM_GONE", "VMM_SILENT"].contains(&failure.code.as_str()) => {
@@ -62,6 +67,8 @@ impl Guest {
             pid: self.vmm.pid(),
             console: self.console.clone(),
             vsock: self.vsock.clone(),
+            terminal: self.terminal.clone(),
+            device_faults: 0,
             launch_us: *lock(&self.launch_us),
         }
     }
@@ -70,7 +77,7 @@ impl Guest {
 impl Drop for Guest {
     fn drop(&mut self) {
         self.vmm.kill();
-        if let Some(path) = &self.vsock {
+        for path in [&self.vsock, &self.terminal].into_iter().flatten() {
             // Already gone is just as good.
             let _ = std::fs::remove_file(path);
         }
@@ -84,6 +91,8 @@ pub struct Resources {
     pub console: PathBuf,
     /// The vsock device's Unix socket.
     pub vsock: Option<PathBuf>,
+    /// The virtio console's Unix socket.
+    pub terminal: Option<PathBuf>,
 }
 
 /// A local tap for one network card.
@@ -126,11 +135,16 @@ impl Resources {
         if let Some(path) = &vsock {
             handles.push((HandleKind::VsockListener, listen(path)?));
         }
+        let terminal = plan.small.console.map(|_| folder.join("console.sock"));
+        if let Some(path) = &terminal {
+            handles.push((HandleKind::ConsoleListener, listen(path)?));
+        }
         handles.extend(processor);
         Ok(Self {
             handles,
             console,
             vsock,
+            terminal,
         })
     }
 
@@ -162,6 +176,7 @@ impl Resources {
             mover: Mutex::new(None),
             console: self.console,
             vsock: self.vsock,
+            terminal: self.terminal,
             launch_us: Mutex::new(None),
         };
         guest.vmm.call(

@@ -13,6 +13,7 @@ mod guest;
 mod incoming;
 mod launch;
 mod launch_inputs;
+mod metrics;
 mod move_records;
 mod mover_process;
 mod outgoing;
@@ -23,6 +24,7 @@ mod record;
 mod server;
 mod sev;
 mod tap;
+mod tasks;
 mod transfer;
 mod upkeep;
 mod vmm_process;
@@ -42,9 +44,11 @@ use crate::agent::authority::{Authority, Caller};
 use crate::agent::config::AgentConfig;
 use crate::agent::evidence::Evidence;
 use crate::agent::guest::Guest;
+use crate::agent::metrics::Metrics;
 use crate::agent::mover_process::MoverProcess;
 use crate::agent::processor::Processor;
 use crate::agent::record::{Ownership, OwnershipState, Records};
+use crate::agent::tasks::Tasks;
 use crate::agent::transfer::{HostCredentials, role_error};
 use crate::agent::vmm_process::{VmmProcess, lock};
 use crate::confidential::control::GuestLink;
@@ -90,6 +94,8 @@ pub struct Agent {
     processor: Option<Processor>,
     guests: Mutex<BTreeMap<String, Arc<Guest>>>,
     starting: Mutex<BTreeSet<String>>,
+    tasks: Tasks,
+    metrics: Metrics,
     next_role: AtomicU32,
     /// cgroups of the roles started so far; none once the agent ends.
     groups: Mutex<Option<BTreeSet<String>>>,
@@ -125,6 +131,8 @@ impl Agent {
             processor: None,
             guests: Mutex::new(BTreeMap::new()),
             starting: Mutex::new(BTreeSet::new()),
+            tasks: Tasks::default(),
+            metrics: Metrics::default(),
             next_role: AtomicU32::new(0),
             groups: Mutex::new(Some(BTreeSet::new())),
             config,
@@ -157,16 +165,34 @@ impl Agent {
         request: Request,
         progress: &mut dyn FnMut(serde_json::Value),
     ) -> Result<Answer, Failure> {
-        self.gate(caller, &request)?;
-        let undone = request.undone_by_nobody();
-        let answer = self.perform(caller, request, progress);
-        if let (Err(failure), Some((action, object))) = (&answer, undone) {
-            self.record_undone(caller.name(), action, &object, failure);
-        }
-        answer
+        self.gate_counted(caller, &request)?;
+        self.perform(caller, request, progress)
     }
 
+    /// [`Agent::gate`], with a refusal in the metrics.
+    fn gate_counted(&self, caller: &Caller, request: &Request) -> Result<(), Failure> {
+        self.gate(caller, request)
+            .inspect_err(|failure| self.metrics.ended(request.operation(), Err(failure)))
+    }
+
+    /// A request that [`Agent::gate`] has let through.
     fn perform(
+        &self,
+        caller: &Caller,
+        request: Request,
+        progress: &mut dyn FnMut(serde_json::Value),
+    ) -> Result<Answer, Failure> {
+        let operation = request.operation();
+        let undone = request.undone_by_nobody();
+        let result = self.dispatch(caller, request, progress);
+        if let (Err(failure), Some((action, object))) = (&result, undone) {
+            self.record_undone(caller.name(), action, &object, failure);
+        }
+        self.metrics.ended(operation, result.as_ref());
+        result
+    }
+
+    fn dispatch(
         &self,
         caller: &Caller,
         request: Request,
@@ -177,7 +203,7 @@ impl Agent {
                 description,
                 session,
             } => self.launch(caller, &description, session),
-            Request::List => self.list(),
+            Request::List {} => self.list(),
             Request::Status { name } => Ok(Answer::Guest(self.guest(&name)?.info()?)),
             Request::Stop { name } => self.stop(caller, &name),
             Request::Pause { name } => self.order(caller, &name, &VmmRequest::Pause, "pause"),
@@ -203,8 +229,16 @@ impl Agent {
             Request::SandboxReport { name } => self.sandbox_report(&name),
             Request::PolicyLoad { policy } => self.load_policy(caller, &policy),
             Request::Approve { id } => self.approve(caller, &id),
-            Request::EvidenceRotate => self.rotate_evidence_key(caller),
+            Request::EvidenceRotate {} => self.rotate_evidence_key(caller),
             Request::EvidenceRetain { keep_from } => self.retain_evidence(caller, keep_from),
+            Request::Tasks {} => Ok(Answer::Tasks {
+                tasks: self.tasks.infos(),
+            }),
+            Request::Task { id } | Request::TaskEvents { id } => {
+                Ok(Answer::Task(self.task_of(caller, &id)?.info()))
+            }
+            Request::TaskCancel { id } => self.cancel_task(caller, &id),
+            Request::Metrics {} => self.metrics_text(),
         }
     }
 

@@ -359,6 +359,7 @@ fn plan() -> MachinePlan {
         disks: vec![],
         nets: vec![],
         vsock_cid: None,
+        small: Default::default(),
     }
 }
 

@@ -4,10 +4,13 @@ use std::path::PathBuf;
 
 use casemate_policy::ledger::{Detail, Record, VerifyingKey, verify};
 use casemate_policy::sign::{Signatures, SigningKey};
+use ring::rand::SystemRandom;
+use ring::signature::Ed25519KeyPair;
 
 use super::*;
 use crate::agent::config::AgentConfig;
 use crate::agent::platform_api::PlatformOrderText;
+use crate::agent::server::Who;
 
 const POLICY: &str = "[host]\nname = 'h'\n[technologies]\nallowed = ['none', 'sev']\n[limits]\nmax_vcpus = 1\nmax_memory_mib = 64\n";
 const PEOPLE: &str = "[people]\ntwo_person = ['policy-load']\n\
@@ -82,13 +85,13 @@ fn name() -> String {
 }
 
 /// One of each. The match makes a request that is missing here an error of the compiler.
-fn every_request() -> Vec<Request> {
+pub fn every_request() -> Vec<Request> {
     let all = vec![
         Request::Run {
             description: PathBuf::from("/etc/shadow"),
             session: None,
         },
-        Request::List,
+        Request::List {},
         Request::Status { name: name() },
         Request::Stop { name: name() },
         Request::Pause { name: name() },
@@ -117,7 +120,12 @@ fn every_request() -> Vec<Request> {
             policy: PathBuf::from("/etc/shadow"),
         },
         Request::Approve { id: name() },
-        Request::EvidenceRotate,
+        Request::Tasks {},
+        Request::Task { id: name() },
+        Request::TaskEvents { id: name() },
+        Request::TaskCancel { id: name() },
+        Request::Metrics {},
+        Request::EvidenceRotate {},
         Request::EvidenceRetain { keep_from: 3 },
     ];
     let mut kinds: Vec<usize> = all.iter().map(kind).collect();
@@ -126,12 +134,12 @@ fn every_request() -> Vec<Request> {
     all
 }
 
-const LAST: usize = 18;
+const LAST: usize = 23;
 
 fn kind(request: &Request) -> usize {
     match request {
         Request::Run { .. } => 0,
-        Request::List => 1,
+        Request::List {} => 1,
         Request::Status { .. } => 2,
         Request::Stop { .. } => 3,
         Request::Pause { .. } => 4,
@@ -147,7 +155,12 @@ fn kind(request: &Request) -> usize {
         Request::SandboxReport { .. } => 14,
         Request::PolicyLoad { .. } => 15,
         Request::Approve { .. } => 16,
-        Request::EvidenceRotate => 17,
+        Request::Tasks {} => 17,
+        Request::Task { .. } => 18,
+        Request::TaskEvents { .. } => 19,
+        Request::TaskCancel { .. } => 20,
+        Request::Metrics {} => 21,
+        Request::EvidenceRotate {} => 22,
         Request::EvidenceRetain { .. } => LAST,
     }
 }
@@ -221,7 +234,7 @@ fn every_request_that_changes_something_is_refused_to_a_viewer_and_recorded_for_
 #[test]
 fn without_people_the_socket_s_users_are_operators_as_before() {
     let host = Host::new(POLICY, "");
-    assert_eq!(host.code(0, Request::List), "ok");
+    assert_eq!(host.code(0, Request::List {}), "ok");
     assert_eq!(
         host.code(0, Request::Stop { name: name() }),
         "NO_SUCH_GUEST"
@@ -236,6 +249,35 @@ fn without_people_the_socket_s_users_are_operators_as_before() {
     assert_eq!(host.code(0, away), "NO_SUCH_GUEST");
     std::fs::write(host.path("next.toml"), format!("version = 1\n{POLICY}")).unwrap();
     host.load(0, "next.toml").unwrap();
+}
+
+#[test]
+fn a_certificate_is_one_person_or_nobody() {
+    let key = |digit: &str| format!("sha256:{}", digit.repeat(64)).parse().unwrap();
+    let who = |names: &[&str], spki| Who::Certificate {
+        names: names.iter().map(|name| (*name).to_owned()).collect(),
+        spki,
+    };
+    let host = Host::new(POLICY, "");
+    let agent = host.agent.as_ref().unwrap();
+    let alone = agent.caller(&who(&["a.test"], key("1")));
+    assert_eq!(alone.unwrap_err().code, "NOT_PERMITTED");
+    let people = "[[person]]\nname = 'ann'\nrole = 'operator'\nsan = 'a.test'\n\
+        [[person]]\nname = 'bob'\nrole = 'operator'\nsan = 'b.test'\nspki = 'sha256:2222222222222222222222222222222222222222222222222222222222222222'\n";
+    let host = Host::new(&format!("{POLICY}{people}"), "");
+    let agent = host.agent.as_ref().unwrap();
+    let name = |names: &[&str], digit| match agent.caller(&who(names, key(digit))) {
+        Ok(caller) => caller.name().to_owned(),
+        Err(failure) => failure.code,
+    };
+    assert_eq!(name(&["a.test"], "1"), "ann");
+    assert_eq!(name(&["x.test", "a.test"], "1"), "ann");
+    assert_eq!(name(&["b.test"], "2"), "bob");
+    // Bob's name alone, and two persons' names, are nobody's; a name that is none is none.
+    assert_eq!(name(&["b.test"], "1"), "b.test");
+    assert_eq!(name(&["a.test", "b.test"], "2"), "NOT_PERMITTED");
+    assert_eq!(name(&[], "2"), "NOT_PERMITTED");
+    assert_eq!(name(&["A.test", "https://a.test"], "1"), "NOT_PERMITTED");
 }
 
 #[test]
@@ -346,4 +388,68 @@ fn a_host_that_demands_signatures_starts_and_loads_with_nothing_else() {
     // Nor with a mark that somebody damaged.
     std::fs::write(host.path("state/policy.mark"), "{}").unwrap();
     assert_eq!(host.start().unwrap_err().code, "MARK_UNUSABLE");
+}
+
+/// By two, where the policy says so; whoever holds the first key and an early checkpoint verifies what comes after.
+#[test]
+fn the_ledger_changes_its_key_and_forgets_and_old_checkpoints_keep_their_worth() {
+    let people = PEOPLE.replace("['policy-load']", "['evidence-key-rotate']");
+    let mut host = Host::new(&format!("{POLICY}{people}"), "");
+    let key = |host: &Host| -> VerifyingKey {
+        let text = std::fs::read_to_string(host.path("state/ledger.pub")).unwrap();
+        text.trim().parse().unwrap()
+    };
+    let first = key(&host);
+    let audited = |host: &Host, held: &[String]| {
+        let trusted = std::slice::from_ref(&first);
+        casemate_policy::ledger::audit(&host.path("state/ledger"), trusted, held, &mut |_, _| {})
+    };
+    let held = vec![audited(&host, &[]).unwrap().last_note.unwrap()];
+    assert_eq!(
+        host.code(1000, Request::EvidenceRotate {}),
+        "POLICY_ROLE_NOT_ALLOWED"
+    );
+    let alone = host.ask(1002, Request::EvidenceRotate {}).unwrap_err();
+    assert_eq!(alone.code, "POLICY_APPROVAL_MISSING");
+    let id = alone.error.rsplit("approve ").next().unwrap();
+    let id = id.split('`').next().unwrap().to_owned();
+    host.ask(1003, Request::Approve { id }).unwrap();
+    host.ask(1002, Request::EvidenceRotate {}).unwrap();
+    let second = key(&host);
+    assert_ne!(first, second);
+    assert!(!host.path("state/ledger.key.next").exists());
+    let now = audited(&host, &held).unwrap();
+    assert_eq!(now.keys, [first.clone(), second.clone()]);
+    // The agent goes on under the new key; so it does if it was killed before its key files had changed.
+    host.start().unwrap();
+    let (state, next) = (
+        host.path("state/ledger.key"),
+        host.path("state/ledger.key.next"),
+    );
+    host.agent = None;
+    std::fs::copy(&state, &next).unwrap();
+    let other = Ed25519KeyPair::generate_pkcs8(&SystemRandom::new()).unwrap();
+    std::fs::write(&state, other.as_ref()).unwrap();
+    host.start().unwrap();
+    assert_eq!(key(&host), second);
+    assert!(!next.exists());
+    // Retention: what is gone is gone, and the past is still the same past.
+    let kept = Request::EvidenceRetain { keep_from: 4 };
+    assert_eq!(host.code(1001, kept.clone()), "POLICY_ROLE_NOT_ALLOWED");
+    assert!(matches!(
+        host.ask(1002, kept).unwrap(),
+        Answer::EvidenceRetained { removed_to: 0 }
+    ));
+    let all = audited(&host, &held).unwrap().frontier.size();
+    let Answer::EvidenceRetained { removed_to } = host
+        .ask(1002, Request::EvidenceRetain { keep_from: all + 1 })
+        .unwrap()
+    else {
+        panic!("another answer");
+    };
+    assert!(removed_to > 4);
+    let left = audited(&host, &held).unwrap();
+    assert_eq!(left.base.size(), removed_to);
+    assert!(left.frontier.size() > all);
+    assert_eq!(left.rotations.len(), 1);
 }

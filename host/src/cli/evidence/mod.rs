@@ -6,11 +6,12 @@ mod show;
 mod source;
 mod verify;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
 
 use crate::agent::api::{Failure, Request};
+use crate::agent::client::Agent;
 use crate::cli::show as ask;
 
 /// What is done with evidence.
@@ -183,7 +184,7 @@ pub enum ReportFormat {
 }
 
 /// Runs the command.
-pub fn run(agent: &Path, command: EvidenceCommand, json: bool) -> Result<u8, Failure> {
+pub fn run(agent: &Agent, command: EvidenceCommand, json: bool) -> Result<u8, Failure> {
     match command {
         EvidenceCommand::Tail {
             ledger,
@@ -203,7 +204,7 @@ pub fn run(agent: &Path, command: EvidenceCommand, json: bool) -> Result<u8, Fai
             format,
             out,
         } => report::run(&source, format, out.as_deref()),
-        EvidenceCommand::Rotate => ask(agent, &Request::EvidenceRotate, json),
+        EvidenceCommand::Rotate => ask(agent, &Request::EvidenceRotate {}, json),
         EvidenceCommand::Retain { keep_from } => {
             ask(agent, &Request::EvidenceRetain { keep_from }, json)
         }
