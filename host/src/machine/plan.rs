@@ -17,7 +17,7 @@ pub struct MachinePlan {
     pub vm_id: [u8; 16],
     /// Number of vCPUs, 1 to 64.
     pub vcpus: u8,
-    /// Guest memory in bytes, a multiple of 2 MiB, at most 3 GiB (all below the PCI hole) for now.
+    /// Guest memory in bytes, a multiple of 2 MiB, at most 64 GiB; of a confidential guest 3 GiB (all below the PCI hole).
     pub memory_bytes: u64,
     /// Kernel command line, without what the VMM appends.
     pub cmdline: String,
@@ -48,7 +48,11 @@ impl MachinePlan {
             (
                 self.memory_bytes.is_multiple_of(2 << 20)
                     && (MIN_MEMORY..=MAX_MEMORY).contains(&self.memory_bytes),
-                "a memory size that is not a multiple of 2 MiB from 64 MiB to 3 GiB",
+                "a memory size that is not a multiple of 2 MiB from 64 MiB to 64 GiB",
+            ),
+            (
+                self.technology == Technology::None || self.memory_bytes <= MAX_LOW_MEMORY,
+                "more than 3 GiB of memory for a confidential guest",
             ),
             (
                 self.cmdline.len() <= MAX_CMDLINE
@@ -271,8 +275,10 @@ pub struct NetPlan {
 pub const MAX_VCPUS: u8 = 64;
 /// Least memory in bytes.
 pub const MIN_MEMORY: u64 = 64 << 20;
-/// Most memory in bytes.
-pub const MAX_MEMORY: u64 = 3 << 30;
+/// Most memory in bytes: its dirty log fits the exchange memory, its addresses every processor's.
+pub const MAX_MEMORY: u64 = 64 << 30;
+/// Most memory below 4 GiB in bytes, and most of a confidential guest.
+pub const MAX_LOW_MEMORY: u64 = 3 << 30;
 /// Longest command line in bytes.
 pub const MAX_CMDLINE: usize = 1600;
 /// Longest disk name: a virtio serial has 20 bytes.
@@ -336,10 +342,17 @@ mod tests {
     fn what_a_peer_may_not_ask_for_is_refused() {
         plan().check().unwrap();
         type Spoil = fn(&mut MachinePlan);
-        let spoil: [(&str, Spoil); 10] = [
+        let spoil: [(&str, Spoil); 11] = [
             ("name", |p| p.name = "../vault".into()),
             ("vCPUs", |p| p.vcpus = 65),
             ("memory", |p| p.memory_bytes = 1 << 40),
+            ("confidential", |p| {
+                p.technology = Technology::Sev {
+                    emulated: true,
+                    policy: 1,
+                };
+                p.memory_bytes = 4 << 30;
+            }),
             ("command line", |p| p.cmdline = "a\nb".into()),
             ("disk whose name", |p| p.disks[0].id = String::new()),
             ("multicast", |p| p.nets[0].mac = [1; 6]),

@@ -20,8 +20,8 @@ use self::confidential::Confidential;
 pub use self::confidential::{ConfidentialSpec, IdFiles, Offer, SevSpec, SnpSpec, Strongest};
 use crate::machine::plan::devices::{Limits, SmallDevices};
 use crate::machine::plan::{
-    DiskFormat, DiskPlan, MAX_ANNOUNCE, MAX_CMDLINE, MAX_DEVICES, MAX_DISK_ID, MAX_MEMORY,
-    MAX_VCPUS, MIN_MEMORY, MachinePlan, NetPlan, is_name,
+    DiskFormat, DiskPlan, MAX_ANNOUNCE, MAX_CMDLINE, MAX_DEVICES, MAX_DISK_ID, MAX_LOW_MEMORY,
+    MAX_MEMORY, MAX_VCPUS, MIN_MEMORY, MachinePlan, NetPlan, is_name,
 };
 
 /// A description that has been read and checked. Files named in it exist and are readable.
@@ -33,7 +33,7 @@ pub struct MachineSpec {
     pub vcpus: u8,
     /// Memory in bytes.
     pub memory_bytes: u64,
-    /// Kernel image (bzImage).
+    /// Kernel image: a bzImage, or an ELF file with a PVH entry.
     pub kernel: PathBuf,
     /// Initramfs.
     pub initrd: PathBuf,
@@ -275,6 +275,7 @@ impl Reader<'_> {
     fn spec(&self, document: Document) -> Result<MachineSpec, SpecError> {
         let name = self.name("name", document.name)?;
         let vcpus = self.vcpus(document.vcpus)?;
+        let memory_span = document.memory.span();
         let memory_bytes = self.memory(document.memory)?;
         let kernel = self.file("boot.kernel", document.boot.kernel)?;
         let initrd = self.file("boot.initrd", document.boot.initrd)?;
@@ -282,6 +283,10 @@ impl Reader<'_> {
         let confidential = document
             .confidential
             .map_or(Ok(ConfidentialSpec::None), |c| self.confidential(c))?;
+        if confidential != ConfidentialSpec::None && memory_bytes > MAX_LOW_MEMORY {
+            let problem = "`memory` of a confidential guest is at most 3 GiB in this version";
+            return Err(self.at(memory_span, problem.to_owned()));
+        }
         self.names("disk", document.disk.iter().map(|d| &d.id))?;
         self.names("net", document.net.iter().map(|n| &n.id))?;
         let disks = document
@@ -342,7 +347,7 @@ impl Reader<'_> {
     }
 
     fn memory(&self, value: Spanned<String>) -> Result<u64, SpecError> {
-        let wanted = "want a size such as \"512 MiB\", a multiple of 2 MiB from 64 MiB to 3 GiB";
+        let wanted = "want a size such as \"512 MiB\", a multiple of 2 MiB from 64 MiB to 64 GiB";
         let bytes = parse_size(value.get_ref()).ok_or_else(|| {
             self.at(
                 value.span(),

@@ -8,11 +8,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::layout::{
-    COM1, I8042_COMMAND, PCI_CONFIG_ADDRESS, PCI_CONFIG_DATA, RESET_VALUE, S5_SLEEP_TYPE,
-    SLEEP_CONTROL, SLEEP_STATUS, VIRTIO_BAR_SIZE, VIRTIO_BARS,
+    COM1, ECAM, ECAM_SIZE, EVENTS, I8042_COMMAND, PCI_CONFIG_ADDRESS, PCI_CONFIG_DATA, RESET_VALUE,
+    S5_SLEEP_TYPE, SLEEP_CONTROL, SLEEP_STATUS, VIRTIO_BAR_SIZE, VIRTIO_BARS,
 };
 use super::page_sharing::PageSharing;
 use super::pci::PciBus;
+use crate::devices::events::Events;
 use crate::devices::serial::Console;
 use crate::devices::virtio::transport::VirtioPci;
 use crate::devices::watchdog::Watchdog;
@@ -35,9 +36,10 @@ pub trait GuestBus: Send + Sync {
     fn write_msr(&self, index: u32, value: u64) -> bool;
 }
 
-/// The machine's own bus: COM1, PCI configuration, virtio BARs, power and reset.
+/// The machine's own bus: COM1, PCI configuration, virtio BARs, ACPI events, power and reset.
 pub struct MachineBus {
     console: Arc<Console>,
+    events: Arc<Events>,
     pci: Arc<PciBus>,
     functions: Vec<Arc<VirtioPci>>,
     watchdog: Option<Arc<Watchdog>>,
@@ -49,6 +51,7 @@ impl MachineBus {
     /// Connects the parts.
     pub fn new(
         console: Arc<Console>,
+        events: Arc<Events>,
         pci: Arc<PciBus>,
         functions: Vec<Arc<VirtioPci>>,
         watchdog: Option<Arc<Watchdog>>,
@@ -57,6 +60,7 @@ impl MachineBus {
     ) -> Self {
         Self {
             console,
+            events,
             pci,
             functions,
             watchdog,
@@ -94,6 +98,10 @@ impl GuestBus for MachineBus {
                 self.pci.read_address(port - PCI_CONFIG_ADDRESS, data)
             }
             PCI_CONFIG_DATA..=PCI_CONFIG_LAST => self.pci.read_data(port - PCI_CONFIG_DATA, data),
+            EVENTS => data
+                .iter_mut()
+                .take(1)
+                .for_each(|byte| *byte = self.events.take()),
             // No command pending, nothing to read; ready for the reset command.
             I8042_COMMAND | SLEEP_CONTROL | SLEEP_STATUS => data.fill(0),
             _ => {}
@@ -116,18 +124,20 @@ impl GuestBus for MachineBus {
     }
 
     fn memory_read(&self, address: u64, data: &mut [u8]) {
-        match self.device_at(address) {
-            Some((Registers::Virtio(function), offset)) => function.bar_read(offset, data),
-            Some((Registers::Watchdog(watchdog), offset)) => watchdog.bar_read(offset, data),
-            None => data.fill(0xff),
+        match (self.device_at(address), ecam_offset(address)) {
+            (Some((Registers::Virtio(function), offset)), _) => function.bar_read(offset, data),
+            (Some((Registers::Watchdog(watchdog), offset)), _) => watchdog.bar_read(offset, data),
+            (None, Some(offset)) => self.pci.read_ecam(offset, data),
+            (None, None) => data.fill(0xff),
         }
     }
 
     fn memory_write(&self, address: u64, data: &[u8]) {
-        match self.device_at(address) {
-            Some((Registers::Virtio(function), offset)) => function.bar_write(offset, data),
-            Some((Registers::Watchdog(watchdog), offset)) => watchdog.bar_write(offset, data),
-            None => {}
+        match (self.device_at(address), ecam_offset(address)) {
+            (Some((Registers::Virtio(function), offset)), _) => function.bar_write(offset, data),
+            (Some((Registers::Watchdog(watchdog), offset)), _) => watchdog.bar_write(offset, data),
+            (None, Some(offset)) => self.pci.write_ecam(offset, data),
+            (None, None) => {}
         }
     }
 
@@ -146,6 +156,12 @@ impl GuestBus for MachineBus {
         let sharing = self.sharing.as_ref();
         sharing.is_some_and(|sharing| sharing.write_msr(index, value))
     }
+}
+
+fn ecam_offset(address: u64) -> Option<u64> {
+    address
+        .checked_sub(ECAM)
+        .filter(|offset| *offset < ECAM_SIZE)
 }
 
 /// Says once, to everyone, that the guest has stopped itself.

@@ -14,7 +14,9 @@ use super::device_thread::{DeviceThread, DeviceThreadError};
 use super::hooks::{BareMachine, Handles, Hooks, ThreadKind};
 use super::irq::{Interrupts, MsiRouter};
 use super::kvm::{KvmError, Vm, during};
-use super::layout::{COM1_GSI, MAX_FUNCTIONS, VIRTIO_BAR_SIZE, VIRTIO_BARS};
+use super::layout::{
+    COM1_GSI, EVENTS_GSI, GENERATION, MAX_FUNCTIONS, VIRTIO_BAR_SIZE, VIRTIO_BARS,
+};
 use super::memory::{ExchangeMemory, GuestMemory, MemoryError};
 use super::page_sharing::PageSharing;
 use super::pci::msix::Msix;
@@ -26,12 +28,13 @@ use super::vcpu::state::{StateContext, StateError};
 use super::vcpu::{Vcpu, VcpuError, cpuid};
 use crate::confidential::kvm::real_kind;
 use crate::confidential::launch::GuestProtection;
+use crate::devices::events::{Event, Events};
 use crate::devices::serial::{Console, ConsoleStateError};
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::transport::{Placement, TransportStateError, VirtioPci};
 use crate::devices::watchdog::Watchdog;
 use crate::machine::plan::devices::{DeviceChange, DeviceName, DeviceStatus};
-use crate::machine::plan::{MAX_VCPUS, MachinePlan, Technology};
+use crate::machine::plan::{MAX_LOW_MEMORY, MAX_VCPUS, MachinePlan, Technology};
 
 /// A machine with all its threads. Dropping it ends them.
 pub struct Machine {
@@ -41,6 +44,7 @@ pub struct Machine {
     functions: Vec<Arc<VirtioPci>>,
     watchdog: Option<Arc<Watchdog>>,
     console: Arc<Console>,
+    events: Arc<Events>,
     pci: Arc<PciBus>,
     context: Arc<StateContext>,
     vm: Vm,
@@ -91,6 +95,7 @@ impl Machine {
             handles.require(HandleKind::Console)?,
         )?);
         let watchdog = place_watchdog(&plan, functions.len(), &wake)?;
+        let events = Arc::new(Events::new(interrupts.legacy_line(EVENTS_GSI)?));
         let pci = Arc::new(PciBus::new(
             functions
                 .iter()
@@ -104,6 +109,7 @@ impl Machine {
         let stop = Arc::new(StopNotice::new()?);
         let bus: Arc<dyn GuestBus> = Arc::new(MachineBus::new(
             Arc::clone(&console),
+            Arc::clone(&events),
             Arc::clone(&pci),
             functions.clone(),
             watchdog.clone(),
@@ -137,6 +143,7 @@ impl Machine {
             functions,
             watchdog,
             console,
+            events,
             pci,
             context,
             vm,
@@ -293,6 +300,23 @@ impl Machine {
         self.watchdog.as_deref()
     }
 
+    /// Asks the guest to shut itself down, as the power button of a real machine does.
+    pub fn press_power_button(&self) {
+        self.events.raise(Event::PowerButton);
+    }
+
+    /// Gives a plain guest another VM generation id and tells it: it is a copy of another, or went back in time, and
+    /// must not use its random numbers, keys and identifiers again. For a restored machine: after the memory is there,
+    /// before it runs.
+    pub fn set_generation(&self, id: &[u8; 16]) -> Result<(), MachineError> {
+        if self.plan.technology != Technology::None {
+            return Err(MachineError::NoGeneration);
+        }
+        self.memory.write(GENERATION, id)?;
+        self.events.raise(Event::Generation);
+        Ok(())
+    }
+
     /// The plan.
     pub fn plan(&self) -> &MachinePlan {
         &self.plan
@@ -379,6 +403,9 @@ pub enum MachineError {
     /// There is no kernel to load, or not any more.
     #[error("no kernel image was handed in, or it was used already")]
     NoKernel,
+    /// A confidential guest has no VM generation id.
+    #[error("a confidential guest has no VM generation id: it could not believe its host's")]
+    NoGeneration,
     /// A lock cannot be taken or given up.
     #[error("device {0}: {1}")]
     Lock(usize, #[source] std::io::Error),
@@ -414,6 +441,7 @@ impl MachineError {
             | Self::Format(_)
             | Self::Shape => "BAD_STATE",
             Self::Boot(_) | Self::NoKernel => "BAD_IMAGE",
+            Self::NoGeneration => "NO_GENERATION",
             Self::Lock(..) => "DEVICE_LOCK",
             Self::NoDevice(_) => "NO_SUCH_DEVICE",
             Self::Change(_) => "DEVICE_CHANGE",
@@ -445,6 +473,9 @@ fn check_plan(plan: &MachinePlan) -> Result<(), MachineError> {
     let refuse = |text: &str| Err(MachineError::Plan(text.into()));
     if !(1..=MAX_VCPUS).contains(&plan.vcpus) {
         return refuse("vcpus must be 1 to 64");
+    }
+    if plan.technology != Technology::None && plan.memory_bytes > MAX_LOW_MEMORY {
+        return refuse("a confidential guest has at most 3 GiB of memory");
     }
     if plan.functions() > MAX_FUNCTIONS {
         return refuse("at most 31 devices");

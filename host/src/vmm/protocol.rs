@@ -2,6 +2,7 @@
 //!
 //! One request, one reply, in order, on each channel. Events come only on the agent's channel, between replies.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::machine::plan::MachinePlan;
@@ -14,7 +15,7 @@ pub enum HandleKind {
     Kvm,
     /// Where the serial console's output goes (append only file or pipe).
     Console,
-    /// Kernel image, bzImage; only for a launch.
+    /// Kernel image, a bzImage or an ELF file; only for a launch.
     Kernel,
     /// Initramfs; only for a launch.
     Initrd,
@@ -71,6 +72,13 @@ pub enum VmmRequest {
     Resume,
     /// One descriptor beside it: the channel to a mover. At most one mover at a time; it is gone when its end closes.
     AttachMover,
+    /// Asks the guest to shut itself down.
+    PowerButton,
+    /// Gives a plain guest another VM generation id: it is a copy, or went back in time. Before it runs.
+    NewGeneration {
+        /// 16 random bytes.
+        id: [u8; 16],
+    },
     /// What the machine is doing.
     Status,
     /// Changes a device, whether the guest runs or stands; or asks only what it says of itself.
@@ -197,7 +205,7 @@ pub struct MachineStatus {
 }
 
 /// Where a machine is in its life.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum MachineState {
     /// Built, nothing loaded.

@@ -96,7 +96,7 @@ impl Vmm {
             channel: here,
             memory: files.next().unwrap(),
             exchange: files.next().unwrap(),
-            pages: memory[0].1 / 4096,
+            pages: memory.iter().map(|run| run.1).sum::<u64>() / 4096,
         }
     }
 

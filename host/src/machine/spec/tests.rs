@@ -74,7 +74,8 @@ fn every_fault_names_its_line_its_key_and_what_would_be_right() {
         ("vcpus = 2", "vcpus = 0", 2, "want 1 to 64"),
         ("vcpus = 2", "cpus = 2", 2, "unknown field `cpus`"),
         ("\"512 MiB\"", "\"512 MB\"", 3, "such as \"512 MiB\""),
-        ("\"512 MiB\"", "\"9 GiB\"", 3, "to 3 GiB"),
+        ("\"512 MiB\"", "\"99 GiB\"", 3, "to 64 GiB"),
+        ("\"512 MiB\"", "\"9 GiB\"", 3, "confidential guest"),
         ("\"512 MiB\"", "\"513 MiB\"", 3, "multiple of 2 MiB"),
         (
             "kernel = \"vmlinuz\"",

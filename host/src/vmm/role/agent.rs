@@ -42,6 +42,19 @@ impl Control {
             }
             VmmRequest::Resume => self.resume_by_agent(),
             VmmRequest::AttachMover => self.attach_mover(handles),
+            VmmRequest::PowerButton => {
+                self.expect(&[MachineState::Running], "the power button")?;
+                self.machine.press_power_button();
+                Ok(VmmReply::Done)
+            }
+            VmmRequest::NewGeneration { id } => {
+                self.expect(
+                    &[MachineState::Incoming, MachineState::Paused],
+                    "a new generation",
+                )?;
+                self.machine.set_generation(&id)?;
+                Ok(VmmReply::Done)
+            }
             VmmRequest::Status => Ok(VmmReply::Status(MachineStatus {
                 state: self.state,
                 device_faults: self.machine.device_faults(),
