@@ -154,6 +154,11 @@ pub enum Action {
     EvidenceRead,
     /// Replace the key that signs the evidence.
     EvidenceKeyRotate,
+    /// Remove records whose time is over.
+    EvidenceRetain {
+        /// The first record that must stay.
+        keep_from: u64,
+    },
 }
 
 impl Action {
@@ -185,6 +190,7 @@ impl Action {
             Self::Approve { .. } => ActionKind::Approve,
             Self::EvidenceRead => ActionKind::EvidenceRead,
             Self::EvidenceKeyRotate => ActionKind::EvidenceKeyRotate,
+            Self::EvidenceRetain { .. } => ActionKind::EvidenceRetain,
         }
     }
 
@@ -338,6 +344,8 @@ kinds! {
     EvidenceRead = "evidence-read",
     /// [`Action::EvidenceKeyRotate`]
     EvidenceKeyRotate = "evidence-key-rotate",
+    /// [`Action::EvidenceRetain`]
+    EvidenceRetain = "evidence-retain",
 }
 
 impl ActionKind {
@@ -365,6 +373,7 @@ impl ActionKind {
                 | Self::Approve
                 | Self::EvidenceRead
                 | Self::EvidenceKeyRotate
+                | Self::EvidenceRetain
         )
     }
 
