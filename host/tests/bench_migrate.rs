@@ -43,7 +43,14 @@ fn the_memory_that_moves_is_not_counted_as_memory_of_the_engine() {
 fn two_machines_meet_by_address_and_a_folder_of_keys() {
     let folder = tempfile::tempdir().unwrap();
     let keys = folder.path().join("keys");
-    let listen = ["bench", "migrate", "--listen", "127.0.0.1:0", "--keys"];
+    let listen = [
+        "bench",
+        "migrate",
+        "--listen",
+        "127.0.0.1:0",
+        "--with-parent",
+        "--keys",
+    ];
     let mut destination = Command::new(CASEMATE)
         .args(listen)
         .arg(&keys)
@@ -67,7 +74,14 @@ fn a_stranger_is_refused_and_the_failure_has_a_code() {
     let (mine, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let mut ends = [mine.path(), other.path()].map(|keys| {
         let mut end = Command::new(CASEMATE)
-            .args(["bench", "migrate", "--listen", "127.0.0.1:0", "--keys"])
+            .args([
+                "bench",
+                "migrate",
+                "--listen",
+                "127.0.0.1:0",
+                "--with-parent",
+                "--keys",
+            ])
             .arg(keys)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

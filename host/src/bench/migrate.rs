@@ -22,6 +22,7 @@ use casemate_crypto_migrate::identity::{
 };
 use casemate_crypto_migrate::source::{self, SourceConfig};
 use casemate_crypto_migrate::tls;
+use nix::sys::signal::Signal;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -108,8 +109,13 @@ pub fn both(plan: Plan) -> Result<Report, BenchError> {
     report
 }
 
-/// The destination: serves one benchmark, then ends. Prints the address it listens on as one line of JSON.
-pub fn listen(address: SocketAddr, keys: &Path) -> Result<(), BenchError> {
+/// The destination: serves one benchmark, then ends; `with_parent` ends it with the process that started it. Prints
+/// the address it listens on as one line of JSON.
+pub fn listen(address: SocketAddr, keys: &Path, with_parent: bool) -> Result<(), BenchError> {
+    if with_parent {
+        nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)
+            .map_err(|e| BenchError::System("PR_SET_PDEATHSIG", e.into()))?;
+    }
     if !keys.join(AUTHORITY).exists() {
         Keys::make(keys)?;
     }
@@ -206,7 +212,14 @@ fn migrate(data: TcpStream, local: Local, memory: &BenchMemory) -> Result<Durati
 fn spawn_destination(keys: &Path) -> Result<(Child, SocketAddr), BenchError> {
     let program = std::env::current_exe().map_err(BenchError::system("current_exe"))?;
     let mut child = Command::new(program)
-        .args(["bench", "migrate", "--listen", "127.0.0.1:0", "--keys"])
+        .args([
+            "bench",
+            "migrate",
+            "--listen",
+            "127.0.0.1:0",
+            "--with-parent",
+            "--keys",
+        ])
         .arg(keys)
         .stdout(Stdio::piped())
         .spawn()

@@ -45,6 +45,9 @@ pub struct MigrateArgs {
     /// Be the source, to the destination on this address.
     #[arg(long, value_name = "ADDR", requires = "keys")]
     connect: Option<SocketAddr>,
+    /// End with the process that started this one.
+    #[arg(long, hide = true, requires = "listen")]
+    with_parent: bool,
     /// Folder of the two ends' certificates; --listen makes it where there is none.
     #[arg(long, value_name = "DIR")]
     keys: Option<PathBuf>,
@@ -60,7 +63,11 @@ pub fn run(command: BenchCommand, json: bool) -> Result<u8, Failure> {
     };
     let keys = args.keys.unwrap_or_default();
     let report = match (args.listen, args.connect) {
-        (Some(address), _) => return migrate::listen(address, &keys).map(|()| 0).map_err(failure),
+        (Some(address), _) => {
+            return migrate::listen(address, &keys, args.with_parent)
+                .map(|()| 0)
+                .map_err(failure);
+        }
         (_, Some(address)) => migrate::connect(address, &keys, plan),
         (None, None) => migrate::both(plan),
     }
