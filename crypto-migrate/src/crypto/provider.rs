@@ -35,6 +35,20 @@ impl Provider {
         }
     }
 
+    /// Does what the implementation does once in a process: AWS-LC looks for a kernel's device and marks a page
+    /// (`openat`, `madvise`). Whoever closes itself in does this before.
+    pub fn warm_up(self) {
+        let provider = self.tls();
+        let drawn = provider.secure_random.fill(&mut [0; 32]).is_ok();
+        let agreed = provider
+            .kx_groups
+            .first()
+            .is_some_and(|group| group.start().is_ok());
+        if !(drawn && agreed) {
+            tracing::error!(provider = %self, "no randomness");
+        }
+    }
+
     /// The TLS primitives: AES-256-GCM only; the provider's key exchange groups, its best first.
     pub(crate) fn tls(self) -> Arc<CryptoProvider> {
         let mut provider = match self {
