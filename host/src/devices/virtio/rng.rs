@@ -201,7 +201,7 @@ mod tests {
 
     #[test]
     fn gives_no_more_than_its_rate_and_goes_on_by_itself() {
-        let (driver, mut rng) = rig(64 * 100, 64);
+        let (driver, mut rng) = rig(10, 64);
         for n in 0..3 {
             driver.offer(0, &[Buffer::write(DATA + n * 64, 64)]);
         }
@@ -212,7 +212,7 @@ mod tests {
             panic!("it waits for nothing")
         };
         assert!(timer >= 0);
-        std::thread::sleep(std::time::Duration::from_millis(12));
+        std::thread::sleep(std::time::Duration::from_millis(110));
         rng.fd_event(0);
         assert_eq!(driver.used(0), Some((1, 64)));
         assert_eq!(driver.used(0), None);

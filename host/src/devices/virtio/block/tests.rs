@@ -352,7 +352,7 @@ fn limits_hold_and_are_changed_while_it_runs() {
     };
     let slow = Limits {
         bytes: None,
-        operations: rate(100),
+        operations: rate(10),
     };
     rig.block
         .change(&DeviceChange::Limits(slow))
@@ -370,7 +370,7 @@ fn limits_hold_and_are_changed_while_it_runs() {
     assert_eq!(rig.block.poll_fds().len(), 1, "the timer");
     rig.block.queue_event(0);
     assert!(rig.driver.used(0).is_none(), "asking again does not help");
-    std::thread::sleep(std::time::Duration::from_millis(12));
+    std::thread::sleep(std::time::Duration::from_millis(110));
     rig.block.fd_event(0);
     assert!(rig.driver.used(0).is_some() && rig.driver.used(0).is_none());
     let none = Limits::default();

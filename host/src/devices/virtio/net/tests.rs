@@ -158,7 +158,7 @@ fn nobody_elses_address_leaves_in_arp_either() {
 fn limits_hold_frames_back_in_each_direction_for_itself() {
     let mut rig = rig();
     let operations = Some(Rate {
-        per_second: 100,
+        per_second: 10,
         burst: 1,
     });
     let slow = Limits {
@@ -184,7 +184,7 @@ fn limits_hold_frames_back_in_each_direction_for_itself() {
     assert!(rig.driver.used(0).is_some() && rig.driver.used(0).is_none());
     let tokens: Vec<_> = rig.net.poll_fds().iter().map(|(_, token)| *token).collect();
     assert_eq!(tokens, [INWARD, OUTWARD], "the timers, not the tap");
-    std::thread::sleep(std::time::Duration::from_millis(12));
+    std::thread::sleep(std::time::Duration::from_millis(110));
     rig.net.fd_event(OUTWARD);
     assert!(rig.on_wire().is_some());
     rig.net.fd_event(INWARD);
