@@ -37,6 +37,15 @@ pub fn answer(answer: &Answer) -> String {
             "policy version {version} is in force\n  sha256    {digest}\n  signers   {}\n",
             signers.join(", ")
         ),
+        Answer::Snapshotted(info) => format!(
+            "snapshot {} of generation {}: {} MiB in {}, {:.0} ms{}\n",
+            info.snapshot_id,
+            info.generation,
+            (info.pages - info.zero_pages) >> 8,
+            info.file.display(),
+            info.pause_ms,
+            if info.stopped { ", guest ended" } else { "" }
+        ),
         Answer::Done => "done\n".to_owned(),
     }
 }
@@ -162,6 +171,9 @@ fn outcome_text(outcome: &serde_json::Value) -> String {
 fn one_guest(guest: &GuestInfo) -> String {
     let mut text = String::new();
     let _ = writeln!(text, "{} ({})", guest.name, state(guest));
+    if let Some(reason) = &guest.stopped {
+        let _ = writeln!(text, "  stopped by  {reason}");
+    }
     let _ = writeln!(
         text,
         "  technology  {}{}",
@@ -170,8 +182,10 @@ fn one_guest(guest: &GuestInfo) -> String {
     );
     let _ = writeln!(
         text,
-        "  size        {} vCPU, {} MiB",
-        guest.vcpus, guest.memory_mib
+        "  size        {} vCPU ({}), {} MiB",
+        guest.vcpus,
+        guest.cpu.name(),
+        guest.memory_mib
     );
     let _ = writeln!(text, "  identity    {} epoch {}", guest.vm_id, guest.epoch);
     let _ = writeln!(text, "  console     {}", guest.console.display());

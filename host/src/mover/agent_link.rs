@@ -88,6 +88,16 @@ impl AgentLink {
         }
     }
 
+    /// Whether the agent has cancelled, or ended.
+    pub fn cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Relaxed)
+    }
+
+    /// Nothing is to be gone on with.
+    pub fn give_up(&self) {
+        self.cancelled.store(true, Ordering::Relaxed);
+    }
+
     /// The flag that the engine watches.
     pub fn cancel_flag(&self) -> Arc<AtomicBool> {
         self.cancelled.clone()

@@ -10,6 +10,7 @@ use casemate_crypto_migrate::guest::{Gpn, GuestError, PAGE_SIZE, PageRange};
 use crate::confidential::shared::{Access, Exchange, GuestMemory, MemoryLayout};
 use crate::ipc::Channel;
 use crate::machine::plan::{MachinePlan, Technology};
+use crate::userfault::Faults;
 use crate::vmm::protocol::{EXCHANGE_SIZE, MoverReply, MoverRequest, RoleError};
 
 /// A VMM, attached.
@@ -20,6 +21,8 @@ pub struct VmmLink {
     pub memory: GuestMemory,
     /// The exchange memory.
     pub exchange: Exchange,
+    /// Faults of a guest that runs before its memory is there.
+    pub faults: Option<Faults>,
 }
 
 impl VmmLink {
@@ -27,16 +30,29 @@ impl VmmLink {
     pub fn attach(channel: Channel, access: Access) -> Result<Self, RoleError> {
         channel.send(&MoverRequest::Attach)?;
         let received = channel.recv::<Result<MoverReply, RoleError>>(Some(VMM_DEADLINE))?;
-        let MoverReply::Attached { plan, memory } = received.body? else {
+        let MoverReply::Attached {
+            plan,
+            memory,
+            fault_base,
+        } = received.body?
+        else {
             return Err(unexpected());
         };
-        let [guest, exchange] = <[_; 2]>::try_from(received.handles)
-            .map_err(|_| RoleError::new("ROLE_PROTOCOL", "the VMM attached without its memory"))?;
+        let mut handles = received.handles.into_iter();
+        let (Some(guest), Some(exchange)) = (handles.next(), handles.next()) else {
+            return Err(RoleError::new(
+                "ROLE_PROTOCOL",
+                "the VMM attached without its memory",
+            ));
+        };
         let layout = MemoryLayout::packed(&memory)?;
+        let faults = fault_base.zip(handles.next());
+        let faults = faults.map(|(base, fd)| Faults::received(fd, base, layout.length()));
         Ok(Self {
             memory: GuestMemory::map(guest.as_fd(), layout, access)?,
             exchange: Exchange::map(exchange.as_fd())?,
             plan: *plan,
+            faults,
             channel,
         })
     }

@@ -117,6 +117,19 @@ fn every_request() -> Vec<Request> {
             policy: PathBuf::from("/etc/shadow"),
         },
         Request::Approve { id: name() },
+        Request::Nmi { name: name() },
+        Request::Snapshot {
+            name: name(),
+            file: PathBuf::from("/etc/shadow"),
+            stop: false,
+        },
+        Request::Restore {
+            file: PathBuf::from("/etc/shadow"),
+            name: None,
+            memory: crate::agent::api::MemoryMode::AtOnce,
+            allow_older: false,
+            allow_changed_disks: false,
+        },
     ];
     let mut kinds: Vec<usize> = all.iter().map(kind).collect();
     kinds.dedup();
@@ -124,7 +137,7 @@ fn every_request() -> Vec<Request> {
     all
 }
 
-const LAST: usize = 16;
+const LAST: usize = 19;
 
 fn kind(request: &Request) -> usize {
     match request {
@@ -144,7 +157,10 @@ fn kind(request: &Request) -> usize {
         Request::SandboxProbe { .. } => 13,
         Request::SandboxReport { .. } => 14,
         Request::PolicyLoad { .. } => 15,
-        Request::Approve { .. } => LAST,
+        Request::Approve { .. } => 16,
+        Request::Nmi { .. } => 17,
+        Request::Snapshot { .. } => 18,
+        Request::Restore { .. } => LAST,
     }
 }
 

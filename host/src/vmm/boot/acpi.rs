@@ -16,7 +16,7 @@ use acpi_tables::xsdt::XSDT;
 
 use super::super::layout::{
     COM1, COM1_GSI, I8042_COMMAND, IOAPIC, LAPIC, PCI_CONFIG_ADDRESS, PCI_WINDOW, PCI_WINDOW_LAST,
-    RESET_VALUE, S5_SLEEP_TYPE, SLEEP_CONTROL, SLEEP_STATUS,
+    PVPANIC, RESET_VALUE, S5_SLEEP_TYPE, SLEEP_CONTROL, SLEEP_STATUS,
 };
 
 /// All tables, to be placed at `base`; the RSDP comes first.
@@ -47,6 +47,7 @@ fn dsdt() -> Vec<u8> {
     let mut body = Vec::new();
     com1(&mut body);
     pci_root(&mut body);
+    panic_device(&mut body);
     Name::new(Path::new("_S5_"), &Package::new(vec![&S5_SLEEP_TYPE])).to_aml_bytes(&mut body);
     let mut table = Sdt::new(*b"DSDT", 36, 2, OEM_ID, OEM_TABLE, OEM_REVISION);
     table.append_slice(&body);
@@ -62,6 +63,22 @@ fn com1(sink: &mut Vec<u8>) {
         vec![
             &Name::new(Path::new("_HID"), &EISAName::new("PNP0501")),
             &Name::new(Path::new("_UID"), &ZERO),
+            &Name::new(Path::new("_CRS"), &resources),
+        ],
+    )
+    .to_aml_bytes(sink);
+}
+
+/// By which a guest says that its kernel panicked; Linux's driver finds it by this name (`pvpanic-mmio`).
+fn panic_device(sink: &mut Vec<u8>) {
+    let ports = IO::new(PVPANIC, PVPANIC, 1, 1);
+    let resources = ResourceTemplate::new(vec![&ports]);
+    Device::new(
+        Path::new("\\_SB_.PEVT"),
+        vec![
+            &Name::new(Path::new("_HID"), &"QEMU0001"),
+            &Name::new(Path::new("_UID"), &ZERO),
+            &Name::new(Path::new("_STA"), &PRESENT),
             &Name::new(Path::new("_CRS"), &resources),
         ],
     )
@@ -136,6 +153,8 @@ fn bytes_of(table: &dyn Aml) -> Vec<u8> {
     bytes
 }
 
+/// Present, enabled, functioning, not shown.
+const PRESENT: u8 = 0xb;
 const ALIGNMENT: usize = 16;
 const OEM_ID: [u8; 6] = *b"CASEMT";
 const OEM_TABLE: [u8; 8] = *b"CASEMATE";

@@ -41,10 +41,16 @@ impl Control {
                 Ok(VmmReply::Done)
             }
             VmmRequest::Resume => self.resume_by_agent(),
+            VmmRequest::InjectNmi => {
+                self.expect(&[MachineState::Running], "an interrupt")?;
+                self.machine.inject_nmi()?;
+                Ok(VmmReply::Done)
+            }
             VmmRequest::AttachMover => self.attach_mover(handles),
             VmmRequest::Status => Ok(VmmReply::Status(MachineStatus {
                 state: self.state,
                 device_faults: self.machine.device_faults(),
+                stopped: self.machine.stop_notice().reason(),
             })),
             VmmRequest::SandboxProbe => (self.hooks.probe)()
                 .map(VmmReply::Probe)
