@@ -4,14 +4,16 @@
 
 use std::net::{TcpListener, TcpStream};
 
+use casemate_crypto_migrate::Provider;
 use casemate_crypto_migrate::destination::{self, DestinationConfig};
 use casemate_crypto_migrate::dev_ca::{DevCa, HostMaterial};
 use casemate_crypto_migrate::guest::{
     Admission, DestinationGuest, Gpn, GuestError, GuestOffer, PAGE_SIZE, PageContent, PageRange,
     Refusal, SourceGuest,
 };
+use casemate_crypto_migrate::identity::Local;
 use casemate_crypto_migrate::identity::{AllowList, AllowedPeer, Path, PeerIdentity, TrustAnchors};
-use casemate_crypto_migrate::session::Local;
+use casemate_crypto_migrate::pages::PageSet;
 use casemate_crypto_migrate::source::{self, SourceConfig};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -36,6 +38,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             identity: own.identity()?,
             anchors,
             allow: AllowList::new(vec![peer]),
+            provider: Provider::default(),
         })
     };
     let source_config = SourceConfig::new(local(&a, "site-b", &b)?, "site-b");
@@ -107,11 +110,11 @@ impl SourceGuest for Original {
     fn begin(&mut self, _: &[u8]) -> Result<Vec<u8>, GuestError> {
         Ok(Vec::new())
     }
-    fn start_tracking(&mut self) -> Result<Vec<Gpn>, GuestError> {
-        Ok((0..(self.0.len() / PAGE_SIZE) as u64).map(Gpn).collect())
+    fn start_tracking(&mut self) -> Result<PageSet, GuestError> {
+        Ok(PageSet::all(&self.memory()))
     }
-    fn take_dirty(&mut self) -> Result<Vec<Gpn>, GuestError> {
-        Ok(Vec::new())
+    fn take_dirty(&mut self) -> Result<PageSet, GuestError> {
+        Ok(PageSet::empty(&self.memory()))
     }
     fn read_pages(
         &mut self,
@@ -171,11 +174,15 @@ impl DestinationGuest for Copy {
     fn begin(&mut self, _: &[u8]) -> Result<(), GuestError> {
         Ok(())
     }
-    fn write_page(&mut self, page: Gpn, content: PageContent<'_>) -> Result<(), GuestError> {
+    fn write_pages(&mut self, page: Gpn, content: PageContent<'_>) -> Result<(), GuestError> {
         let start = page.0 as usize * PAGE_SIZE;
+        let length = match content {
+            PageContent::Data(data) => data.len(),
+            _ => PAGE_SIZE,
+        };
         let place = self
             .0
-            .get_mut(start..start + PAGE_SIZE)
+            .get_mut(start..start + length)
             .ok_or_else(|| GuestError("no such page".into()))?;
         match content {
             PageContent::Zero => place.fill(0),

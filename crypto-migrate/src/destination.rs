@@ -13,10 +13,11 @@ use serde::Serialize;
 use crate::channel::{Channel, ChannelError};
 use crate::code::Code;
 use crate::guest::{DestinationGuest, Gpn, GuestError, GuestOffer};
+use crate::identity::Local;
 use crate::identity::PeerIdentity;
 use crate::page::{OpenError, PageOpener};
 use crate::progress::{Phase, Progress, millis};
-use crate::session::{self, Local, OwnerKey, SessionError};
+use crate::session::{self, OwnerKey, SessionError};
 use crate::source::Deadlines;
 use crate::tls::{self, TlsError, Transport};
 use crate::transcript::{Manifest, PageTable, StreamEnd, TranscriptError};
@@ -197,15 +198,8 @@ pub fn receive<T: Transport>(
 ) -> Result<DestinationOutcome, DestinationError> {
     let started = Instant::now();
     progress(Progress::new(Phase::Connect, started));
-    let local = &config.local;
-    let tls = tls::accept(
-        transport,
-        &local.identity,
-        &local.anchors,
-        &local.allow,
-        config.deadlines.connect,
-    )
-    .map_err(DestinationError::Connect)?;
+    let tls = tls::accept(transport, &config.local, config.deadlines.connect)
+        .map_err(DestinationError::Connect)?;
     let cancel = config.cancel.clone();
     let cancelled = Box::new(move || cancel.load(Ordering::Relaxed));
     let mut channel = Channel::new(tls, config.deadlines.frame, cancelled);
@@ -269,7 +263,7 @@ fn run<T: Transport>(
         .map_err(on(Phase::Begin))?;
     guest.begin(&begin.start).map_err(at(Phase::Begin))?;
     let receiver = Receiver {
-        table: PageTable::new(&offer.memory, session.manifest_key)?,
+        table: PageTable::new(&offer.memory)?,
         opener: PageOpener::new(session.page_key, session.binding),
         peer: session.peer,
         path: session.path,
@@ -520,21 +514,21 @@ fn place(
     let mut entries = Entries::parse(payload).map_err(OpenError::from)?;
     while let Some(page) = opener.open_next(&mut entries)? {
         let header = page.header;
-        table.record(
-            header.page,
-            header.count,
-            header.round,
-            header.kind,
-            &page.tag,
-        )?;
-        for step in 0..u64::from(header.count) {
+        table.record(&header, &page.tag)?;
+        let count = u64::from(header.count);
+        // Data says by its length how many pages it is; of zeroes there is but a count.
+        let calls = match header.kind {
+            PageKind::Zero => count,
+            PageKind::Data | PageKind::Firmware => 1,
+        };
+        for step in 0..calls {
             guest
-                .write_page(Gpn(header.page + step), page.content)
+                .write_pages(Gpn(header.page + step), page.content)
                 .map_err(at(Phase::Rounds))?;
         }
-        *round_pages += u64::from(header.count);
+        *round_pages += count;
         if header.kind == PageKind::Zero {
-            *zero_pages += u64::from(header.count);
+            *zero_pages += count;
         }
     }
     Ok(())

@@ -7,7 +7,7 @@
 use std::time::{Duration, Instant};
 
 use crate::code::Code;
-use crate::session::Local;
+use crate::identity::Local;
 use crate::tls::{self, TlsError, TlsStream, Transport};
 use crate::wire::{Frame, HEADER_SIZE, Header, WireError};
 
@@ -97,19 +97,9 @@ impl Gateway {
         destination: B,
         hook: &mut dyn FnMut(Direction, Frame) -> Action,
     ) -> Result<GatewayReport, GatewayError> {
-        let Local {
-            identity,
-            anchors,
-            allow,
-        } = &self.towards_source;
-        let mut source = tls::accept(source, identity, anchors, allow, self.timeout)
+        let mut source = tls::accept(source, &self.towards_source, self.timeout)
             .map_err(|error| GatewayError::Tls(Direction::ToSource, error))?;
-        let Local {
-            identity,
-            anchors,
-            allow,
-        } = &self.towards_destination;
-        let mut destination = tls::connect(destination, identity, anchors, allow, self.timeout)
+        let mut destination = tls::connect(destination, &self.towards_destination, self.timeout)
             .map_err(|error| GatewayError::Tls(Direction::ToDestination, error))?;
         let result = self.forward(&mut source, &mut destination, hook);
         let deadline = Instant::now() + CLOSE_TIME;

@@ -4,8 +4,13 @@
 //! host's mover implements these traits over its channel to the VMM. Calls are made from one thread, in
 //! the order of the methods.
 
+use crate::pages::PageSet;
+
 /// Size of a guest page, in bytes.
 pub const PAGE_SIZE: usize = 4096;
+/// Pages that travel under one seal at most (64 KiB): larger ones gain nothing, smaller ones cost a tag and a header
+/// each.
+pub const EXTENT_PAGES: usize = 16;
 /// Size of the header of a firmware packet (SEV API, `SEND_UPDATE_DATA`), in bytes.
 pub const PACKET_HEADER_SIZE: usize = 52;
 
@@ -24,12 +29,12 @@ pub struct PageRange {
     pub count: u64,
 }
 
-/// How the newest version of one page travels.
+/// How the newest version of pages travels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PageContent<'a> {
-    /// All bytes are zero.
+    /// All bytes of the page are zero.
     Zero,
-    /// The page in clear (sealed by the stream), `PAGE_SIZE` bytes.
+    /// 1 to [`EXTENT_PAGES`] pages that follow one another, in clear (sealed by the stream).
     Data(&'a [u8]),
     /// A packet of the secure processor: `PACKET_HEADER_SIZE` bytes of header and `PAGE_SIZE` of ciphertext.
     Firmware {
@@ -54,10 +59,11 @@ pub trait SourceGuest {
     fn begin(&mut self, peer_evidence: &[u8]) -> Result<Vec<u8>, GuestError>;
     /// Turns dirty tracking on and returns the pages that hold anything at all (never-touched pages are
     /// zero at both ends and do not travel).
-    fn start_tracking(&mut self) -> Result<Vec<Gpn>, GuestError>;
-    /// Pages written since tracking started or since the last call; ascending.
-    fn take_dirty(&mut self) -> Result<Vec<Gpn>, GuestError>;
-    /// Reads pages (any order, each once, at most [`SourceGuest::batch_pages`]) and passes each on.
+    fn start_tracking(&mut self) -> Result<PageSet, GuestError>;
+    /// Pages written since tracking started or since the last call.
+    fn take_dirty(&mut self) -> Result<PageSet, GuestError>;
+    /// Reads pages (ascending, at most [`SourceGuest::batch_pages`]) and passes each on once, neighbours together
+    /// where they travel in clear; `Gpn` is the first page of the content.
     fn read_pages(
         &mut self,
         pages: &[Gpn],
@@ -122,8 +128,9 @@ pub trait DestinationGuest {
     ) -> Result<Admission, Refusal>;
     /// Opens the firmware's receive context with the blob of [`SourceGuest::begin`].
     fn begin(&mut self, start: &[u8]) -> Result<(), GuestError>;
-    /// Places one page whose seal has been verified. The engine calls [`DestinationGuest::flush`] before it believes the pages placed.
-    fn write_page(&mut self, page: Gpn, content: PageContent<'_>) -> Result<(), GuestError>;
+    /// Places pages whose seal has been verified, from `start` on: one, or as many as the data holds. The engine
+    /// calls [`DestinationGuest::flush`] before it believes the pages placed.
+    fn write_pages(&mut self, start: Gpn, content: PageContent<'_>) -> Result<(), GuestError>;
     /// Completes all pages handed over so far.
     fn flush(&mut self) -> Result<(), GuestError>;
     /// Restores the machine's state; called only after the whole transcript has verified. vCPUs stay stopped.

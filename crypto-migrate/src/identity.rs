@@ -12,7 +12,7 @@ use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivatePkcs8KeyDer, TrustAnchor, UnixTime};
 
 use crate::code::Code;
-use crate::crypto::{self, CryptoError, P256Key};
+use crate::crypto::{self, CryptoError, P256Key, Provider};
 
 /// Certificates one chain may have.
 pub const MAX_CHAIN: usize = 4;
@@ -220,6 +220,19 @@ impl PeerIdentity {
 #[derive(Clone, Debug)]
 pub struct TrustAnchors(Vec<TrustAnchor<'static>>);
 
+/// What an end knows of itself and of whom it allows.
+#[derive(Clone, Debug)]
+pub struct Local {
+    /// This host.
+    pub identity: HostIdentity,
+    /// The site authorities.
+    pub anchors: TrustAnchors,
+    /// The peers that policy allows, and the way to each.
+    pub allow: AllowList,
+    /// Who does the cryptography here.
+    pub provider: Provider,
+}
+
 impl TrustAnchors {
     /// From PEM certificates.
     pub fn from_pem(pem: &str) -> Result<Self, IdentityError> {
@@ -251,7 +264,7 @@ impl TrustAnchors {
             Usage::Client => webpki::KeyUsage::client_auth(),
             Usage::Server => webpki::KeyUsage::server_auth(),
         };
-        let provider = crypto::tls_provider();
+        let provider = Provider::default().tls();
         let algorithms = provider.signature_verification_algorithms.all;
         let certificate = webpki::EndEntityCert::try_from(leaf).map_err(refused)?;
         certificate

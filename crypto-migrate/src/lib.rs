@@ -30,6 +30,7 @@ pub mod gateway;
 pub mod guest;
 pub mod identity;
 pub mod page;
+pub mod pages;
 pub mod precopy;
 pub mod progress;
 pub mod session;
@@ -45,4 +46,4 @@ mod crypto;
 mod rogue_tests;
 
 pub use channel::ChannelError;
-pub use crypto::CryptoError;
+pub use crypto::{CryptoError, Provider};

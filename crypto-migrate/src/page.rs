@@ -1,4 +1,4 @@
-//! Page seals: AES-256-GCM per page, bound to exactly one place in exactly one migration.
+//! Page seals: AES-256-GCM per extent of pages, bound to exactly one place in exactly one migration.
 //!
 //! The associated data is protocol version, session id, VM id, epoch, the entry's clear header (sequence,
 //! guest page, count, round, session tag, stream, kind) and the length. The nonce is the sequence number and
@@ -113,7 +113,7 @@ impl PageSealer {
         self.next
     }
 
-    /// Seals one page, or a run of `count` zero pages, into the batch; returns kind and tag.
+    /// Seals `count` pages (of data, of zeroes, or one packet) into the batch; returns the clear header and the tag.
     pub fn seal(
         &mut self,
         batch: &mut BatchBuilder,
@@ -121,7 +121,7 @@ impl PageSealer {
         page: Gpn,
         count: u32,
         content: PageContent<'_>,
-    ) -> Result<(PageKind, [u8; TAG_SIZE]), PageError> {
+    ) -> Result<(EntryHeader, [u8; TAG_SIZE]), PageError> {
         let (kind, parts): (_, [&[u8]; 2]) = match content {
             PageContent::Zero => (PageKind::Zero, [&[], &[]]),
             PageContent::Data(data) => (PageKind::Data, [data, &[]]),
@@ -129,11 +129,6 @@ impl PageSealer {
                 (PageKind::Firmware, [header, ciphertext])
             }
         };
-        let [first, second] = parts;
-        let firmware_fits = kind != PageKind::Firmware || first.len() == PACKET_HEADER_SIZE;
-        if first.len() + second.len() != kind.body_length() || !firmware_fits {
-            return Err(PageError::Size(page.0));
-        }
         let (session, stream, sequence) =
             (self.binding.session_tag(), self.binding.stream, self.next);
         let header = EntryHeader {
@@ -144,16 +139,21 @@ impl PageSealer {
             session,
             stream,
             kind,
+        };
+        let [first, second] = parts;
+        let firmware_fits = kind != PageKind::Firmware || first.len() == PACKET_HEADER_SIZE;
+        let count_fits = (1..=kind.max_count()).contains(&count);
+        if first.len() + second.len() != header.body_length() || !firmware_fits || !count_fits {
+            return Err(PageError::Size(page.0));
         }
-        .encode();
-        let (key, aad) = (&self.key, self.aad.fill(&header, kind));
+        let (key, aad) = (&self.key, self.aad.fill(&header));
         let mut sealed_tag = [0; TAG_SIZE];
-        batch.push(&header, parts, |data| {
+        batch.push(&header.encode(), parts, |data| {
             sealed_tag = key.seal(sequence, aad, data)?;
             Ok::<_, CryptoError>(sealed_tag)
         })?;
         self.next += 1;
-        Ok((kind, sealed_tag))
+        Ok((header, sealed_tag))
     }
 }
 
@@ -257,7 +257,7 @@ impl PageOpener {
             .sealed
             .last_chunk::<TAG_SIZE>()
             .ok_or(refused.clone())?;
-        let aad = self.aad.fill(&entry.header_bytes, header.kind);
+        let aad = self.aad.fill(&header);
         let plain = self
             .key
             .open(self.expected, aad, entry.sealed)
@@ -318,12 +318,12 @@ impl Aad {
         Self(out)
     }
 
-    fn fill(&mut self, header: &[u8; ENTRY_HEADER_SIZE], kind: PageKind) -> &[u8] {
+    fn fill(&mut self, header: &EntryHeader) -> &[u8] {
         if let Some((_, tail)) = self.0.split_at_mut_checked(PREFIX_SIZE)
             && let Some((place, length)) = tail.split_first_chunk_mut::<ENTRY_HEADER_SIZE>()
         {
-            *place = *header;
-            let bytes = u32::try_from(kind.body_length())
+            *place = header.encode();
+            let bytes = u32::try_from(header.body_length())
                 .unwrap_or(u32::MAX)
                 .to_le_bytes();
             length.iter_mut().zip(bytes).for_each(|(l, b)| *l = b);
@@ -332,7 +332,7 @@ impl Aad {
     }
 }
 
-const PAGE_SEAL_VERSION: u16 = 1;
+const PAGE_SEAL_VERSION: u16 = 2;
 const PREFIX_SIZE: usize = 2 + 16 + 16 + 8 + 2;
 const AAD_SIZE: usize = PREFIX_SIZE + ENTRY_HEADER_SIZE + 4;
 
@@ -341,7 +341,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::crypto::KeySchedule;
+    use crate::crypto::{KeySchedule, Provider};
     use crate::guest::PAGE_SIZE;
     use crate::wire::batch::{join, split};
 
@@ -356,7 +356,7 @@ mod tests {
 
     fn key() -> AeadKey {
         KeySchedule::extract(b"salt", b"secret")
-            .aead(b"page")
+            .aead(Provider::default(), b"page")
             .unwrap()
     }
 

@@ -4,12 +4,14 @@ use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use crate::channel::Channel;
+use crate::crypto::Provider;
 use crate::destination::{DestinationConfig, receive};
 use crate::dev_ca::DevCa;
 use crate::guest::*;
+use crate::identity::Local;
 use crate::identity::{AllowList, AllowedPeer, Path, PeerIdentity, TrustAnchors};
 use crate::page::PageSealer;
-use crate::session::{self, Local};
+use crate::session;
 use crate::tls;
 use crate::transcript::{Manifest, PageTable, StreamEnd};
 use crate::wire::batch::BatchBuilder;
@@ -53,7 +55,7 @@ fn an_honest_script_succeeds() {
 fn every_line_of_the_manifest_counts() {
     let lies: [fn(&mut Manifest); 8] = [
         |m| m.pages += 1,
-        |m| m.pages_sum[31] ^= 1,
+        |m| m.seals_sha256[31] ^= 1,
         |m| m.seals += 1,
         |m| m.rounds += 1,
         |m| m.epoch += 1,
@@ -200,6 +202,7 @@ fn play(script: Script) -> String {
                 identity: own.identity().unwrap(),
                 anchors,
                 allow: AllowList::new(vec![allowed]),
+                provider: Provider::default(),
             }
         };
     let (source, destination) = (
@@ -210,8 +213,7 @@ fn play(script: Script) -> String {
     let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let far = listener.accept().unwrap().0;
     let rogue = std::thread::spawn(move || {
-        let tls =
-            tls::connect(near, &source.identity, &source.anchors, &source.allow, TIME).unwrap();
+        let tls = tls::connect(near, &source, TIME).unwrap();
         let mut channel = Channel::new(tls, TIME, Box::new(|| false));
         // The destination may refuse at any point; that is what is tested.
         if speak(&mut channel, &source, script).is_none() {
@@ -243,7 +245,7 @@ fn speak(channel: &mut Channel<TcpStream>, local: &Local, script: Script) -> Opt
     let session = session::offer(channel, local, "b", None, &offer, deadline).ok()?;
     channel.send(&Begin { start: vec![] }).ok()?;
     let mut sealer = PageSealer::new(session.page_key, session.binding);
-    let mut table = PageTable::new(&offer.memory, session.manifest_key).unwrap();
+    let mut table = PageTable::new(&offer.memory).unwrap();
     let mut batch = BatchBuilder::new();
     for (page, count, round) in script.pages.iter().copied() {
         let content = if count == 0 {
@@ -251,10 +253,10 @@ fn speak(channel: &mut Channel<TcpStream>, local: &Local, script: Script) -> Opt
         } else {
             PageContent::Zero
         };
-        let (kind, tag) = sealer
+        let (header, tag) = sealer
             .seal(&mut batch, round, Gpn(page), count.max(1), content)
             .unwrap();
-        let _ = table.record(page, count.max(1), round, kind, &tag);
+        let _ = table.record(&header, &tag);
     }
     channel.send_batch(&mut batch).ok()?;
     channel.send(&script.end).ok()?;
@@ -304,7 +306,7 @@ impl DestinationGuest for Strict {
     fn begin(&mut self, _: &[u8]) -> Result<(), GuestError> {
         Ok(())
     }
-    fn write_page(&mut self, page: Gpn, _: PageContent<'_>) -> Result<(), GuestError> {
+    fn write_pages(&mut self, page: Gpn, _: PageContent<'_>) -> Result<(), GuestError> {
         assert!(page.0 < 16, "an unchecked page reached the guest");
         Ok(())
     }

@@ -21,8 +21,7 @@ use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use zeroize::Zeroizing;
 
 use crate::code::Code;
-use crate::crypto;
-use crate::identity::{AllowList, HostIdentity, IdentityError, PeerIdentity, TrustAnchors, Usage};
+use crate::identity::{AllowList, IdentityError, Local, PeerIdentity, TrustAnchors, Usage};
 
 /// The application protocol.
 pub const ALPN: &[u8] = b"casemate-migrate/1";
@@ -115,18 +114,16 @@ pub struct TlsStream<T> {
 /// Connects as client (source) and completes the handshake within `timeout`.
 pub fn connect<T: Transport>(
     transport: T,
-    identity: &HostIdentity,
-    anchors: &TrustAnchors,
-    allow: &AllowList,
+    local: &Local,
     timeout: Duration,
 ) -> Result<TlsStream<T>, TlsError> {
-    let (provider, verifier) = parts(anchors, allow);
+    let (provider, verifier) = parts(local);
     let mut config = ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(TlsError::Protocol)?
         .dangerous() // the verifier is stricter than the default one
         .with_custom_certificate_verifier(verifier)
-        .with_client_cert_resolver(identity.resolver());
+        .with_client_cert_resolver(local.identity.resolver());
     config.alpn_protocols = vec![ALPN.to_vec()];
     config.resumption = Resumption::disabled();
     config.enable_sni = false; // the name of a host is nobody else's business
@@ -138,17 +135,15 @@ pub fn connect<T: Transport>(
 /// Accepts as server (destination) and completes the handshake within `timeout`.
 pub fn accept<T: Transport>(
     transport: T,
-    identity: &HostIdentity,
-    anchors: &TrustAnchors,
-    allow: &AllowList,
+    local: &Local,
     timeout: Duration,
 ) -> Result<TlsStream<T>, TlsError> {
-    let (provider, verifier) = parts(anchors, allow);
+    let (provider, verifier) = parts(local);
     let mut config = ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(TlsError::Protocol)?
         .with_client_cert_verifier(verifier)
-        .with_cert_resolver(identity.resolver());
+        .with_cert_resolver(local.identity.resolver());
     config.alpn_protocols = vec![ALPN.to_vec()];
     config.send_tls13_tickets = 0;
     let connection = ServerConnection::new(Arc::new(config)).map_err(TlsError::Protocol)?;
@@ -554,10 +549,10 @@ const ALERT_TIME: Duration = Duration::from_secs(1);
 const READ_BUFFER: usize = 128 * 1024;
 const WRITE_BUFFER: usize = 256 * 1024;
 
-fn parts(anchors: &TrustAnchors, allow: &AllowList) -> (Arc<CryptoProvider>, Arc<PeerVerifier>) {
-    let provider = crypto::tls_provider();
-    let subjects = anchors.subjects();
-    let (anchors, allow) = (anchors.clone(), allow.clone());
+fn parts(local: &Local) -> (Arc<CryptoProvider>, Arc<PeerVerifier>) {
+    let provider = local.provider.tls();
+    let subjects = local.anchors.subjects();
+    let (anchors, allow) = (local.anchors.clone(), local.allow.clone());
     (
         provider.clone(),
         Arc::new(PeerVerifier {

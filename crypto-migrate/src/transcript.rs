@@ -1,15 +1,17 @@
 //! The manifest: what both ends must agree on, to the last page, before anything resumes.
 //!
-//! Each end folds the newest version of every page (guest page, round, kind, tag) into a sum of keyed PRFs
-//! modulo 2^256; a page that is sent again has its old term taken out. The sum costs one HMAC a page as it
-//! passes and nothing during the pause. The table needs 24 bytes per guest page.
+//! Each end digests every seal in the order of the stream: its clear header (guest page, count, round, kind) and
+//! its tag. Seals are numbered without a gap and a later one of a page replaces the earlier, so the digest fixes
+//! the newest version of every page, and two bits a guest page suffice: whether it came at all, whether it came
+//! in this round.
 
 use serde::{Deserialize, Serialize};
 
 use crate::code::Code;
-use crate::crypto::{self, MacKey, TAG_SIZE};
-use crate::guest::PageRange;
-use crate::wire::batch::PageKind;
+use crate::crypto::{self, RunningSha256, TAG_SIZE};
+use crate::guest::{Gpn, PageRange};
+use crate::pages::PageSet;
+use crate::wire::batch::EntryHeader;
 use crate::wire::messages::Message;
 use crate::wire::{FrameKind, WireError};
 
@@ -45,79 +47,55 @@ impl TranscriptError {
     }
 }
 
-/// The newest version of every page, and their sum.
+/// Which pages came, and the digest over their seals.
 pub struct PageTable {
-    ranges: Vec<PlacedRange>,
-    slots: Vec<Slot>,
-    key: MacKey,
-    sum: Sum,
-    present: u64,
+    present: PageSet,
+    this_round: PageSet,
+    round: u32,
+    seals: RunningSha256,
 }
 
 impl PageTable {
-    pub(crate) fn new(memory: &[PageRange], key: MacKey) -> Result<Self, TranscriptError> {
-        let pages = check_memory(memory)?;
-        let mut offset = 0;
-        let mut ranges = Vec::with_capacity(memory.len());
-        for range in memory {
-            ranges.push(PlacedRange {
-                start: range.start.0,
-                count: range.count,
-                offset,
-            });
-            offset += range.count;
-        }
-        let length = usize::try_from(pages).map_err(|_| TranscriptError::Memory)?;
+    pub(crate) fn new(memory: &[PageRange]) -> Result<Self, TranscriptError> {
+        check_memory(memory)?;
+        let none = PageSet::empty(memory);
         Ok(Self {
-            ranges,
-            slots: vec![Slot::default(); length],
-            key,
-            sum: Sum::default(),
-            present: 0,
+            present: none.clone(),
+            this_round: none,
+            round: 0,
+            seals: RunningSha256::default(),
         })
     }
 
-    /// Records a version of `count` pages from `page`.
+    /// Records the seal of `header.count` pages. Rounds come in order.
     pub fn record(
         &mut self,
-        page: u64,
-        count: u32,
-        round: u32,
-        kind: PageKind,
+        header: &EntryHeader,
         tag: &[u8; TAG_SIZE],
     ) -> Result<(), TranscriptError> {
-        let first = self.index(page, count)?;
-        for step in 0..count {
-            let page = page + u64::from(step);
-            let index = usize::try_from(u64::from(step))
-                .map_or(usize::MAX, |step| first.saturating_add(step));
-            let slot = self
-                .slots
-                .get_mut(index)
-                .ok_or(TranscriptError::OutOfRange(page))?;
-            if slot.round == round {
-                return Err(TranscriptError::Duplicated(page));
-            }
-            if slot.round == 0 {
-                self.present += 1;
-            } else {
-                self.sum.subtract(&slot.term(page, &self.key));
-            }
-            *slot = Slot {
-                round,
-                kind: kind as u8,
-                tag: *tag,
-            };
-            self.sum.add(&slot.term(page, &self.key));
+        let (page, count) = (Gpn(header.page), u64::from(header.count));
+        if !self.present.covers(page, count) {
+            return Err(TranscriptError::OutOfRange(header.page));
         }
+        if header.round != self.round {
+            self.round = header.round;
+            self.this_round.clear();
+        }
+        if let Some(twice) = self.this_round.first_of(page, count) {
+            return Err(TranscriptError::Duplicated(twice.0));
+        }
+        self.this_round.insert_run(page, count);
+        self.present.insert_run(page, count);
+        self.seals.update(&header.encode());
+        self.seals.update(tag);
         Ok(())
     }
 
     /// What this end holds.
     pub fn manifest(&self, stream: StreamEnd, state: &[u8], offer_hash: [u8; 32]) -> Manifest {
         Manifest {
-            pages: self.present,
-            pages_sum: self.sum.to_bytes(),
+            pages: self.present.len(),
+            seals_sha256: self.seals.digest(),
             seals: stream.seals,
             rounds: stream.rounds,
             epoch: stream.epoch,
@@ -125,19 +103,6 @@ impl PageTable {
             state_sha256: crypto::sha256(&[state]),
             offer_sha256: offer_hash,
         }
-    }
-
-    fn index(&self, page: u64, count: u32) -> Result<usize, TranscriptError> {
-        let count = u64::from(count);
-        self.ranges
-            .iter()
-            .find_map(|range| {
-                let within = page.checked_sub(range.start)?;
-                let fits = within.checked_add(count)? <= range.count;
-                fits.then(|| usize::try_from(range.offset + within).ok())
-                    .flatten()
-            })
-            .ok_or(TranscriptError::OutOfRange(page))
     }
 }
 
@@ -157,8 +122,8 @@ pub struct StreamEnd {
 pub struct Manifest {
     /// Distinct pages.
     pub pages: u64,
-    /// The sum over their newest versions.
-    pub pages_sum: [u8; 32],
+    /// Digest of all page seals in their order.
+    pub seals_sha256: [u8; 32],
     /// Page seals made.
     pub seals: u64,
     /// Rounds, the last included.
@@ -210,87 +175,27 @@ pub fn check_memory(memory: &[PageRange]) -> Result<u64, TranscriptError> {
     Ok(pages)
 }
 
-struct PlacedRange {
-    start: u64,
-    count: u64,
-    offset: u64,
-}
-
-/// Round 0: no version yet.
-#[derive(Clone, Copy, Default)]
-struct Slot {
-    round: u32,
-    kind: u8,
-    tag: [u8; TAG_SIZE],
-}
-
-impl Slot {
-    fn term(&self, page: u64, key: &MacKey) -> [u8; 32] {
-        let mut message = [0; 8 + 4 + 1 + TAG_SIZE];
-        let fields = page
-            .to_le_bytes()
-            .into_iter()
-            .chain(self.round.to_le_bytes())
-            .chain([self.kind])
-            .chain(self.tag);
-        message.iter_mut().zip(fields).for_each(|(m, f)| *m = f);
-        key.mac(&message)
-    }
-}
-
-/// A number modulo 2^256, little-endian limbs.
-#[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
-struct Sum([u64; 4]);
-
-impl Sum {
-    fn add(&mut self, term: &[u8; 32]) {
-        let mut carry = false;
-        for (limb, add) in self.0.iter_mut().zip(limbs(term)) {
-            let (sum, over) = limb.overflowing_add(add);
-            let (sum, again) = sum.overflowing_add(u64::from(carry));
-            *limb = sum;
-            carry = over || again;
-        }
-    }
-
-    fn subtract(&mut self, term: &[u8; 32]) {
-        let mut borrow = false;
-        for (limb, sub) in self.0.iter_mut().zip(limbs(term)) {
-            let (difference, under) = limb.overflowing_sub(sub);
-            let (difference, again) = difference.overflowing_sub(u64::from(borrow));
-            *limb = difference;
-            borrow = under || again;
-        }
-    }
-
-    fn to_bytes(self) -> [u8; 32] {
-        let mut out = [0; 32];
-        let bytes = self.0.iter().flat_map(|limb| limb.to_le_bytes());
-        out.iter_mut().zip(bytes).for_each(|(o, b)| *o = b);
-        out
-    }
-}
-
-fn limbs(term: &[u8; 32]) -> impl Iterator<Item = u64> + '_ {
-    term.as_chunks::<8>()
-        .0
-        .iter()
-        .map(|limb| u64::from_le_bytes(*limb))
-}
-
 const MAX_GPN: u64 = 1 << 40; // 52 bits of guest physical address
 
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
-
     use super::*;
-    use crate::crypto::KeySchedule;
-    use crate::guest::Gpn;
+    use crate::wire::batch::PageKind;
 
     fn table() -> PageTable {
-        let memory = [range(0, 16), range(100, 16)];
-        PageTable::new(&memory, KeySchedule::extract(b"s", b"k").mac(b"m").unwrap()).unwrap()
+        PageTable::new(&[range(0, 16), range(100, 16)]).unwrap()
+    }
+
+    fn seal(page: u64, count: u32, round: u32) -> EntryHeader {
+        EntryHeader {
+            sequence: 0,
+            page,
+            count,
+            round,
+            session: [1; 4],
+            stream: 0,
+            kind: PageKind::Zero,
+        }
     }
 
     fn range(start: u64, count: u64) -> PageRange {
@@ -301,17 +206,28 @@ mod tests {
     }
 
     #[test]
-    fn order_does_not_matter_but_versions_do() {
-        let (mut a, mut b, mut c) = (table(), table(), table());
-        a.record(1, 1, 1, PageKind::Data, &[1; 16]).unwrap();
-        a.record(100, 4, 1, PageKind::Zero, &[2; 16]).unwrap();
-        a.record(1, 1, 2, PageKind::Data, &[3; 16]).unwrap();
-        b.record(100, 4, 1, PageKind::Zero, &[2; 16]).unwrap();
-        b.record(1, 1, 2, PageKind::Data, &[3; 16]).unwrap();
-        c.record(100, 4, 1, PageKind::Zero, &[2; 16]).unwrap();
-        c.record(1, 1, 2, PageKind::Data, &[1; 16]).unwrap();
-        assert_eq!((a.sum, a.present), (b.sum, 5));
-        assert_ne!(a.sum, c.sum);
+    fn every_seal_counts_and_so_does_its_place() {
+        let digest = |seals: &[(EntryHeader, u8)]| {
+            let mut table = table();
+            for (header, tag) in seals {
+                table.record(header, &[*tag; 16]).unwrap();
+            }
+            (table.seals.digest(), table.present.len())
+        };
+        let base = digest(&[(seal(1, 1, 1), 1), (seal(100, 4, 1), 2)]);
+        assert_eq!(base.1, 5);
+        assert_eq!(base, digest(&[(seal(1, 1, 1), 1), (seal(100, 4, 1), 2)]));
+        for other in [
+            [(seal(1, 1, 1), 1), (seal(100, 4, 1), 3)],
+            [(seal(100, 4, 1), 2), (seal(1, 1, 1), 1)],
+            [(seal(2, 1, 1), 1), (seal(100, 4, 1), 2)],
+            [(seal(1, 1, 1), 1), (seal(100, 3, 1), 2)],
+            [(seal(1, 1, 1), 1), (seal(100, 4, 2), 2)],
+        ] {
+            assert_ne!(base.0, digest(&other).0, "{other:?}");
+        }
+        let again = digest(&[(seal(1, 1, 1), 1), (seal(1, 1, 2), 1)]);
+        assert_eq!(again.1, 1, "a newer version is no further page");
     }
 
     #[test]
@@ -322,7 +238,7 @@ mod tests {
             epoch: 5,
         };
         let mut full = table();
-        full.record(1, 1, 1, PageKind::Data, &[1; 16]).unwrap();
+        full.record(&seal(1, 1, 1), &[1; 16]).unwrap();
         let root = |table: &PageTable, end, state: &[u8], offer| {
             table.manifest(end, state, offer).root().unwrap()
         };
@@ -344,19 +260,13 @@ mod tests {
     #[test]
     fn out_of_range_and_duplicates_are_refused() {
         let mut table = table();
-        assert_eq!(
-            table.record(16, 1, 1, PageKind::Data, &[0; 16]),
-            Err(TranscriptError::OutOfRange(16))
-        );
-        assert_eq!(
-            table.record(15, 2, 1, PageKind::Zero, &[0; 16]),
-            Err(TranscriptError::OutOfRange(15))
-        );
-        table.record(3, 1, 1, PageKind::Data, &[0; 16]).unwrap();
-        assert_eq!(
-            table.record(3, 1, 1, PageKind::Data, &[0; 16]),
-            Err(TranscriptError::Duplicated(3))
-        );
+        let mut record = |page, count, round| table.record(&seal(page, count, round), &[0; 16]);
+        assert_eq!(record(16, 1, 1), Err(TranscriptError::OutOfRange(16)));
+        assert_eq!(record(15, 2, 1), Err(TranscriptError::OutOfRange(15)));
+        assert_eq!(record(3, 1, 1), Ok(()));
+        assert_eq!(record(3, 1, 1), Err(TranscriptError::Duplicated(3)));
+        assert_eq!(record(2, 4, 1), Err(TranscriptError::Duplicated(3)));
+        assert_eq!(record(3, 1, 2), Ok(()), "a new round");
     }
 
     #[test]
@@ -367,17 +277,5 @@ mod tests {
         assert!(check_memory(&[range(u64::MAX, 2)]).is_err());
         assert!(check_memory(&[range(0, MAX_PAGES + 1)]).is_err());
         assert_eq!(check_memory(&[range(0, 4), range(8, 2)]), Ok(6));
-    }
-
-    proptest! {
-        #[test]
-        fn subtract_undoes_add(a: [u8; 32], b: [u8; 32]) {
-            let mut sum = Sum::default();
-            sum.add(&a);
-            let before = sum;
-            sum.add(&b);
-            sum.subtract(&b);
-            prop_assert_eq!(sum, before);
-        }
     }
 }

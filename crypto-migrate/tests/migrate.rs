@@ -179,7 +179,7 @@ fn a_failure_at_any_step_of_the_source_leaves_it_running() {
 fn a_failure_at_any_step_of_the_destination_leaves_the_source_running() {
     let site = Site::new();
     let (source, destination) = (site.source(Path::Direct), site.destination(Path::Direct));
-    for step in ["begin", "write_page", "flush", "restore", "activate"] {
+    for step in ["begin", "write_pages", "flush", "restore", "activate"] {
         let to = ToyDestination {
             fail_at: Some(step),
             ..Default::default()
@@ -272,7 +272,7 @@ fn bad_peer(bytes: Vec<u8>) -> String {
     let local = site.source(Path::Direct).local;
     let bad = std::thread::spawn(move || {
         let time = Duration::from_secs(5);
-        let mut tls = tls::connect(a, &local.identity, &local.anchors, &local.allow, time).unwrap();
+        let mut tls = tls::connect(a, &local, time).unwrap();
         tls.write_all(&bytes, Instant::now() + time).unwrap();
         tls.linger(Instant::now() + time);
     });

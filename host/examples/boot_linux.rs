@@ -56,7 +56,9 @@ fn main() {
     if options.contains_key("--disk") {
         plan.disks.push(DiskPlan {
             id: "disk0".into(),
+            format: Default::default(),
             read_only: false,
+            limits: Default::default(),
         });
     }
     let lines = Lines::new();

@@ -4,6 +4,7 @@
 //! library exists for the binary and for the tests; it is not a stable interface.
 
 pub mod agent;
+pub mod bench;
 pub mod broker;
 pub mod cli;
 pub mod confidential;

@@ -163,6 +163,9 @@ pub enum FaultError {
     /// No message of a page fault in the range.
     #[error("a message that is no page fault of guest memory")]
     Message,
+    /// More than one range.
+    #[error("guest memory is in several ranges; restore with `--memory at-once`")]
+    Layout,
     /// Outside.
     #[error("pages outside guest memory")]
     Range,

@@ -9,50 +9,107 @@
 
 mod support;
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{ErrorKind, Write};
 use std::net::Shutdown;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
-use serde_json::Value;
-use support::{Host, POLICY, offer, until};
+use support::{Host, POLICY, ask, connected, heard, http, offer, until};
 
 #[test]
 fn rubbish_is_refused_and_the_agent_answers_the_next() {
     let host = started("rubbish");
-    let long = vec![b'a'; 2 << 20];
-    let mut long_json = br#"{"request":"status","name":""#.to_vec();
-    long_json.extend(vec![b'x'; 2 << 20]);
-    long_json.extend(b"\"}\n");
-    let cases: [&[u8]; 12] = [
-        b"\n",
-        b"\x00\xff\xfe\x80\n",
-        b"GET / HTTP/1.1\r\n\r\n",
-        b"{}\n",
-        b"[]\n",
-        b"{\"request\":\"frobnicate\"}\n",
-        b"{\"request\":\"status\"}\n",
-        b"{\"request\":\"status\",\"name\":1}\n",
-        b"{\"request\":\"status\",\"name\":\"a\",\"more\":1}\n",
-        b"{\"request\":\"stop\",\"name\":\"a\"}{\"request\":\"list\"}\n",
-        &long,
-        &long_json,
+    let long_head = format!("GET /v1/guests?{} HTTP/1.1\r\n\r\n", "a".repeat(1 << 20));
+    let many = format!("GET /v1/guests HTTP/1.1\r\n{}\r\n", "a: b\r\n".repeat(100));
+    let cases: [(&[u8], u16); 7] = [
+        (b"\x00\xff\xfe\x80\r\n\r\n", 400),
+        (b"{\"request\":\"list\"}\n", 400),
+        (b"GET / HTTP/3.0\r\n\r\n", 400),
+        (b"GET /v1/guests HTTP/1.1\r\ncontent-length: x\r\n\r\n", 400),
+        (
+            b"POST /v1/guests HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
+            400,
+        ),
+        (long_head.as_bytes(), 431),
+        (many.as_bytes(), 431),
     ];
-    for case in cases {
-        let mut stream = UnixStream::connect(&host.socket).unwrap();
+    for (case, want) in cases {
+        let mut stream = connected(&host);
         offer(&mut stream, case);
         let _ = stream.shutdown(Shutdown::Write);
-        let line = last_line(stream);
-        assert_eq!(line["line"], "failed", "{line}");
-        assert_eq!(line["code"], "BAD_REQUEST", "{line}");
+        let shown = String::from_utf8_lossy(&case[..case.len().min(60)]);
+        let status = heard(&mut stream).map(|(status, _)| status);
+        assert_eq!(status, Some(want), "{shown}");
         host.json(&["list"]);
     }
-    // Deeply nested JSON must not end the agent by its stack.
-    let mut stream = UnixStream::connect(&host.socket).unwrap();
-    offer(&mut stream, "[".repeat(500_000).as_bytes());
-    offer(&mut stream, b"\n");
-    assert_eq!(last_line(stream)["code"], "BAD_REQUEST");
+}
+
+#[test]
+fn requests_that_fit_no_operation_are_refused_each_with_its_code() {
+    let host = started("unfit");
+    let long = format!("{{\"description\":\"{}\"}}", "x".repeat(2 << 20));
+    let deep = format!("{{\"description\":{}", "[".repeat(500_000));
+    for (method, target, body, status, code) in [
+        ("GET", "/", "", 404, "NO_SUCH_PATH"),
+        ("GET", "/v1/guests/a/b/c", "", 404, "NO_SUCH_PATH"),
+        ("GET", "/v1/guests/../guests", "", 404, "NO_SUCH_PATH"),
+        ("PATCH", "/v1/guests", "", 405, "METHOD_NOT_ALLOWED"),
+        ("GET", "/v1/guests/nobody", "", 404, "NO_SUCH_GUEST"),
+        ("GET", "/v1/tasks/nothing", "", 404, "NO_SUCH_TASK"),
+        ("GET", "/v1/guests?more=1", "", 400, "BAD_REQUEST"),
+        ("POST", "/v1/guests", "[]", 400, "BAD_REQUEST"),
+        ("POST", "/v1/guests", "{}", 400, "BAD_REQUEST"),
+        (
+            "POST",
+            "/v1/guests",
+            "{\"description\":1}",
+            400,
+            "BAD_REQUEST",
+        ),
+        (
+            "POST",
+            "/v1/guests/a/stop",
+            "{\"more\":1}",
+            400,
+            "BAD_REQUEST",
+        ),
+        (
+            "POST",
+            "/v1/guests/a/stop",
+            "{\"name\":\"b\"}",
+            400,
+            "BAD_REQUEST",
+        ),
+        ("POST", "/v1/guests/a/stop", "{}{}", 400, "BAD_REQUEST"),
+        ("POST", "/v1/guests", &long, 413, "TOO_LARGE"),
+        ("POST", "/v1/guests", &deep, 400, "BAD_REQUEST"),
+    ] {
+        let (found, problem) = ask(&host, method, target, body);
+        let code_found = problem["code"].as_str();
+        assert_eq!(
+            (found, code_found),
+            (status, Some(code)),
+            "{target} {problem}"
+        );
+        assert_eq!(problem["status"], status);
+    }
+    // Nor what a web page could send.
+    for (header, status) in [
+        (
+            "content-type: application/json\r\norigin: https://evil.test",
+            403,
+        ),
+        ("content-type: text/plain", 415),
+    ] {
+        let mut stream = connected(&host);
+        let text = format!(
+            "POST /v1/guests/a/stop HTTP/1.1\r\nhost: agent\r\n{header}\r\ncontent-length: 2\r\nconnection: close\r\n\r\n{{}}"
+        );
+        offer(&mut stream, text.as_bytes());
+        assert_eq!(heard(&mut stream).unwrap().0, status, "{header}");
+    }
     host.json(&["list"]);
 }
 
@@ -60,55 +117,77 @@ fn rubbish_is_refused_and_the_agent_answers_the_next() {
 fn silence_and_half_a_request_end_within_the_deadline() {
     let host = started("silence");
     // More than the agent serves at a time, so that the last waits for the first to be turned away.
-    let mut silent: Vec<UnixStream> = (0..40)
-        .map(|_| UnixStream::connect(&host.socket).unwrap())
-        .collect();
+    let mut silent: Vec<UnixStream> = (0..40).map(|_| connected(&host)).collect();
     for stream in silent.iter_mut().take(8) {
-        offer(stream, b"{\"request\":\"li");
+        offer(stream, b"GET /v1/gue");
+    }
+    let whole = http("POST", "/v1/guests", "{\"description\":\"x\"}");
+    for stream in silent.iter_mut().skip(8).take(8) {
+        offer(stream, &whole[..whole.len() - 3]);
     }
     host.json(&["list"]);
-    let first = silent.swap_remove(0);
-    let line = last_line(first);
-    assert_eq!(line["code"], "BAD_REQUEST", "{line}");
-    assert!(line["error"].as_str().unwrap().contains("within"), "{line}");
+    let mut half = silent.swap_remove(8);
+    let (status, problem) = heard(&mut half).unwrap();
+    assert_eq!(status, 408);
+    assert!(problem.contains("within"), "{problem}");
 }
 
 #[test]
 fn a_request_in_drops_does_not_outlive_the_deadline() {
     let host = started("drops");
-    let mut stream = UnixStream::connect(&host.socket).unwrap();
-    let mut writer = stream.try_clone().unwrap();
-    let (ended, over) = std::sync::mpsc::channel::<()>();
-    let drops = std::thread::spawn(move || {
-        while over
-            .recv_timeout(std::time::Duration::from_secs(2))
-            .is_err()
-        {
-            if writer.write_all(b" ").is_err() {
-                break;
+    for beginning in [
+        "GET /v1/guests HTTP/1.1\r\nx: ",
+        "POST /v1/guests HTTP/1.1\r\nhost: a\r\ncontent-length: 1000\r\n\r\n",
+    ] {
+        let mut stream = connected(&host);
+        let mut writer = stream.try_clone().unwrap();
+        offer(&mut writer, beginning.as_bytes());
+        let (ended, over) = std::sync::mpsc::channel::<()>();
+        let begun = Instant::now();
+        let drops = std::thread::spawn(move || {
+            while over.recv_timeout(Duration::from_secs(2)).is_err() {
+                if writer.write_all(b" ").is_err() {
+                    break;
+                }
             }
+        });
+        let status = heard(&mut stream).map(|(status, _)| status);
+        assert!(matches!(status, None | Some(408)), "{status:?}");
+        let taken = begun.elapsed().as_secs();
+        assert!((8..60).contains(&taken), "{taken} s");
+        drop(ended);
+        drops.join().unwrap();
+    }
+}
+
+#[test]
+fn who_asks_and_does_not_read_loses_the_connection() {
+    let host = started("deaf");
+    let mut stream = connected(&host);
+    let request = String::from_utf8(http("GET", "/v1/openapi.json", "")).unwrap();
+    let request = request.replace("connection: close\r\n", "");
+    // Answers that nobody reads fill the socket; the agent then waits, and then does not.
+    let patience = Some(Duration::from_secs(60));
+    stream.set_write_timeout(patience).unwrap();
+    let begun = Instant::now();
+    let error = loop {
+        if let Err(error) = stream.write_all(request.as_bytes()) {
+            break error;
         }
-    });
-    stream
-        .set_read_timeout(Some(std::time::Duration::from_secs(60)))
-        .unwrap();
-    let mut text = String::new();
-    stream.read_to_string(&mut text).unwrap();
-    let line: Value = serde_json::from_str(text.trim()).unwrap();
-    assert_eq!(line["code"], "BAD_REQUEST", "{line}");
-    drop(ended);
-    drops.join().unwrap();
+    };
+    let reset = [ErrorKind::BrokenPipe, ErrorKind::ConnectionReset];
+    assert!(reset.contains(&error.kind()), "{error}");
+    let taken = begun.elapsed().as_secs();
+    assert!((8..50).contains(&taken), "{taken} s");
 }
 
 #[test]
 fn a_client_that_hangs_up_stops_no_work() {
     let host = started("hangup");
     let path = host.describe("vm", "vault", support::SEV);
-    let mut stream = UnixStream::connect(&host.socket).unwrap();
-    let description = host.path(&path);
-    let request =
-        serde_json::json!({"request": "run", "description": description, "session": null});
-    offer(&mut stream, format!("{request}\n").as_bytes());
+    let mut stream = connected(&host);
+    let body = serde_json::json!({"description": host.path(&path)});
+    offer(&mut stream, &http("POST", "/v1/guests", &body.to_string()));
     drop(stream);
     until("the guest runs", || host.listed("vault").is_some());
     host.run(&["stop", "vault"]).expect(0);
@@ -124,9 +203,9 @@ fn base64_and_sizes_in_requests_are_checked() {
         ("AAAA", "AAAA"),
         (&*"A".repeat(200_000), "AAAA"),
     ] {
-        let request = serde_json::json!({"request": "inject-secret", "name": "vault", "header": header, "ciphertext": ciphertext});
-        let line = ask(&host, &request);
-        assert_eq!(line["line"], "failed", "{line}");
+        let body = serde_json::json!({"header": header, "ciphertext": ciphertext}).to_string();
+        let (status, problem) = ask(&host, "POST", "/v1/guests/vault/secret", &body);
+        assert!(status >= 400 && problem["code"].is_string(), "{problem}");
         assert_eq!(host.listed("vault").unwrap()["state"], "measured");
     }
 }
@@ -153,7 +232,8 @@ fn another_user_is_refused() {
     );
     // Even with the file's permissions gone the kernel says who asks.
     mode(&host.socket, 0o666);
-    let line = ask_as(NOBODY, &host.socket).unwrap();
+    let (status, line) = ask_as(NOBODY, &host.socket).unwrap();
+    assert_eq!(status, 403);
     assert!(
         line.contains("NOT_PERMITTED") && line.contains("65534"),
         "{line}"
@@ -209,14 +289,8 @@ fn started(tag: &str) -> Host {
     host
 }
 
-fn ask(host: &Host, request: &Value) -> Value {
-    let mut stream = UnixStream::connect(&host.socket).unwrap();
-    offer(&mut stream, format!("{request}\n").as_bytes());
-    last_line(stream)
-}
-
 /// What a client of another user hears; none if it cannot even connect.
-fn ask_as(uid: libc::uid_t, socket: &Path) -> Option<String> {
+fn ask_as(uid: libc::uid_t, socket: &Path) -> Option<(u16, String)> {
     let socket = socket.to_owned();
     let client = std::thread::spawn(move || {
         // SAFETY: numbers only. The bare system call, unlike libc's function, changes this thread alone, and the
@@ -224,19 +298,10 @@ fn ask_as(uid: libc::uid_t, socket: &Path) -> Option<String> {
         let changed = unsafe { libc::syscall(libc::SYS_setresuid, uid, uid, uid) };
         assert_eq!(changed, 0);
         let mut stream = UnixStream::connect(socket).ok()?;
-        offer(&mut stream, b"{\"request\":\"list\"}\n");
-        // The agent reads nothing of a stranger, so behind its answer the connection is reset.
-        BufReader::new(stream).lines().next()?.ok()
+        offer(&mut stream, &http("GET", "/v1/guests", ""));
+        heard(&mut stream)
     });
     client.join().unwrap()
-}
-
-fn last_line(stream: UnixStream) -> Value {
-    stream
-        .set_read_timeout(Some(std::time::Duration::from_secs(100)))
-        .unwrap();
-    let lines = BufReader::new(stream).lines().map_while(Result::ok);
-    serde_json::from_str(&lines.last().unwrap()).unwrap()
 }
 
 const NOBODY: libc::uid_t = 65534;

@@ -80,11 +80,11 @@ const FAULTS: &[(&str, &str, &[&str])] = &[
     ("vcpus = 1", "vcpus = \"two\"", &["vcpus", "string"]),
     ("vcpus = 1", "vcpus = 1\nvcpus = 1", &["vcpus", "duplicate"]),
     ("vcpus = 1", "vcpus 1", &["expected"]),
-    ("\"64 MiB\"", "\"1 MiB\"", &["`memory`", "64 MiB to 3 GiB"]),
+    ("\"64 MiB\"", "\"1 MiB\"", &["`memory`", "64 MiB to 64 GiB"]),
     (
         "\"64 MiB\"",
         "\"99999999999999999999 GiB\"",
-        &["`memory`", "64 MiB to 3 GiB"],
+        &["`memory`", "64 MiB to 64 GiB"],
     ),
     ("\"vault\"", "\"../vault\"", &["`name`", "a-z"]),
     ("\"vault\"", "\"\"", &["`name`", "1 to 64"]),

@@ -54,7 +54,15 @@ fn an_agent_that_hangs_up_or_talks_rubbish_is_reported() {
         (&b""[..], "closed the connection"),
         (b"rubbish\n", "talking to the agent"),
         (&[0xff; 64], "talking to the agent"),
-        (b"{\"line\":\"answer\"}\n", "talking to the agent"),
+        (
+            b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}",
+            "talking to the agent",
+        ),
+        (b"HTTP/1.1 418 No\r\ncontent-length: 2\r\n\r\n{}", "418"),
+        (
+            b"HTTP/1.1 200 OK\r\ncontent-length: 20\r\n\r\n{}",
+            "talking to the agent",
+        ),
     ] {
         let host = Host::new("lost");
         let listener = std::os::unix::net::UnixListener::bind(&host.socket).unwrap();
@@ -81,8 +89,12 @@ fn an_answer_that_came_before_the_request_was_read_is_heard() {
     let listener = std::os::unix::net::UnixListener::bind(&host.socket).unwrap();
     let agent = std::thread::spawn(move || {
         let (mut stream, _) = listener.accept().unwrap();
-        let line = b"{\"line\":\"failed\",\"code\":\"NOT_PERMITTED\",\"error\":\"use root\"}\n";
-        support::offer(&mut stream, line);
+        let body = r#"{"type":"about:blank","title":"","status":403,"code":"NOT_PERMITTED","detail":"use root"}"#;
+        let head = format!(
+            "HTTP/1.1 403 Forbidden\r\ncontent-length: {}\r\n\r\n",
+            body.len()
+        );
+        support::offer(&mut stream, format!("{head}{body}").as_bytes());
     });
     let args = ["run", "vm.toml", "--owner-session", "session"];
     host.run(&args).refused(1, &["use root", "NOT_PERMITTED"]);

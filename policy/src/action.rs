@@ -34,6 +34,15 @@ pub enum Action {
         /// The peer's name in the policy.
         peer_name: String,
     },
+    /// Go on with the sending of a guest over the session that was agreed on, which is among the claims.
+    MigrateSession {
+        /// Its technology.
+        technology: Technology,
+        /// Whether the secure processor is the software one.
+        emulated: bool,
+        /// The peer's name in the policy.
+        peer_name: String,
+    },
     /// Receive a running guest from a peer.
     MigrateIn {
         /// The end-to-end identity that signed the offer.
@@ -157,6 +166,7 @@ impl Action {
         match self {
             Self::Launch { .. } => ActionKind::Launch,
             Self::MigrateOut { .. } => ActionKind::MigrateOut,
+            Self::MigrateSession { .. } => ActionKind::MigrateSession,
             Self::MigrateIn { .. } => ActionKind::MigrateIn,
             Self::ReleaseSecret { .. } => ActionKind::ReleaseSecret,
             Self::InjectSecret { .. } => ActionKind::InjectSecret,
@@ -198,6 +208,11 @@ impl Action {
                 ..
             }
             | Self::MigrateOut {
+                technology,
+                emulated,
+                ..
+            }
+            | Self::MigrateSession {
                 technology,
                 emulated,
                 ..
@@ -283,6 +298,8 @@ kinds! {
     Launch = "launch",
     /// [`Action::MigrateOut`]
     MigrateOut = "migrate-out",
+    /// [`Action::MigrateSession`]
+    MigrateSession = "migrate-session",
     /// [`Action::MigrateIn`]
     MigrateIn = "migrate-in",
     /// [`Action::ReleaseSecret`]

@@ -7,7 +7,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::action::Action;
-use crate::types::{DnsName, Fingerprint, LaunchDigest, LaunchSigner, Timestamp};
+use crate::types::{DnsName, Fingerprint, Identity, LaunchDigest, LaunchSigner, Timestamp};
 
 /// Everything a decision depends on, besides the policy. Recorded with the decision, so that it can be made again.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,6 +30,9 @@ pub struct Inquiry {
     /// What holds on this host.
     #[serde(default, skip_serializing_if = "HostClaims::is_empty")]
     pub host: HostClaims,
+    /// What two hosts have agreed on for a move.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub session: Option<SessionClaims>,
 }
 
 impl Inquiry {
@@ -43,6 +46,7 @@ impl Inquiry {
             action,
             guest: GuestClaims::default(),
             host: HostClaims::default(),
+            session: None,
         }
     }
 
@@ -142,6 +146,22 @@ impl HostClaims {
     fn is_empty(&self) -> bool {
         *self == Self::default()
     }
+}
+
+/// The session of a move, as it was negotiated.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SessionClaims {
+    /// The end-to-end identity that signed the agreement.
+    pub peer: Identity,
+    /// The identity that terminates the TLS connection.
+    pub tls: Identity,
+    /// `direct` or `gateway`.
+    pub path: String,
+    /// TLS cipher suite, by its IANA-like name in rustls: `TLS13_AES_256_GCM_SHA384`.
+    pub suite: String,
+    /// Key agreement group: `X25519`.
+    pub group: String,
 }
 
 /// A generation of processors with SEV-SNP.

@@ -232,6 +232,10 @@ pub struct Migration {
     /// Fingerprints of the emulated roots whose platforms a guest may be sent to; AMD's own roots are built in.
     #[serde(default)]
     pub trusted_emulated_roots: Vec<Fingerprint>,
+    /// TLS cipher suites over which guests may move (default: those of the program).
+    pub suites: Option<BTreeSet<String>>,
+    /// Key agreement groups with which guests may move (default: those of the program).
+    pub groups: Option<BTreeSet<String>>,
 }
 
 /// `[[peer]]`: another host.
@@ -343,6 +347,8 @@ impl Default for Migration {
             incoming: false,
             downtime_limit_ms: downtime_default(),
             trusted_emulated_roots: Vec::new(),
+            suites: None,
+            groups: None,
         }
     }
 }

@@ -3,6 +3,7 @@
 mod code;
 mod guest;
 mod people;
+mod session;
 
 use std::collections::BTreeSet;
 use std::fmt::{Display, Write as _};
@@ -25,6 +26,7 @@ pub fn decide(policy: &HostPolicy, inquiry: &Inquiry) -> Decision {
     reasons.extend(validity_rule(policy, inquiry));
     reasons.extend(host_rules(policy, &inquiry.action));
     reasons.extend(ground_rules(policy, inquiry));
+    reasons.extend(session::rules(policy, inquiry));
     reasons.extend(guest::rules(policy, inquiry));
     Decision::of(reasons)
 }
@@ -109,7 +111,7 @@ fn host_rules(policy: &HostPolicy, action: &Action) -> Vec<Reason> {
         Action::Launch {
             vcpus, memory_mib, ..
         } => reasons.extend(size_rules(policy, *vcpus, *memory_mib)),
-        Action::MigrateOut { peer_name, .. } => {
+        Action::MigrateOut { peer_name, .. } | Action::MigrateSession { peer_name, .. } => {
             reasons.push(direction_rule(
                 "migration.outgoing",
                 policy.migration.outgoing,

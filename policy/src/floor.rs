@@ -29,6 +29,11 @@ pub fn check(policy: &HostPolicy, action: &Action) -> Vec<Reason> {
             emulated,
             ..
         }
+        | Action::MigrateSession {
+            technology,
+            emulated,
+            ..
+        }
         | Action::MigrateIn {
             technology,
             emulated,

@@ -156,6 +156,7 @@ pub fn input(inquiry: &Inquiry) -> Json {
             "sandbox": host.sandbox,
             "firmware": host.firmware,
         },
+        "session": inquiry.session,
     })
 }
 

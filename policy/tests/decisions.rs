@@ -3,9 +3,11 @@
 mod support;
 
 use casemate_policy::action::{Action, PlatformCommand};
-use casemate_policy::claims::{Actor, Firmware, Inquiry, Product, SandboxLevel, Tcb};
+use casemate_policy::claims::{
+    Actor, Firmware, Inquiry, Product, SandboxLevel, SessionClaims, Tcb,
+};
 use casemate_policy::document::guest::ReplicaSeal;
-use casemate_policy::{Code, HostPolicy, Technology, decide};
+use casemate_policy::{Code, Fingerprint, HostPolicy, Identity, Technology, decide};
 
 use support::*;
 
@@ -383,7 +385,10 @@ fn without_people_whoever_may_open_the_socket_is_everything() {
         Action::EvidenceKeyRotate,
         launch(Technology::Sev, 1),
     ] {
-        assert!(decide(&policy, &ask(Actor::Local { uid: 4 }, "vm", action)).allowed);
+        assert!(decide(&policy, &ask(Actor::Local { uid: 4 }, "vm", action.clone())).allowed);
+        // Whoever comes by a certificate is nobody the kernel let in.
+        let remote = ask(certificate("erin.test", 5), "vm", action);
+        assert_eq!(decide(&policy, &remote).code, Code::PersonUnknown);
     }
 }
 
@@ -403,4 +408,70 @@ fn tcb_of_turin_has_a_part_more() {
         });
         assert_eq!(decide(&policy, &inquiry).code, wanted);
     }
+}
+
+/// Who is there, over whom, and by which cipher: each is looked at before a page travels, and what is not known refuses.
+#[test]
+fn a_session_must_be_the_one_that_the_policy_means() {
+    let lists = "[migration]\nsuites = ['AES']\ngroups = ['X25519']";
+    let policy = parse(&BASE.replace("[migration]", lists));
+    let identity = |san: &str, key| Identity {
+        san: san.parse().unwrap(),
+        spki: Fingerprint::from_bytes([key; 32]),
+    };
+    let near = identity("near.test", 1);
+    let session = |peer: &Identity, tls: &Identity| SessionClaims {
+        peer: peer.clone(),
+        tls: tls.clone(),
+        path: "direct".to_owned(),
+        suite: "AES".to_owned(),
+        group: "X25519".to_owned(),
+    };
+    let leaving = |peer: &str, session| {
+        let action = Action::MigrateSession {
+            technology: Technology::Sev,
+            emulated: false,
+            peer_name: peer.to_owned(),
+        };
+        let mut inquiry = ask(Actor::Host, "vm", action);
+        inquiry.session = session;
+        inquiry
+    };
+    let good = leaving("near", Some(session(&near, &near)));
+    let mut arriving = ask(Actor::Host, "vm", arrival());
+    arriving.session = good.session.clone();
+    for good in [&good, &arriving] {
+        let with = |change: &dyn Fn(&mut SessionClaims)| {
+            code(&policy, good, |i| change(i.session.as_mut().unwrap()))
+        };
+        assert_eq!(with(&|s| s.suite = "NULL".into()), Code::SessionNotAllowed);
+        assert_eq!(with(&|s| s.group = "P256".into()), Code::SessionNotAllowed);
+        assert_ne!(code(&policy, good, |i| i.session = None), Code::Allowed);
+    }
+    // At the source, the peer that signed is the one that was named.
+    let (far, gateway) = (identity("far.test", 2), identity("gw.test", 3));
+    let of = |peer: &str, end: &Identity, tls: &Identity| {
+        decide(&policy, &leaving(peer, Some(session(end, tls)))).code
+    };
+    assert_eq!(of("far", &far, &gateway), Code::Allowed);
+    assert_eq!(of("near", &far, &near), Code::PeerUnknown);
+    assert_eq!(of("near", &near, &gateway), Code::PeerPathMismatch);
+    assert_eq!(of("far", &far, &far), Code::PeerPathMismatch);
+    assert_eq!(of("nobody", &near, &near), Code::PeerUnknown);
+    assert_eq!(
+        decide(&policy, &leaving("near", None)).code,
+        Code::PeerUnknown
+    );
+    // Without lists every suite of the program will do; who is there is looked at all the same.
+    let open = parse(BASE);
+    let any = code(&open, &good, |i| {
+        i.session.as_mut().unwrap().suite = "X".into()
+    });
+    assert_eq!(any, Code::Allowed);
+    assert_eq!(
+        decide(&open, &leaving("near", None)).code,
+        Code::PeerUnknown
+    );
+    // What was recorded is asked again with the same words.
+    assert_eq!(Inquiry::from_canonical(&good.canonical()), Some(good));
 }

@@ -125,7 +125,8 @@ fn the_schema_is_fixed() {
             "launch_signers": [], "product": "milan", "tcb": null, "policy_bits": 196608, "vmpl": 1,
             "nonce_matches": true, "evidence_age_s": 300
         },
-        "host": {"landlock_abi": null, "sandbox": null, "firmware": null}
+        "host": {"landlock_abi": null, "sandbox": null, "firmware": null},
+        "session": null
     }"#,
     )
     .unwrap();

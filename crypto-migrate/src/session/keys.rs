@@ -4,7 +4,7 @@ use zeroize::Zeroizing;
 
 use super::{Session, SessionError, encode};
 use crate::channel::STREAM;
-use crate::crypto::{self, AeadKey, CryptoError, EphemeralKey, KeySchedule, MacKey};
+use crate::crypto::{self, AeadKey, CryptoError, EphemeralKey, KeySchedule, MacKey, Provider};
 use crate::guest::GuestOffer;
 use crate::identity::{HostIdentity, PeerIdentity};
 use crate::page::Binding;
@@ -39,7 +39,6 @@ impl Facts<'_> {
         &self,
         peer: PeerIdentity,
         page_key: AeadKey,
-        manifest_key: MacKey,
         evidence: Vec<u8>,
     ) -> Session {
         let (vm_id, epoch) = (self.guest.vm_id, self.guest.epoch);
@@ -54,7 +53,6 @@ impl Facts<'_> {
             path: self.path,
             binding,
             page_key,
-            manifest_key,
             offer_hash: self.offer_hash,
             evidence,
         }
@@ -93,7 +91,6 @@ pub(super) struct Keys {
     pub(super) control_source: AeadKey,
     pub(super) control_destination: AeadKey,
     pub(super) page: AeadKey,
-    pub(super) manifest: MacKey,
 }
 
 impl Keys {
@@ -101,15 +98,16 @@ impl Keys {
         transcript: &[u8; 48],
         secret: &[u8],
         facts: &Facts<'_>,
+        provider: Provider,
     ) -> Result<Self, CryptoError> {
         let schedule = KeySchedule::extract(transcript, secret);
+        let aead = |label, role| schedule.aead(provider, &facts.info(label, role));
         Ok(Self {
             confirm_source: schedule.mac(&facts.info("confirm", Role::Source))?,
             confirm_destination: schedule.mac(&facts.info("confirm", Role::Destination))?,
-            control_source: schedule.aead(&facts.info("control", Role::Source))?,
-            control_destination: schedule.aead(&facts.info("control", Role::Destination))?,
-            page: schedule.aead(&facts.info("page", Role::Source))?,
-            manifest: schedule.mac(&facts.info("manifest", Role::Source))?,
+            control_source: aead("control", Role::Source)?,
+            control_destination: aead("control", Role::Destination)?,
+            page: aead("page", Role::Source)?,
         })
     }
 }

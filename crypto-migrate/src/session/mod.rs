@@ -32,10 +32,7 @@ use crate::channel::{Channel, ChannelError, ControlKeys};
 use crate::code::Code;
 use crate::crypto::{self, AeadKey, CryptoError, EphemeralKey, MacKey};
 use crate::guest::{Admission, GuestOffer, Refusal};
-use crate::identity::{
-    AllowList, AllowedPeer, HostIdentity, IdentityError, MAX_CHAIN, Path, PeerIdentity,
-    TrustAnchors, Usage,
-};
+use crate::identity::{AllowedPeer, IdentityError, Local, MAX_CHAIN, Path, PeerIdentity, Usage};
 use crate::page::Binding;
 use crate::tls::{TlsError, TlsStream, Transport};
 use crate::transcript::check_memory;
@@ -48,17 +45,6 @@ pub const SESSION_VERSION: u16 = 1;
 pub const MAX_DESCRIPTION: usize = 64 * 1024;
 /// Bytes of platform evidence an accept may carry.
 pub const MAX_EVIDENCE: usize = 64 * 1024;
-
-/// What both ends know of themselves and of whom they allow.
-#[derive(Clone, Debug)]
-pub struct Local {
-    /// This host.
-    pub identity: HostIdentity,
-    /// The site authorities.
-    pub anchors: TrustAnchors,
-    /// The peers that policy allows, and the way to each.
-    pub allow: AllowList,
-}
 
 /// An agreement that failed.
 #[derive(Debug, thiserror::Error)]
@@ -147,7 +133,6 @@ pub(crate) struct Session {
     pub(crate) path: PathKind,
     pub(crate) binding: Binding,
     pub(crate) page_key: AeadKey,
-    pub(crate) manifest_key: MacKey,
     pub(crate) offer_hash: [u8; 32],
     /// Platform evidence of the destination.
     pub(crate) evidence: Vec<u8>,
@@ -218,7 +203,7 @@ pub(crate) fn offer<T: Transport>(
         owner_key,
         path,
     )?;
-    let keys = Keys::derive(&transcript.hash(), &secret, &facts)?;
+    let keys = Keys::derive(&transcript.hash(), &secret, &facts, local.provider)?;
     channel.send(&Confirm {
         mac: keys.confirm_source.mac(&transcript.hash()),
     })?;
@@ -228,7 +213,7 @@ pub(crate) fn offer<T: Transport>(
         send: keys.control_source,
         receive: keys.control_destination,
     });
-    Ok(facts.session(peer, keys.page, keys.manifest, accept.evidence))
+    Ok(facts.session(peer, keys.page, accept.evidence))
 }
 
 /// What [`accept`] leaves behind besides the session.
@@ -298,7 +283,7 @@ pub(crate) fn accept<T: Transport>(
         owner_key,
         path,
     )?;
-    let keys = Keys::derive(&transcript.hash(), &secret, &facts)?;
+    let keys = Keys::derive(&transcript.hash(), &secret, &facts, local.provider)?;
     let theirs: Confirm = channel.receive_message("Confirm", deadline)?;
     verify_confirm(&keys.confirm_source, &transcript, &theirs)?;
     channel.send(&Confirm {
@@ -308,7 +293,7 @@ pub(crate) fn accept<T: Transport>(
         send: keys.control_destination,
         receive: keys.control_source,
     });
-    let session = facts.session(peer, keys.page, keys.manifest, evidence);
+    let session = facts.session(peer, keys.page, evidence);
     Ok(Accepted {
         session,
         guest: offer.guest,

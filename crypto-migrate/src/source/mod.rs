@@ -17,10 +17,11 @@ use self::stream::{EndOfStream, Stream, Totals, at, on};
 use crate::channel::{Channel, ChannelError};
 use crate::code::Code;
 use crate::guest::{GuestError, GuestOffer, SourceGuest};
+use crate::identity::Local;
 use crate::page::{PageError, PageSealer};
 use crate::precopy::{Convergence, Limits};
 use crate::progress::{Phase, Progress};
-use crate::session::{self, Local, OwnerKey, SessionError};
+use crate::session::{self, OwnerKey, SessionError};
 use crate::tls::{self, TlsError, Transport};
 use crate::transcript::{PageTable, TranscriptError};
 use crate::wire::FrameKind;
@@ -228,14 +229,7 @@ pub fn migrate<T: Transport>(
 ) -> Result<SourceOutcome, SourceError> {
     let started = Instant::now();
     progress(Progress::new(Phase::Connect, started));
-    let local = &config.local;
-    let tls = tls::connect(
-        transport,
-        &local.identity,
-        &local.anchors,
-        &local.allow,
-        config.deadlines.connect,
-    );
+    let tls = tls::connect(transport, &config.local, config.deadlines.connect);
     let tls = match tls {
         Ok(tls) => tls,
         Err(error) => return Err(resume(guest, SourceError::Connect(error))),
@@ -286,7 +280,7 @@ fn run<T: Transport>(
     progress(Progress::new(Phase::Begin, started));
     let start = guest.begin(&session.evidence).map_err(at(Phase::Begin))?;
     channel.send(&Begin { start }).map_err(on(Phase::Begin))?;
-    let table = PageTable::new(&offer.memory, session.manifest_key)?;
+    let table = PageTable::new(&offer.memory)?;
     let sealer = PageSealer::new(session.page_key, session.binding);
     let mut stream = Stream {
         channel,

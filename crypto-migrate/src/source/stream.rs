@@ -5,8 +5,9 @@ use std::time::{Duration, Instant};
 
 use super::{SourceConfig, SourceError, SourceOutcome};
 use crate::channel::{Channel, ChannelError};
-use crate::guest::{Gpn, GuestError, PageContent, SourceGuest};
+use crate::guest::{Gpn, GuestError, PAGE_SIZE, PageContent, SourceGuest};
 use crate::page::PageSealer;
+use crate::pages::PageSet;
 use crate::precopy::{Convergence, Estimator, Next, Round};
 use crate::progress::{Phase, Progress, millis};
 use crate::tls::Transport;
@@ -40,7 +41,7 @@ pub(super) struct Totals {
 
 /// What is left when the guest is about to be paused.
 pub(super) struct Copied {
-    left: Vec<Gpn>,
+    left: PageSet,
     convergence: Convergence,
     estimator: Estimator,
 }
@@ -67,7 +68,7 @@ impl<T: Transport> Stream<'_, T> {
             let duration = begun.elapsed();
             self.totals.stream_time += duration;
             let bytes = self.channel.bytes().saturating_sub(bytes);
-            let dirty_pages = dirty.len() as u64;
+            let dirty_pages = dirty.len();
             let next = estimator.finish(Round {
                 bytes,
                 duration,
@@ -152,12 +153,10 @@ impl<T: Transport> Stream<'_, T> {
     /// The last round and the state; nothing is waited for in between.
     fn send_last(
         &mut self,
-        mut left: Vec<Gpn>,
+        mut left: PageSet,
         estimator: &Estimator,
     ) -> Result<Vec<u8>, SourceError> {
-        left.extend(self.guest.take_dirty().map_err(at(Phase::Final))?);
-        left.sort_unstable();
-        left.dedup();
+        left.merge(&self.guest.take_dirty().map_err(at(Phase::Final))?);
         self.round += 1;
         let sent = self.send_pages(Phase::Final, &left, estimator)?;
         self.end_round(sent, Phase::Final)?;
@@ -223,17 +222,23 @@ impl<T: Transport> Stream<'_, T> {
     fn send_pages(
         &mut self,
         phase: Phase,
-        pages: &[Gpn],
+        pages: &PageSet,
         estimator: &Estimator,
     ) -> Result<u64, SourceError> {
         let step = self.guest.batch_pages().clamp(1, MAX_ENTRIES / 2);
         let mut sent = 0u64;
         let mut zero = ZeroRun::default();
         let mut reported = Instant::now();
-        for chunk in pages.chunks(step) {
+        let (total, mut next, mut chunk) = (pages.len(), pages.iter(), Vec::with_capacity(step));
+        loop {
+            chunk.clear();
+            chunk.extend(next.by_ref().take(step));
+            if chunk.is_empty() {
+                break;
+            }
             self.check_cancelled()?;
             self.poll_abort(phase)?;
-            self.seal_chunk(phase, chunk, &mut zero)?;
+            self.seal_chunk(phase, &chunk, &mut zero)?;
             sent += chunk.len() as u64;
             // Room for another chunk and the pending run must remain.
             if self.batch.payload_length() >= BATCH_TARGET
@@ -247,7 +252,7 @@ impl<T: Transport> Stream<'_, T> {
                 reported = Instant::now();
                 let mut event = self.event(phase, estimator);
                 event.pages = sent;
-                event.pages_total = pages.len() as u64;
+                event.pages_total = total;
                 (self.progress)(event);
             }
         }
@@ -278,7 +283,11 @@ impl<T: Transport> Stream<'_, T> {
         let mut failed = None;
         let mut emitted = 0;
         let mut emit = |page: Gpn, content: PageContent<'_>| {
-            emitted += 1;
+            let count = match content {
+                PageContent::Data(data) => data.len() / PAGE_SIZE,
+                PageContent::Zero | PageContent::Firmware { .. } => 1,
+            };
+            emitted += count;
             if failed.is_some() {
                 return;
             }
@@ -292,7 +301,8 @@ impl<T: Transport> Stream<'_, T> {
                 content => {
                     totals.firmware_pages +=
                         u64::from(matches!(content, PageContent::Firmware { .. }));
-                    seal(sealer, table, batch, *round, (page, 1), content)
+                    let count = u32::try_from(count).unwrap_or(u32::MAX);
+                    seal(sealer, table, batch, *round, (page, count), content)
                 }
             };
             failed = sealed.err();
@@ -421,8 +431,8 @@ fn seal(
     (page, count): (Gpn, u32),
     content: PageContent<'_>,
 ) -> Result<(), SourceError> {
-    let (kind, tag) = sealer.seal(batch, round, page, count, content)?;
-    Ok(table.record(page.0, count, round, kind, &tag)?)
+    let (header, tag) = sealer.seal(batch, round, page, count, content)?;
+    Ok(table.record(&header, &tag)?)
 }
 
 pub(super) fn at(phase: Phase) -> impl Fn(GuestError) -> SourceError {

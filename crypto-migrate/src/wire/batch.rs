@@ -4,13 +4,13 @@
 //! | --- | --- |
 //! | 0..8 | sequence of the seal, from 0, per stream and direction |
 //! | 8..16 | guest page number of the first page |
-//! | 16..20 | number of pages (1, or the length of a zero run) |
+//! | 16..20 | number of pages: of an extent at most [`EXTENT_PAGES`], of a zero run at most [`MAX_RUN`], else 1 |
 //! | 20..24 | round |
 //! | 24..28 | the first four bytes of the session id |
 //! | 28..30 | stream |
-//! | 30 | kind: 1 data, 2 zero run, 3 firmware packet |
+//! | 30 | kind: 1 extent of data, 2 zero run, 3 firmware packet |
 //! | 31 | 0 |
-//! | 32.. | ciphertext: 4096, 0, or 52 + 4096 bytes |
+//! | 32.. | ciphertext: 4096 bytes a page, 0, or 52 + 4096 bytes |
 //! | last 16 | tag |
 //!
 //! All little endian. The clear header is what a gateway can change; the seal authenticates it, and before
@@ -18,7 +18,7 @@
 
 use super::{HEADER_SIZE, WireError};
 use crate::crypto::TAG_SIZE;
-use crate::guest::{PACKET_HEADER_SIZE, PAGE_SIZE};
+use crate::guest::{EXTENT_PAGES, PACKET_HEADER_SIZE, PAGE_SIZE};
 
 /// Size of an entry's clear header.
 pub const ENTRY_HEADER_SIZE: usize = 32;
@@ -26,16 +26,15 @@ pub const ENTRY_HEADER_SIZE: usize = 32;
 pub const MAX_ENTRIES: usize = 256;
 /// Pages one zero run may cover.
 pub const MAX_RUN: u32 = 1 << 20;
-/// The largest entry.
-pub const MAX_ENTRY: usize = ENTRY_HEADER_SIZE + PACKET_HEADER_SIZE + PAGE_SIZE + TAG_SIZE;
-/// The largest payload of a batch.
-pub const MAX_PAYLOAD: usize = COUNT_SIZE + MAX_ENTRIES * MAX_ENTRY;
+/// The largest payload of a batch; an entry costs at most a packet's size per page.
+pub const MAX_PAYLOAD: usize =
+    COUNT_SIZE + MAX_ENTRIES * (ENTRY_HEADER_SIZE + PACKET_HEADER_SIZE + PAGE_SIZE + TAG_SIZE);
 
 /// What an entry carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum PageKind {
-    /// A page.
+    /// Pages one after the other.
     Data = 1,
     /// A run of zero pages.
     Zero = 2,
@@ -44,12 +43,12 @@ pub enum PageKind {
 }
 
 impl PageKind {
-    /// Bytes of ciphertext.
-    pub const fn body_length(self) -> usize {
+    /// Pages one entry may cover.
+    pub const fn max_count(self) -> u32 {
         match self {
-            PageKind::Data => PAGE_SIZE,
-            PageKind::Zero => 0,
-            PageKind::Firmware => PACKET_HEADER_SIZE + PAGE_SIZE,
+            PageKind::Data => EXTENT_PAGES as u32,
+            PageKind::Zero => MAX_RUN,
+            PageKind::Firmware => 1,
         }
     }
 }
@@ -89,8 +88,7 @@ impl EntryHeader {
             [3, 0] => PageKind::Firmware,
             _ => return Err(WireError::Malformed("page entry of unknown kind")),
         };
-        let max = if kind == PageKind::Zero { MAX_RUN } else { 1 };
-        if count == 0 || count > max {
+        if count == 0 || count > kind.max_count() {
             return Err(WireError::Malformed("page entry with an impossible count"));
         }
         Ok(Self {
@@ -102,6 +100,15 @@ impl EntryHeader {
             stream,
             kind,
         })
+    }
+
+    /// Bytes of ciphertext.
+    pub fn body_length(&self) -> usize {
+        match self.kind {
+            PageKind::Data => usize::try_from(self.count).map_or(0, |count| count * PAGE_SIZE),
+            PageKind::Zero => 0,
+            PageKind::Firmware => PACKET_HEADER_SIZE + PAGE_SIZE,
+        }
     }
 
     /// The 32 bytes.
@@ -177,7 +184,7 @@ impl<'a> Entries<'a> {
             .split_first_chunk_mut::<ENTRY_HEADER_SIZE>()
             .ok_or(truncated.clone())?;
         let header = EntryHeader::parse(header_bytes)?;
-        let length = header.kind.body_length() + TAG_SIZE;
+        let length = header.body_length() + TAG_SIZE;
         let (sealed, rest) = rest.split_at_mut_checked(length).ok_or(truncated)?;
         self.rest = rest;
         self.left -= 1;
@@ -201,7 +208,7 @@ impl<'a> Entries<'a> {
             };
             headers.push(header);
             rest = after
-                .get(header.kind.body_length() + TAG_SIZE..)
+                .get(header.body_length() + TAG_SIZE..)
                 .unwrap_or_default();
         }
         headers
@@ -342,7 +349,7 @@ mod tests {
             let entries: Vec<Vec<u8>> = kinds.iter().enumerate().map(|(i, kind)| {
                 let kind = if *kind == 0 { PageKind::Zero } else { PageKind::Data };
                 let header = EntryHeader { sequence: i as u64, page: 7, count: 1, round: 1, session: [1; 4], stream: 0, kind };
-                [header.encode().to_vec(), vec![i as u8; kind.body_length() + TAG_SIZE]].concat()
+                [header.encode().to_vec(), vec![i as u8; header.body_length() + TAG_SIZE]].concat()
             }).collect();
             prop_assert_eq!(split(&join(&entries)).unwrap(), entries);
         }

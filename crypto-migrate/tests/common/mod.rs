@@ -6,16 +6,18 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use casemate_crypto_migrate::Provider;
 use casemate_crypto_migrate::destination::{
     self, DestinationConfig, DestinationError, DestinationOutcome,
 };
 use casemate_crypto_migrate::dev_ca::{DevCa, HostMaterial};
 use casemate_crypto_migrate::gateway::{Action, Direction, Gateway, GatewayError, GatewayReport};
 use casemate_crypto_migrate::guest::*;
+use casemate_crypto_migrate::identity::Local;
 use casemate_crypto_migrate::identity::{AllowList, AllowedPeer, Path, PeerIdentity, TrustAnchors};
+use casemate_crypto_migrate::pages::PageSet;
 use casemate_crypto_migrate::precopy::Limits;
 use casemate_crypto_migrate::progress::Progress;
-use casemate_crypto_migrate::session::Local;
 use casemate_crypto_migrate::source::{self, Deadlines, SourceConfig, SourceError, SourceOutcome};
 use casemate_crypto_migrate::wire::Frame;
 
@@ -48,6 +50,7 @@ impl Site {
             identity,
             anchors,
             allow: AllowList::new(allow),
+            provider: Provider::default(),
         }
     }
 
@@ -168,6 +171,16 @@ fn content(page: u64, version: u64) -> Vec<u8> {
     bytes
 }
 
+impl ToySource {
+    fn set<'a>(&self, pages: impl IntoIterator<Item = &'a u64>) -> PageSet {
+        let mut set = PageSet::empty(&SourceGuest::memory(self));
+        for page in pages {
+            set.insert(Gpn(*page)).unwrap();
+        }
+        set
+    }
+}
+
 impl SourceGuest for ToySource {
     fn memory(&self) -> Vec<PageRange> {
         [0, 10_000]
@@ -181,11 +194,11 @@ impl SourceGuest for ToySource {
         assert_eq!(evidence, b"evidence");
         self.check("begin").map(|()| b"start".to_vec())
     }
-    fn start_tracking(&mut self) -> Result<Vec<Gpn>, GuestError> {
+    fn start_tracking(&mut self) -> Result<PageSet, GuestError> {
         self.check("start_tracking")?;
-        Ok(self.memory.keys().map(|page| Gpn(*page)).collect())
+        Ok(self.set(self.memory.keys()))
     }
-    fn take_dirty(&mut self) -> Result<Vec<Gpn>, GuestError> {
+    fn take_dirty(&mut self) -> Result<PageSet, GuestError> {
         self.check("take_dirty")?;
         if self.running {
             self.steps += 1;
@@ -194,10 +207,8 @@ impl SourceGuest for ToySource {
                 self.dirty.insert(page);
             }
         }
-        Ok(std::mem::take(&mut self.dirty)
-            .into_iter()
-            .map(Gpn)
-            .collect())
+        let dirty = std::mem::take(&mut self.dirty);
+        Ok(self.set(&dirty))
     }
     fn read_pages(
         &mut self,
@@ -205,7 +216,8 @@ impl SourceGuest for ToySource {
         emit: &mut dyn FnMut(Gpn, PageContent<'_>),
     ) -> Result<(), GuestError> {
         self.check("read_pages")?;
-        for page in pages {
+        let mut pages = pages.iter().peekable();
+        while let Some(page) = pages.next() {
             let bytes = &self.memory[&page.0];
             if bytes.iter().all(|b| *b == 0) {
                 emit(*page, PageContent::Zero);
@@ -219,7 +231,15 @@ impl SourceGuest for ToySource {
                     },
                 );
             } else {
-                emit(*page, PageContent::Data(bytes));
+                // Pairs of neighbours travel together.
+                let mut extent = bytes.clone();
+                if let Some(next) = pages.next_if(|next| {
+                    let zero = self.memory[&next.0].iter().all(|b| *b == 0);
+                    next.0 == page.0 + 1 && !zero && !self.firmware
+                }) {
+                    extent.extend_from_slice(&self.memory[&next.0]);
+                }
+                emit(*page, PageContent::Data(&extent));
             }
         }
         Ok(())
@@ -311,9 +331,9 @@ impl DestinationGuest for ToyDestination {
         self.begun = true;
         self.check("begin")
     }
-    fn write_page(&mut self, page: Gpn, content: PageContent<'_>) -> Result<(), GuestError> {
+    fn write_pages(&mut self, page: Gpn, content: PageContent<'_>) -> Result<(), GuestError> {
         assert!(self.begun);
-        self.check("write_page")?;
+        self.check("write_pages")?;
         let bytes = match content {
             PageContent::Zero => vec![0; PAGE_SIZE],
             PageContent::Data(data) => data.to_vec(),
@@ -322,7 +342,9 @@ impl DestinationGuest for ToyDestination {
                 ciphertext.iter().map(|b| b ^ 0xa5).collect()
             }
         };
-        self.memory.insert(page.0, bytes);
+        let pages = (page.0..).zip(bytes.chunks_exact(PAGE_SIZE));
+        self.memory
+            .extend(pages.map(|(page, bytes)| (page, bytes.to_vec())));
         Ok(())
     }
     fn flush(&mut self) -> Result<(), GuestError> {

@@ -1,9 +1,16 @@
-//! The agent's API: one JSON object a line over a Unix socket. A request, then progress lines, then one answer.
+//! The agent's API: what may be asked, and what is answered.
 //!
-//! The same types serve the agent and the command line; nothing is written twice.
+//! The same types serve the agent, the command line and the published description; nothing is written twice.
+//! [`routes`] says how each is asked for over HTTP. A request that takes long is a task: it is accepted at once, and
+//! its [`Line`]s are read from the task until the last one.
+
+pub mod openapi;
+pub mod problem;
+pub mod routes;
 
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use crate::agent::platform_api::{
@@ -16,7 +23,7 @@ use crate::sandbox::report::{ProbeReport, SandboxReport};
 use crate::vmm::protocol::MachineState;
 
 /// What may be asked.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "request", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Request {
     /// Launches a guest from its description.
@@ -27,7 +34,7 @@ pub enum Request {
         session: Option<SessionText>,
     },
     /// All guests.
-    List,
+    List {},
     /// One guest.
     Status {
         /// Its name.
@@ -140,10 +147,29 @@ pub enum Request {
         /// The id that the refusal named.
         id: String,
     },
+    /// The tasks under way, and the last that ended.
+    Tasks {},
+    /// One task.
+    Task {
+        /// Its id.
+        id: String,
+    },
+    /// What a task says, from its beginning to its end.
+    TaskEvents {
+        /// Its id.
+        id: String,
+    },
+    /// Cancels a task.
+    TaskCancel {
+        /// Its id.
+        id: String,
+    },
+    /// Numbers for Prometheus.
+    Metrics {},
 }
 
 /// The owner's half of a SEV session, base64.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SessionText {
     /// Diffie-Hellman certificate, 2084 bytes.
@@ -152,8 +178,8 @@ pub struct SessionText {
     pub blob: String,
 }
 
-/// One line back.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+/// One line of a task's events.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "line", rename_all = "kebab-case")]
 pub enum Line {
     /// Work goes on.
@@ -171,7 +197,7 @@ pub enum Line {
 }
 
 /// A request that failed.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error, JsonSchema)]
 #[error("{error} [{code}]")]
 pub struct Failure {
     /// Stable code.
@@ -200,7 +226,7 @@ impl From<crate::vmm::protocol::RoleError> for Failure {
 }
 
 /// An answer.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
 pub enum Answer {
     /// One guest.
@@ -244,12 +270,24 @@ pub enum Answer {
         /// Who of the trusted signed it.
         signers: Vec<String>,
     },
+    /// A task.
+    Task(TaskInfo),
+    /// Tasks.
+    Tasks {
+        /// The newest first.
+        tasks: Vec<TaskInfo>,
+    },
+    /// Numbers for Prometheus.
+    Metrics {
+        /// In Prometheus' text format.
+        text: String,
+    },
     /// Nothing more to say.
     Done,
 }
 
 /// What is known of a guest.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct GuestInfo {
     /// Name.
     pub name: String,
@@ -278,12 +316,55 @@ pub struct GuestInfo {
     pub console: PathBuf,
     /// Unix socket to the guest's vsock ports.
     pub vsock: Option<PathBuf>,
+    /// How often the guest broke a rule of its devices, where the VMM was asked.
+    #[serde(default)]
+    pub device_faults: u64,
+    /// Unix socket of the guest's virtio console.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub terminal: Option<PathBuf>,
     /// Time from the request to the running (or measured) guest, microseconds; for a guest that arrived, none.
     pub launch_us: Option<u64>,
 }
 
+/// What is known of a task.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+pub struct TaskInfo {
+    /// Its id.
+    pub id: String,
+    /// What was asked for: the name of the operation.
+    pub operation: String,
+    /// The guest that it concerns, as soon as that is known.
+    pub guest: Option<String>,
+    /// Who asked, as in records.
+    pub asked_by: String,
+    /// When it was asked for (RFC 3339).
+    pub begun: String,
+    /// Whether it goes on, and how it ended.
+    pub state: TaskState,
+    /// How many progress events there were.
+    pub events: u64,
+    /// The last of them.
+    pub last_event: Option<serde_json::Value>,
+    /// Of a task that is done.
+    pub answer: Option<Box<Answer>>,
+    /// Of a task that failed.
+    pub failure: Option<Failure>,
+}
+
+/// Where a task is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum TaskState {
+    /// It goes on.
+    Running,
+    /// It did what was asked for.
+    Done,
+    /// It did not.
+    Failed,
+}
+
 /// A launch measurement and what it was made by.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct MeasurementInfo {
     /// Measure and nonce, base64 of 48 bytes.
     pub blob: String,
@@ -301,5 +382,5 @@ pub struct MeasurementInfo {
     pub emulated: bool,
 }
 
-/// Longest request or answer line in bytes.
-pub const MAX_LINE: usize = 1 << 20;
+/// Longest request, answer or line of events in bytes.
+pub const MAX_MESSAGE: usize = 1 << 20;

@@ -12,7 +12,7 @@ use casemate_policy::document::MAX_DOCUMENT;
 use casemate_policy::ledger::Entry;
 use casemate_policy::mark::{AdmitError, Admitted, Candidate, HighWater, MarkStore, ReadPolicy};
 use casemate_policy::sign::{MAX_SIGNATURES_LEN, SignerKey, Trust};
-use casemate_policy::{ActionKind, Actor, Fingerprint, HostPolicy, Inquiry, Timestamp};
+use casemate_policy::{ActionKind, Actor, DnsName, Fingerprint, HostPolicy, Inquiry, Timestamp};
 
 use crate::agent::api::Failure;
 use crate::agent::config::AgentConfig;
@@ -36,6 +36,15 @@ impl Caller {
                 .find(&actor)
                 .map_or_else(|| format!("uid {uid}"), |person| person.name.clone()),
         };
+        Self { actor, name }
+    }
+
+    /// Whoever holds the key of a client certificate, as TLS verified it. Without people in the policy it is nobody's.
+    pub fn certificate(san: DnsName, spki: Fingerprint, policy: &HostPolicy) -> Self {
+        let name = san.to_string();
+        let actor = Actor::Certificate { san, spki };
+        let known = policy.people().and_then(|people| people.find(&actor));
+        let name = known.map_or(name, |person| person.name.clone());
         Self { actor, name }
     }
 

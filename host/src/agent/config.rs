@@ -19,6 +19,8 @@ pub struct AgentConfig {
     pub socket: PathBuf,
     /// Where migrations are accepted; none if absent.
     pub listen: Option<SocketAddr>,
+    /// Where people with client certificates reach the API; without it, only this machine's users do.
+    pub api: Option<ApiFiles>,
     /// The signed-off rules of this host.
     pub policy: PathBuf,
     /// Whose signatures the rules need; without it, none. They are read from beside the rules (`.sig` behind the name).
@@ -50,6 +52,20 @@ pub struct IdentityFiles {
     pub ca: PathBuf,
 }
 
+/// The API over TLS 1.3. The policy says who of the certificates' holders may do what.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ApiFiles {
+    /// Address to listen on.
+    pub listen: SocketAddr,
+    /// Certificate chain of this host for its clients (PEM), leaf first.
+    pub certificate: PathBuf,
+    /// Its key (PEM), readable by root only.
+    pub key: PathBuf,
+    /// Certificate authorities of the people (PEM).
+    pub client_ca: PathBuf,
+}
+
 impl AgentConfig {
     /// Reads the configuration.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
@@ -72,9 +88,13 @@ impl AgentConfig {
             .identity
             .iter_mut()
             .flat_map(|i| [&mut i.certificate, &mut i.key, &mut i.ca]);
+        let api = config
+            .api
+            .iter_mut()
+            .flat_map(|api| [&mut api.certificate, &mut api.key, &mut api.client_ca]);
         let published = [&mut config.amd_certificates, &mut config.chip_certificate];
         let published = published.into_iter().flatten();
-        for path in paths.chain(identity).chain(published) {
+        for path in paths.chain(identity).chain(api).chain(published) {
             *path = folder.join(&*path);
         }
         Ok(config)

@@ -34,7 +34,9 @@ impl Request {
             Self::Migrate { name, .. } => Asked::First(ActionKind::MigrateOut, Some(name)),
             Self::PolicyLoad { .. } => Asked::First(ActionKind::PolicyLoad, None),
             Self::Approve { .. } => Asked::First(ActionKind::Approve, None),
-            Self::List => Asked::Whole(Action::List, ""),
+            Self::List {} | Self::Tasks {} | Self::Metrics {} => Asked::Whole(Action::List, ""),
+            Self::Task { .. } | Self::TaskEvents { .. } => Asked::First(ActionKind::Status, None),
+            Self::TaskCancel { .. } => Asked::First(ActionKind::Cancel, None),
             Self::Platform { .. } | Self::SnpCertificates { .. } => {
                 Asked::Whole(Action::PlatformShow, "")
             }
@@ -199,7 +201,7 @@ impl Agent {
         let read = |path: &Path| std::fs::read(path).map_err(|e| failed(path, &e));
         let image = BootImage::assemble(plan, &read(&spec.kernel)?, &read(&spec.initrd)?)
             .map_err(|e| failed(&spec.kernel, &e))?;
-        claims.launch_digest = measured::launch_digest(plan, &image)
+        claims.launch_digest = measured::launch_digest(plan, &image.pieces)
             .and_then(|digest| digest.to_string().parse().ok());
         Ok(claims)
     }
@@ -260,4 +262,4 @@ impl Agent {
 const MAX_OBJECT: usize = 128;
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Mutex;
 
 use casemate_policy::ledger::events::Start;
-use casemate_policy::ledger::{Entry, Ledger, Signer};
+use casemate_policy::ledger::{Entry, Ledger, Nodes as _, Signer};
 use ring::digest;
 use ring::rand::SystemRandom;
 use ring::signature::Ed25519KeyPair;
@@ -58,6 +58,12 @@ impl Evidence {
             tracing::warn!("the ledger goes on in the same file: {error}");
         }
         Ok(())
+    }
+
+    /// Records so far, and bytes of the file that is written to.
+    pub fn size(&self) -> (u64, u64) {
+        let ledger = lock(&self.ledger);
+        (ledger.tree().size(), ledger.file_bytes())
     }
 }
 

@@ -37,6 +37,8 @@ pub struct Guest {
     pub vsock: Option<PathBuf>,
     /// What it was given of this host.
     pub local: Local,
+    /// The virtio console's Unix socket; removed with the guest.
+    pub terminal: Option<PathBuf>,
     /// From the request to the running (or measured) guest.
     pub launch_us: Mutex<Option<u64>>,
 }
@@ -47,6 +49,7 @@ impl Guest {
         match self.vmm.call(&VmmRequest::Status, &[]) {
             Ok(VmmReply::Status(status)) => Ok(GuestInfo {
                 stopped: status.stopped,
+                device_faults: status.device_faults,
                 ..self.info_in(status.state)
             }),
             Ok(_) => Err(Failure::new("VMM_GONE", "the VMM answered something else")),
@@ -74,6 +77,8 @@ impl Guest {
             pid: self.vmm.pid(),
             console: self.console.clone(),
             vsock: self.vsock.clone(),
+            terminal: self.terminal.clone(),
+            device_faults: 0,
             launch_us: *lock(&self.launch_us),
         }
     }
@@ -82,7 +87,7 @@ impl Guest {
 impl Drop for Guest {
     fn drop(&mut self) {
         self.vmm.kill();
-        if let Some(path) = &self.vsock {
+        for path in [&self.vsock, &self.terminal].into_iter().flatten() {
             // Already gone is just as good.
             let _ = std::fs::remove_file(path);
         }
@@ -106,6 +111,8 @@ pub struct Resources {
     pub console: PathBuf,
     /// The vsock device's Unix socket.
     pub vsock: Option<PathBuf>,
+    /// The virtio console's Unix socket.
+    pub terminal: Option<PathBuf>,
 }
 
 /// A local tap for one network card.
@@ -149,6 +156,10 @@ impl Resources {
         if let Some(path) = &vsock {
             handles.push((HandleKind::VsockListener, listen(path)?));
         }
+        let terminal = plan.small.console.map(|_| folder.join("console.sock"));
+        if let Some(path) = &terminal {
+            handles.push((HandleKind::ConsoleListener, listen(path)?));
+        }
         handles.extend(processor);
         let local = Local {
             disks: disks.iter().map(|path| path.to_path_buf()).collect(),
@@ -159,6 +170,7 @@ impl Resources {
             local,
             console,
             vsock,
+            terminal,
         })
     }
 
@@ -217,6 +229,7 @@ impl Resources {
             console: self.console,
             vsock: self.vsock,
             local: self.local,
+            terminal: self.terminal,
             launch_us: Mutex::new(None),
         };
         Ok(Arc::new(guest))

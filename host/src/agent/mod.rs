@@ -12,6 +12,7 @@ pub mod evidence;
 mod guest;
 mod incoming;
 mod launch;
+mod metrics;
 mod mover_process;
 mod outgoing;
 mod platform;
@@ -23,6 +24,7 @@ mod sev;
 pub mod snapshot;
 mod snapshot_keys;
 mod tap;
+mod tasks;
 mod transfer;
 mod vmm_process;
 
@@ -41,9 +43,11 @@ use crate::agent::authority::{Authority, Caller};
 use crate::agent::config::AgentConfig;
 use crate::agent::evidence::Evidence;
 use crate::agent::guest::Guest;
+use crate::agent::metrics::Metrics;
 use crate::agent::mover_process::MoverProcess;
 use crate::agent::processor::Processor;
 use crate::agent::record::{Ownership, OwnershipState, Records};
+use crate::agent::tasks::Tasks;
 use crate::agent::transfer::{HostCredentials, role_error};
 use crate::agent::vmm_process::{VmmProcess, lock};
 use crate::confidential::control::GuestLink;
@@ -89,6 +93,8 @@ pub struct Agent {
     processor: Option<Processor>,
     guests: Mutex<BTreeMap<String, Arc<Guest>>>,
     starting: Mutex<BTreeSet<String>>,
+    tasks: Tasks,
+    metrics: Metrics,
     next_role: AtomicU32,
     /// cgroups of the roles started so far; none once the agent ends.
     groups: Mutex<Option<BTreeSet<String>>>,
@@ -124,6 +130,8 @@ impl Agent {
             processor: None,
             guests: Mutex::new(BTreeMap::new()),
             starting: Mutex::new(BTreeSet::new()),
+            tasks: Tasks::default(),
+            metrics: Metrics::default(),
             next_role: AtomicU32::new(0),
             groups: Mutex::new(Some(BTreeSet::new())),
             config,
@@ -156,13 +164,41 @@ impl Agent {
         request: Request,
         progress: &mut dyn FnMut(serde_json::Value),
     ) -> Result<Answer, Failure> {
-        self.gate(caller, &request)?;
+        self.gate_counted(caller, &request)?;
+        self.perform(caller, request, progress)
+    }
+
+    /// [`Agent::gate`], with a refusal in the metrics.
+    fn gate_counted(&self, caller: &Caller, request: &Request) -> Result<(), Failure> {
+        self.gate(caller, request)
+            .inspect_err(|failure| self.metrics.ended(request.operation(), Err(failure)))
+    }
+
+    /// A request that [`Agent::gate`] has let through.
+    fn perform(
+        &self,
+        caller: &Caller,
+        request: Request,
+        progress: &mut dyn FnMut(serde_json::Value),
+    ) -> Result<Answer, Failure> {
+        let operation = request.operation();
+        let result = self.dispatch(caller, request, progress);
+        self.metrics.ended(operation, result.as_ref());
+        result
+    }
+
+    fn dispatch(
+        &self,
+        caller: &Caller,
+        request: Request,
+        progress: &mut dyn FnMut(serde_json::Value),
+    ) -> Result<Answer, Failure> {
         match request {
             Request::Run {
                 description,
                 session,
             } => self.launch(caller, &description, session),
-            Request::List => self.list(),
+            Request::List {} => self.list(),
             Request::Status { name } => Ok(Answer::Guest(self.guest(&name)?.info()?)),
             Request::Stop { name } => self.stop(caller, &name),
             Request::Pause { name } => self.order(caller, &name, &VmmRequest::Pause, "pause"),
@@ -205,6 +241,14 @@ impl Agent {
             Request::SandboxReport { name } => self.sandbox_report(&name),
             Request::PolicyLoad { policy } => self.load_policy(caller, &policy),
             Request::Approve { id } => self.approve(caller, &id),
+            Request::Tasks {} => Ok(Answer::Tasks {
+                tasks: self.tasks.infos(),
+            }),
+            Request::Task { id } | Request::TaskEvents { id } => {
+                Ok(Answer::Task(self.task_of(caller, &id)?.info()))
+            }
+            Request::TaskCancel { id } => self.cancel_task(caller, &id),
+            Request::Metrics {} => self.metrics_text(),
         }
     }
 

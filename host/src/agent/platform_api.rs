@@ -1,9 +1,12 @@
 //! The part of the agent's API that concerns the secure processor.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Which secure processor is meant.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum, JsonSchema,
+)]
 #[serde(rename_all = "kebab-case")]
 pub enum ProcessorKind {
     /// AMD's, behind /dev/sev.
@@ -13,7 +16,7 @@ pub enum ProcessorKind {
 }
 
 /// What the platform's operator orders.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "order", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum PlatformOrderText {
     /// GET_ID.
@@ -52,7 +55,7 @@ pub enum PlatformOrderText {
 }
 
 /// The secure processor.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct PlatformInfo {
     /// Whether it is the software one.
     pub emulated: bool,
@@ -86,7 +89,7 @@ pub struct PlatformInfo {
 }
 
 /// SEV-SNP of the secure processor.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct SnpInfo {
     /// `milan`, `genoa` or `turin`, where it is known.
     pub product: Option<String>,
@@ -111,16 +114,17 @@ pub struct SnpInfo {
 }
 
 /// A TCB version.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct TcbInfo {
     /// Eight bytes as they stand in a report, hex.
     pub raw: String,
     /// The same by component, where the product is known.
+    #[schemars(with = "Option<serde_json::Map<String, serde_json::Value>>")]
     pub parts: Option<casemate_attest::tcb::TcbVersion>,
 }
 
 /// What SNP reports are signed under, base64 of DER.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct SnpCertificatesText {
     /// Whether the software processor made them.
     pub emulated: bool,
@@ -133,7 +137,7 @@ pub struct SnpCertificatesText {
 }
 
 /// What an order gave.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct OrderedBytes {
     /// `csr` or `id`.
     pub what: String,

@@ -1,25 +1,33 @@
-//! What reaches the agent: API requests over a Unix socket, migrations over TCP.
+//! What reaches the agent: API requests over a Unix socket and, where it is configured, over TLS; migrations over TCP.
 //!
-//! Whoever connects is not believed: the kernel says who it is, and only root, the agent's own user and those whom the
-//! policy names as people may ask.
+//! Whoever connects is not believed: the kernel or TLS says who it is, and only root, the agent's own user and those
+//! whom the policy names as people may ask.
+
+mod connection;
+mod patient;
+mod tls;
 
 use std::future::Future;
-use std::io::{ErrorKind, Read, Write};
 use std::net::SocketAddr;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::unistd::geteuid;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::Semaphore;
+use tokio::time::timeout;
+use tokio_rustls::TlsAcceptor;
 
 use crate::agent::Agent;
-use crate::agent::api::{Answer, Failure, Line, MAX_LINE, Request};
-use crate::agent::authority::{Caller, other_users};
+use crate::agent::api::Failure;
+use crate::agent::authority::other_users;
+use crate::agent::config::ApiFiles;
+pub(super) use connection::Who;
+use connection::{Shared, not_permitted, serve as serve_connection};
 
 /// Accepts requests and migrations until `ended` resolves.
 pub async fn serve(agent: Arc<Agent>, ended: impl Future<Output = ()>) -> Result<(), Failure> {
@@ -29,13 +37,25 @@ pub async fn serve(agent: Arc<Agent>, ended: impl Future<Output = ()>) -> Result
         Some(address) => Some(bind_arrivals(address).await?),
         None => None,
     };
-    tracing::info!(socket = %agent.config.socket.display(), listen = ?agent.config.listen, "agent ready");
-    let clients = accept_clients(&agent, api);
-    let guests = accept_arrivals(&agent, arrivals);
+    let remote = match &agent.config.api {
+        Some(files) => Some(bind_remote(files).await?),
+        None => None,
+    };
+    tracing::info!(
+        socket = %agent.config.socket.display(),
+        listen = ?agent.config.listen,
+        api = ?agent.config.api.as_ref().map(|api| api.listen),
+        "agent ready"
+    );
+    let shared = Arc::new(Shared {
+        agent: Arc::clone(&agent),
+        work: Arc::new(Semaphore::new(WORKERS)),
+    });
     tokio::select! {
         () = ended => {}
-        () = clients => {}
-        () = guests => {}
+        () = accept_users(&shared, api) => {}
+        () = accept_remote(&shared, remote) => {}
+        () = accept_arrivals(&agent, arrivals) => {}
     }
     // Best effort: a socket that stays behind is replaced at the next start.
     let _ = std::fs::remove_file(&agent.config.socket);
@@ -94,22 +114,86 @@ async fn bind_arrivals(address: SocketAddr) -> Result<TcpListener, Failure> {
     TcpListener::bind(address).await.map_err(failed)
 }
 
-/// One connection a request, each in a thread of the runtime's pool, [`MAX_CLIENTS`] at a time.
-async fn accept_clients(agent: &Arc<Agent>, listener: UnixListener) {
-    let places = Arc::new(Semaphore::new(MAX_CLIENTS));
+/// Users of this machine, [`MAX_USERS`] connections at a time. Strangers get a refusal and no place.
+async fn accept_users(shared: &Arc<Shared>, listener: UnixListener) {
+    let places = Arc::new(Semaphore::new(MAX_USERS));
+    let strangers = Arc::new(Semaphore::new(MAX_STRANGERS));
     while let Ok(place) = Arc::clone(&places).acquire_owned().await {
-        let Some(stream) = accepted(listener.accept().await.and_then(|(s, _)| s.into_std())).await
-        else {
+        let Some((stream, _)) = accepted(listener.accept().await).await else {
             continue;
         };
-        let agent = Arc::clone(agent);
-        tokio::task::spawn_blocking(move || {
-            if let Err(error) = serve_client(&agent, stream) {
-                tracing::debug!(%error, "an API client went away");
+        let Ok(credentials) = stream.peer_cred() else {
+            continue;
+        };
+        let who = Who::User(credentials.uid());
+        match shared.agent.caller(&who) {
+            Ok(_) => {
+                let shared = Arc::clone(shared);
+                tokio::spawn(async move {
+                    shared.agent.metrics.connected(false);
+                    serve_connection(stream, who, shared).await;
+                    drop(place);
+                });
+            }
+            Err(failure) => {
+                if let Ok(seat) = Arc::clone(&strangers).try_acquire_owned() {
+                    tokio::spawn(async move {
+                        turn_away(stream, failure).await;
+                        drop(seat);
+                    });
+                }
+            }
+        }
+    }
+}
+
+/// What a stranger sends is taken off the socket, so that the refusal arrives, and not looked at.
+async fn turn_away(mut stream: tokio::net::UnixStream, failure: Failure) {
+    let mut unseen = [0; 4096];
+    let refuse = async {
+        let _ = stream.read(&mut unseen).await;
+        let _ = stream.write_all(&not_permitted(failure)).await;
+    };
+    // Whoever waits longer has had its chance.
+    let _ = timeout(STRANGERS_TIME, refuse).await;
+}
+
+/// People by certificate, [`MAX_REMOTE`] connections at a time, of which none takes a place from this machine's users.
+async fn accept_remote(shared: &Arc<Shared>, listener: Option<(TcpListener, TlsAcceptor)>) {
+    let Some((listener, acceptor)) = listener else {
+        return std::future::pending().await;
+    };
+    let places = Arc::new(Semaphore::new(MAX_REMOTE));
+    while let Ok(place) = Arc::clone(&places).acquire_owned().await {
+        let Some((stream, address)) = accepted(listener.accept().await).await else {
+            continue;
+        };
+        let (shared, acceptor) = (Arc::clone(shared), acceptor.clone());
+        tokio::spawn(async move {
+            // Small answers, each waited for.
+            let _ = stream.set_nodelay(true);
+            match timeout(HANDSHAKE, acceptor.accept(stream)).await {
+                Ok(Ok(stream)) => {
+                    if let Some(who) = tls::client_of(stream.get_ref().1) {
+                        shared.agent.metrics.connected(true);
+                        serve_connection(stream, who, shared).await;
+                    }
+                }
+                Ok(Err(error)) => tracing::info!(%address, %error, "TLS of an API client"),
+                Err(_) => tracing::info!(%address, "TLS of an API client took too long"),
             }
             drop(place);
         });
     }
+}
+
+async fn bind_remote(files: &ApiFiles) -> Result<(TcpListener, TlsAcceptor), Failure> {
+    let config = tls::server_config(files)?;
+    let address = files.listen;
+    let listener = TcpListener::bind(address)
+        .await
+        .map_err(|e| Failure::new("LISTEN", format!("[api] {address}: {e}")))?;
+    Ok((listener, TlsAcceptor::from(config)))
 }
 
 /// One connection a move, [`MAX_ARRIVALS`] at a time; not a byte of it is read here.
@@ -125,7 +209,9 @@ async fn accept_arrivals(agent: &Arc<Agent>, listener: Option<TcpListener>) {
         };
         let agent = Arc::clone(agent);
         tokio::task::spawn_blocking(move || {
-            if let Err(failure) = agent.receive(stream) {
+            let received = agent.receive(stream);
+            agent.metrics.arrived(received.is_ok());
+            if let Err(failure) = received {
                 tracing::warn!(code = failure.code, "arrival refused: {}", failure.error);
             }
             drop(place);
@@ -145,95 +231,17 @@ async fn accepted<T>(result: std::io::Result<T>) -> Option<T> {
     }
 }
 
-fn serve_client(agent: &Agent, mut stream: UnixStream) -> std::io::Result<()> {
-    stream.set_nonblocking(false)?;
-    let who = getsockopt(&stream, PeerCredentials)?.uid();
-    let policy = agent.policy();
-    let own = geteuid().as_raw();
-    let last = if who == 0 || who == own || other_users(&policy, own).contains(&who) {
-        answer(agent, &Caller::local(who, &policy), &mut stream)
-    } else {
-        Err(Failure::new(
-            "NOT_PERMITTED",
-            format!(
-                "user {who} may not talk to this agent; use root, or add a [[person]] to its policy"
-            ),
-        ))
-    };
-    let line = match last {
-        Ok(answer) => Line::Answer {
-            answer: Box::new(answer),
-        },
-        Err(failure) => Line::Failed(failure),
-    };
-    write_line(&mut stream, &line)
-}
-
-fn answer(agent: &Agent, caller: &Caller, stream: &mut UnixStream) -> Result<Answer, Failure> {
-    let request = read_request(stream).map_err(|e| Failure::new("BAD_REQUEST", e.to_string()))?;
-    let mut lost = false;
-    agent.handle(caller, request, &mut |event| {
-        // A client that stopped listening does not stop the work.
-        lost = lost || write_line(stream, &Line::Progress { event }).is_err();
-    })
-}
-
-fn read_request(stream: &UnixStream) -> std::io::Result<Request> {
-    stream.set_write_timeout(Some(REQUEST_DEADLINE))?;
-    let line = read_line(stream, Instant::now() + REQUEST_DEADLINE)?;
-    Ok(serde_json::from_slice(&line)?)
-}
-
-/// One line without its end, or what came before the client stopped sending. The deadline is for all of it: who sends
-/// a byte now and then keeps no place for ever.
-fn read_line(mut stream: &UnixStream, deadline: Instant) -> std::io::Result<Vec<u8>> {
-    let late = || {
-        let text = format!(
-            "no whole request within {REQUEST_DEADLINE:?}; send one JSON object and a line end"
-        );
-        std::io::Error::new(ErrorKind::TimedOut, text)
-    };
-    let mut line = Vec::new();
-    let mut buffer = [0u8; 4096];
-    loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(late());
-        }
-        stream.set_read_timeout(Some(left))?;
-        let received = match stream.read(&mut buffer) {
-            Ok(count) => buffer.get(..count).unwrap_or_default(),
-            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
-                return Err(late());
-            }
-            Err(e) if e.kind() == ErrorKind::Interrupted => continue,
-            Err(e) => return Err(e),
-        };
-        let end = received.iter().position(|&byte| byte == b'\n');
-        line.extend_from_slice(
-            received
-                .get(..end.unwrap_or(received.len()))
-                .unwrap_or_default(),
-        );
-        if line.len() > MAX_LINE {
-            let text = format!("a request has at most {MAX_LINE} bytes");
-            return Err(std::io::Error::new(ErrorKind::InvalidData, text));
-        }
-        if end.is_some() || received.is_empty() {
-            return Ok(line);
-        }
-    }
-}
-
-fn write_line(stream: &mut UnixStream, line: &Line) -> std::io::Result<()> {
-    let mut bytes = serde_json::to_vec(line)?;
-    bytes.push(b'\n');
-    stream.write_all(&bytes)
-}
-
-/// Most API requests at a time.
-const MAX_CLIENTS: usize = 32;
+/// Most connections of this machine's users at a time.
+const MAX_USERS: usize = 32;
+/// Most connections over TLS at a time.
+const MAX_REMOTE: usize = 64;
+/// How long a TLS handshake may take.
+const HANDSHAKE: Duration = Duration::from_secs(5);
+/// Most users at a time who are told that they may not ask.
+const MAX_STRANGERS: usize = 8;
+const STRANGERS_TIME: Duration = Duration::from_secs(1);
+/// Most requests in work at a time.
+const WORKERS: usize = 32;
 /// Most arrivals at a time.
 const MAX_ARRIVALS: usize = 4;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-const REQUEST_DEADLINE: Duration = Duration::from_secs(10);

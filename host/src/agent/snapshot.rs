@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use casemate_policy::Action;
 use casemate_policy::ledger::{Entry, Outcome};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::agent::api::{Answer, Failure};
@@ -28,7 +29,9 @@ use crate::mover::protocol::{
 use crate::vmm::protocol::{MachineState, RoleError, VmmRequest};
 
 /// When the memory of a restored guest comes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema, clap::ValueEnum,
+)]
 #[serde(rename_all = "kebab-case")]
 pub enum MemoryMode {
     /// All of it before the guest runs.
@@ -39,7 +42,7 @@ pub enum MemoryMode {
 }
 
 /// A snapshot that was written.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct SnapshotInfo {
     /// The file.
     pub file: PathBuf,
@@ -402,6 +405,9 @@ impl Restoring<'_> {
             .guest
             .as_ref()
             .ok_or_else(|| Failure::new("ROLE_PROTOCOL", "nothing was admitted"))?;
+        // It went back in time: it must not use its random numbers again.
+        let id = super::launch::random_id()?;
+        guest.vmm.call(&VmmRequest::NewGeneration { id }, &[])?;
         self.record(guest, OwnershipState::Owner)
     }
 

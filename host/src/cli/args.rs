@@ -2,9 +2,13 @@
 
 use std::path::PathBuf;
 
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::agent::api::Request;
+use crate::agent::client::{Address, Agent, Certificates};
 
 use super::attest::AttestCommand;
+use super::bench::BenchCommand;
 use super::broker::BrokerArgs;
 use super::evidence::EvidenceCommand;
 use super::platform::PlatformArgs;
@@ -23,20 +27,58 @@ use crate::agent::api::MemoryMode;
     after_help = "Exit status: 0 done, 1 failed or rejected, 2 cannot verify, 3 refused by policy, 64 usage, 69 no agent."
 )]
 pub struct Cli {
-    /// The agent's API socket.
-    #[arg(
-        long,
-        global = true,
-        env = "CASEMATE_AGENT",
-        default_value = "/run/casemate/agent.sock"
-    )]
-    pub agent: PathBuf,
+    /// The agent to ask.
+    #[command(flatten)]
+    pub agent: AgentArgs,
     /// Print one JSON object instead of a table.
     #[arg(long, global = true)]
     pub json: bool,
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
+}
+
+/// Which agent, and who asks it.
+#[derive(Debug, Args)]
+pub struct AgentArgs {
+    /// The agent: its API socket, or https://HOST:PORT with the three options below.
+    #[arg(
+        long,
+        global = true,
+        env = "CASEMATE_AGENT",
+        default_value = "/run/casemate/agent.sock"
+    )]
+    agent: Address,
+    /// Certificate authority of https agents (PEM).
+    #[arg(long, global = true, env = "CASEMATE_AGENT_CA", value_name = "FILE")]
+    agent_ca: Option<PathBuf>,
+    /// Own client certificate (PEM) for an https agent.
+    #[arg(long, global = true, env = "CASEMATE_AGENT_CERT", value_name = "FILE")]
+    agent_cert: Option<PathBuf>,
+    /// Its key (PEM).
+    #[arg(long, global = true, env = "CASEMATE_AGENT_KEY", value_name = "FILE")]
+    agent_key: Option<PathBuf>,
+}
+
+impl AgentArgs {
+    /// The agent that these mean.
+    pub fn chosen(&self) -> Agent {
+        let files = (&self.agent_ca, &self.agent_cert, &self.agent_key);
+        let (Some(ca), Some(certificate), Some(key)) = files else {
+            return Agent {
+                address: self.agent.clone(),
+                person: None,
+            };
+        };
+        Agent {
+            address: self.agent.clone(),
+            person: Some(Certificates {
+                ca: ca.clone(),
+                certificate: certificate.clone(),
+                key: key.clone(),
+            }),
+        }
+    }
 }
 
 /// The commands.
@@ -128,6 +170,14 @@ pub enum Command {
         /// Its name.
         name: String,
     },
+    /// Requests that take long: a launch, a migration.
+    Task {
+        /// What to do.
+        #[command(subcommand)]
+        command: TaskCommand,
+    },
+    /// Print what the agent counts, in Prometheus' text format.
+    Metrics,
     /// The guest owner's side: sessions, expected measurements, secrets.
     Owner {
         /// What to do.
@@ -174,6 +224,14 @@ pub enum Command {
         #[command(subcommand)]
         command: EvidenceCommand,
     },
+    /// Measurements that need no guest.
+    Bench {
+        /// What to measure.
+        #[command(subcommand)]
+        command: BenchCommand,
+    },
+    /// Print the description of the agent's API (OpenAPI 3.1).
+    Openapi,
     /// Print a completion script.
     Completion {
         /// For this shell.
@@ -187,6 +245,40 @@ pub enum Command {
         /// The role.
         role: Role,
     },
+}
+
+/// What can be asked about tasks.
+#[derive(Debug, Subcommand)]
+pub enum TaskCommand {
+    /// List the tasks under way and the last that ended.
+    List,
+    /// Show one task.
+    Show {
+        /// Its id.
+        id: String,
+    },
+    /// Follow a task to its end, and print its answer.
+    Follow {
+        /// Its id.
+        id: String,
+    },
+    /// Cancel a task; a migration can be.
+    Cancel {
+        /// Its id.
+        id: String,
+    },
+}
+
+impl TaskCommand {
+    /// The request behind it.
+    pub fn request(self) -> Request {
+        match self {
+            Self::List => Request::Tasks {},
+            Self::Show { id } => Request::Task { id },
+            Self::Follow { id } => Request::TaskEvents { id },
+            Self::Cancel { id } => Request::TaskCancel { id },
+        }
+    }
 }
 
 /// What an owner does.

@@ -2,6 +2,7 @@
 
 mod args;
 mod attest;
+mod bench;
 mod broker;
 mod evidence;
 mod migrate;
@@ -19,7 +20,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser};
 
 use crate::agent::api::{Answer, Failure, Request, SessionText};
-use crate::agent::client::ask;
+use crate::agent::client::{Agent, ask};
 use args::{Cli, Command, SandboxCommand};
 
 /// Runs the command line.
@@ -50,7 +51,7 @@ pub fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> Result<u8, Failure> {
-    let agent = cli.agent.as_path();
+    let agent = &cli.agent.chosen();
     let json = cli.json;
     match cli.command {
         Command::Doctor => doctor(json),
@@ -73,7 +74,7 @@ fn run(cli: Cli) -> Result<u8, Failure> {
                 json,
             )
         }
-        Command::List => show(agent, &Request::List, json),
+        Command::List => show(agent, &Request::List {}, json),
         Command::Status { name } => show(agent, &Request::Status { name }, json),
         Command::Stop { name } => show(agent, &Request::Stop { name }, json),
         Command::Pause { name } => show(agent, &Request::Pause { name }, json),
@@ -125,6 +126,10 @@ fn run(cli: Cli) -> Result<u8, Failure> {
             command: SandboxCommand::Report { name },
         } => show(agent, &Request::SandboxReport { name }, json),
         Command::Evidence { command } => evidence::run(command, json),
+        Command::Bench { command } => bench::run(command, json),
+        Command::Task { command } => show(agent, &command.request(), json),
+        Command::Metrics => show(agent, &Request::Metrics {}, json),
+        Command::Openapi => print_pretty(&crate::agent::api::openapi::document()),
         Command::Completion { shell } => {
             let mut text = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "casemate", &mut text);
@@ -164,7 +169,7 @@ fn doctor(json: bool) -> Result<u8, Failure> {
 }
 
 /// Asks and prints the answer; a probe that found a hole is a failure.
-fn show(agent: &Path, request: &Request, json: bool) -> Result<u8, Failure> {
+fn show(agent: &Agent, request: &Request, json: bool) -> Result<u8, Failure> {
     let answer = ask(agent, request, &mut |_| {})?;
     if json {
         print_json(&answer)?;
@@ -216,6 +221,12 @@ fn from_base64(text: &str) -> Result<Vec<u8>, Failure> {
 
 fn print_json(value: &impl serde::Serialize) -> Result<u8, Failure> {
     let mut text = serde_json::to_vec(value).map_err(|e| output_failed(&e))?;
+    text.push(b'\n');
+    print_bytes(&text)
+}
+
+fn print_pretty(value: &impl serde::Serialize) -> Result<u8, Failure> {
+    let mut text = serde_json::to_vec_pretty(value).map_err(|e| output_failed(&e))?;
     text.push(b'\n');
     print_bytes(&text)
 }

@@ -17,7 +17,7 @@ use casemate_attest::verify::{
 use serde::Serialize;
 
 use crate::agent::api::{Answer, Failure, MeasurementInfo, Request};
-use crate::agent::client::ask;
+use crate::agent::client::{Agent, ask};
 use crate::agent::evidence::write_secret;
 use crate::cli::args::OwnerCommand;
 use crate::cli::{print_bytes, print_json, verdict};
@@ -25,7 +25,7 @@ use crate::machine::spec::{ConfidentialSpec, MachineSpec, Offer, Strongest};
 use crate::vmm::boot::{BootImage, measured};
 
 /// Runs an owner's command.
-pub fn run(agent: &Path, command: OwnerCommand, json: bool) -> Result<u8, Failure> {
+pub fn run(agent: &Agent, command: OwnerCommand, json: bool) -> Result<u8, Failure> {
     match command {
         OwnerCommand::Session {
             platform,
@@ -83,12 +83,13 @@ impl Described {
         let plan = spec.plan([0; 16], anywhere);
         let image = BootImage::assemble(&plan, &read(&spec.kernel)?, &read(&spec.initrd)?)
             .map_err(|e| Failure::new("DESCRIPTION", format!("{}: {e}", description.display())))?;
-        let digest = measured::launch_digest(&plan, &image).ok_or_else(|| {
+        let digest = measured::launch_digest(&plan, &image.pieces).ok_or_else(|| {
             refuse("describes no confidential guest; there is nothing to measure")
         })?;
         let registers = measured::vcpu_states(&plan).concat();
         let registers = (!registers.is_empty()).then_some(("vcpu-registers", registers.as_slice()));
         let parts = image
+            .pieces
             .iter()
             .map(|part| (part.name, part.bytes.as_slice()))
             .chain(registers);
@@ -153,7 +154,7 @@ struct ReleaseResult<'a> {
 }
 
 impl Release<'_> {
-    fn run(self, agent: &Path, json: bool) -> Result<u8, Failure> {
+    fn run(self, agent: &Agent, json: bool) -> Result<u8, Failure> {
         let request = Request::Measurement {
             name: self.name.to_owned(),
         };
@@ -210,7 +211,7 @@ impl Release<'_> {
         Ok(verify_sev_launch(&evidence, &expected, &self.session))
     }
 
-    fn inject(&self, agent: &Path, measurement: &MeasureBlob) -> Result<(), Failure> {
+    fn inject(&self, agent: &Agent, measurement: &MeasureBlob) -> Result<(), Failure> {
         let page = secret_page(&self.secret)?;
         let packet = self
             .session

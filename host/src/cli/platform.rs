@@ -16,7 +16,7 @@ use super::{from_base64, owner, print_bytes, print_json, show, to_base64};
 use crate::agent::api::{
     Answer, Failure, PlatformInfo, PlatformOrderText, ProcessorKind, Request, SnpCertificatesText,
 };
-use crate::agent::client::ask;
+use crate::agent::client::{Agent, ask};
 use crate::agent::evidence::write_secret;
 
 /// Which processor, and what to do with it.
@@ -158,7 +158,7 @@ struct Sure {
 }
 
 /// Runs one of them.
-pub fn run(agent: &Path, args: PlatformArgs, json: bool) -> Result<u8, Failure> {
+pub fn run(agent: &Agent, args: PlatformArgs, json: bool) -> Result<u8, Failure> {
     let host = HostProcessor {
         agent,
         processor: args.processor,
@@ -189,7 +189,7 @@ pub fn run(agent: &Path, args: PlatformArgs, json: bool) -> Result<u8, Failure> 
 
 /// The processor as an agent reaches it.
 struct HostProcessor<'a> {
-    agent: &'a Path,
+    agent: &'a Agent,
     processor: Option<ProcessorKind>,
     json: bool,
 }

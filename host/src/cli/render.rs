@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use crate::agent::api::{Answer, GuestInfo, PlatformInfo, SnpInfo};
+use crate::agent::api::{Answer, GuestInfo, PlatformInfo, SnpInfo, TaskInfo, TaskState};
 use crate::sandbox::report::{ProbeReport, SandboxReport};
 
 /// An answer as text, with a line end.
@@ -46,6 +46,9 @@ pub fn answer(answer: &Answer) -> String {
             info.pause_ms,
             if info.stopped { ", guest ended" } else { "" }
         ),
+        Answer::Task(task) => one_task(task),
+        Answer::Tasks { tasks } => task_table(tasks),
+        Answer::Metrics { text } => text.clone(),
         Answer::Done => "done\n".to_owned(),
     }
 }
@@ -189,6 +192,9 @@ fn one_guest(guest: &GuestInfo) -> String {
     );
     let _ = writeln!(text, "  identity    {} epoch {}", guest.vm_id, guest.epoch);
     let _ = writeln!(text, "  console     {}", guest.console.display());
+    if let Some(terminal) = &guest.terminal {
+        let _ = writeln!(text, "  terminal    {}", terminal.display());
+    }
     if let Some(vsock) = &guest.vsock {
         let _ = writeln!(text, "  vsock       {}", vsock.display());
     }
@@ -220,6 +226,50 @@ fn guest_table(guests: &[GuestInfo]) -> String {
         );
     }
     text
+}
+
+fn one_task(task: &TaskInfo) -> String {
+    let mut text = format!("task {} ({})\n", task.id, task_state(task));
+    let _ = writeln!(text, "  operation   {}", task.operation);
+    if let Some(guest) = &task.guest {
+        let _ = writeln!(text, "  guest       {guest}");
+    }
+    let _ = writeln!(text, "  asked by    {} at {}", task.asked_by, task.begun);
+    if let Some(event) = &task.last_event {
+        let _ = writeln!(text, "  last event  {event}");
+    }
+    if let Some(failure) = &task.failure {
+        let _ = writeln!(text, "  failure     {failure}");
+    }
+    text
+}
+
+fn task_table(tasks: &[TaskInfo]) -> String {
+    let mut text = format!(
+        "{:<16} {:<10} {:<8} {:<20} {:<16} {}\n",
+        "ID", "OPERATION", "STATE", "GUEST", "ASKED BY", "BEGUN"
+    );
+    for task in tasks {
+        let _ = writeln!(
+            text,
+            "{:<16} {:<10} {:<8} {:<20} {:<16} {}",
+            task.id,
+            task.operation,
+            task_state(task),
+            task.guest.as_deref().unwrap_or("-"),
+            task.asked_by,
+            task.begun
+        );
+    }
+    text
+}
+
+fn task_state(task: &TaskInfo) -> &'static str {
+    match task.state {
+        TaskState::Running => "running",
+        TaskState::Done => "done",
+        TaskState::Failed => "failed",
+    }
 }
 
 fn probe(report: &ProbeReport) -> String {

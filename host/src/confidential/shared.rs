@@ -180,16 +180,6 @@ impl MemoryLayout {
             .find(|run| run.gpa <= gpa && end <= run.gpa + run.length)?;
         Some(run.offset + (gpa - run.gpa))
     }
-
-    /// Guest page number of a page of the file.
-    pub fn page_at(&self, index: u64) -> Option<u64> {
-        let offset = index.checked_mul(PAGE_SIZE as u64)?;
-        let run = self
-            .runs
-            .iter()
-            .find(|run| run.offset <= offset && offset < run.offset + run.length)?;
-        Some((run.gpa + (offset - run.offset)) / PAGE_SIZE as u64)
-    }
 }
 
 /// A guest's memory: the mapping and where in it which address lies.
@@ -451,8 +441,6 @@ mod tests {
         assert_eq!(layout.offset(16 * PAGE, PAGE), Some(2 * PAGE));
         assert_eq!(layout.offset(PAGE, 2 * PAGE), None);
         assert_eq!(layout.offset(u64::MAX, PAGE), None);
-        assert_eq!(layout.page_at(2), Some(16));
-        assert_eq!(layout.page_at(3), None);
     }
 
     #[test]

@@ -58,6 +58,7 @@ pub(crate) fn plan(technology: Technology) -> MachinePlan {
         disks: vec![],
         nets: vec![],
         vsock_cid: None,
+        small: Default::default(),
     }
 }
 

@@ -3,6 +3,7 @@
 //! A plan carries the bits themselves, not only a model's name: another host gives exactly those or refuses, whatever
 //! its own version thinks the name means.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// The processor in a plan.
@@ -38,7 +39,9 @@ impl CpuPlan {
 }
 
 /// Models a description can name; `vmm/vcpu/features.rs` says which has what.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
+)]
 #[serde(rename_all = "kebab-case")]
 pub enum CpuModel {
     /// x86-64-v2: what every processor of the last decade has, of either maker.

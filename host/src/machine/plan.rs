@@ -1,9 +1,12 @@
 //! What the VMM process is told to build: shapes only, no path, no key; everything it may use comes as a descriptor.
 
+pub mod devices;
+
 use std::net::Ipv4Addr;
 
 use serde::{Deserialize, Serialize};
 
+use self::devices::{DeviceName, Limits, SmallDevices};
 use crate::machine::cpu::CpuPlan;
 
 /// The plan of one machine. The same at the source and, from the offer, at the destination.
@@ -17,7 +20,7 @@ pub struct MachinePlan {
     pub vcpus: u8,
     /// The processor that each of them is.
     pub cpu: CpuPlan,
-    /// Guest memory in bytes, a multiple of 2 MiB, at most 3 GiB (all below the PCI hole) for now.
+    /// Guest memory in bytes, a multiple of 2 MiB, at most 64 GiB; of a confidential guest 3 GiB (all below the PCI hole).
     pub memory_bytes: u64,
     /// Kernel command line, without what the VMM appends.
     pub cmdline: String,
@@ -29,6 +32,8 @@ pub struct MachinePlan {
     pub nets: Vec<NetPlan>,
     /// Guest context id of virtio-vsock, if there is one; at least 3.
     pub vsock_cid: Option<u32>,
+    /// Devices of which there is at most one each, in PCI order behind vsock.
+    pub small: SmallDevices,
 }
 
 impl MachinePlan {
@@ -50,7 +55,11 @@ impl MachinePlan {
             (
                 self.memory_bytes.is_multiple_of(2 << 20)
                     && (MIN_MEMORY..=MAX_MEMORY).contains(&self.memory_bytes),
-                "a memory size that is not a multiple of 2 MiB from 64 MiB to 3 GiB",
+                "a memory size that is not a multiple of 2 MiB from 64 MiB to 64 GiB",
+            ),
+            (
+                self.technology == Technology::None || self.memory_bytes <= MAX_LOW_MEMORY,
+                "more than 3 GiB of memory for a confidential guest",
             ),
             (
                 self.cmdline.len() <= MAX_CMDLINE
@@ -82,10 +91,49 @@ impl MachinePlan {
                     .is_none_or(|cid| (3..u32::MAX).contains(&cid)),
                 "a vsock context id below 3",
             ),
+            (
+                self.disks.iter().all(|d| d.limits.are_usable())
+                    && self.nets.iter().all(|n| n.limits.are_usable())
+                    && self.small.rng.is_none_or(|rng| {
+                        let bytes = Some(rng.bytes);
+                        let limits = Limits {
+                            bytes,
+                            operations: None,
+                        };
+                        limits.are_usable()
+                    }),
+                "a limit that is not 1 to 2^40 a second, with a burst likewise",
+            ),
+            (
+                self.small.balloon.is_none() || self.technology == Technology::None,
+                "a balloon in a confidential guest, whose memory its host cannot take back",
+            ),
         ];
         match rules.iter().find(|(kept, _)| !kept) {
             Some((_, problem)) => Err(format!("has {problem}")),
             None => Ok(()),
+        }
+    }
+
+    /// How many PCI functions the machine has, without the host bridge.
+    pub fn functions(&self) -> usize {
+        self.disks.len()
+            + self.nets.len()
+            + usize::from(self.vsock_cid.is_some())
+            + self.small.count()
+    }
+
+    /// Which virtio function a device is, in PCI order.
+    pub fn function_of(&self, name: &DeviceName) -> Option<usize> {
+        let nets = self.disks.len();
+        let rng = nets + self.nets.len() + usize::from(self.vsock_cid.is_some());
+        let balloon = rng + usize::from(self.small.rng.is_some());
+        let console = balloon + usize::from(self.small.balloon.is_some());
+        match name {
+            DeviceName::Disk(id) => self.disks.iter().position(|d| d.id == *id),
+            DeviceName::Net(id) => Some(nets + self.nets.iter().position(|n| n.id == *id)?),
+            DeviceName::Balloon => self.small.balloon.map(|_| balloon),
+            DeviceName::Console => self.small.console.map(|_| console),
         }
     }
 }
@@ -179,8 +227,23 @@ impl Technology {
 pub struct DiskPlan {
     /// Name of the disk in the description; also its virtio serial; at most 20 bytes.
     pub id: String,
+    /// What its image is. Said, never guessed.
+    pub format: DiskFormat,
     /// Whether writes are refused.
     pub read_only: bool,
+    /// How much it may read and write.
+    pub limits: Limits,
+}
+
+/// What a disk's image is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DiskFormat {
+    /// The disk's bytes.
+    #[default]
+    Raw,
+    /// QEMU's.
+    Qcow2,
 }
 
 /// One virtio network card.
@@ -192,14 +255,18 @@ pub struct NetPlan {
     pub mac: [u8; 6],
     /// Addresses announced by gratuitous ARP after a move (RARP for the MAC is always sent).
     pub announce: Vec<Ipv4Addr>,
+    /// How much it may send and receive.
+    pub limits: Limits,
 }
 
 /// Most vCPUs.
 pub const MAX_VCPUS: u8 = 64;
 /// Least memory in bytes.
 pub const MIN_MEMORY: u64 = 64 << 20;
-/// Most memory in bytes.
-pub const MAX_MEMORY: u64 = 3 << 30;
+/// Most memory in bytes: its dirty log fits the exchange memory, its addresses every processor's.
+pub const MAX_MEMORY: u64 = 64 << 30;
+/// Most memory below 4 GiB in bytes, and most of a confidential guest.
+pub const MAX_LOW_MEMORY: u64 = 3 << 30;
 /// Longest command line in bytes.
 pub const MAX_CMDLINE: usize = 1600;
 /// Longest disk name: a virtio serial has 20 bytes.
@@ -211,6 +278,7 @@ pub const MAX_ANNOUNCE: usize = 8;
 
 #[cfg(test)]
 mod tests {
+    use super::devices::{BalloonPlan, ConsolePlan, Rate, RngPlan};
     use super::*;
     use crate::machine::cpu::Topology;
 
@@ -225,22 +293,46 @@ mod tests {
             technology: Technology::None,
             disks: vec![DiskPlan {
                 id: "data".into(),
+                format: DiskFormat::Raw,
                 read_only: false,
+                limits: Limits::default(),
             }],
             nets: vec![NetPlan {
                 id: "net0".into(),
                 mac: [0x52, 0, 0, 0, 0, 1],
                 announce: vec![],
+                limits: Limits::default(),
             }],
             vsock_cid: Some(3),
+            small: Default::default(),
         }
+    }
+
+    #[test]
+    fn devices_are_found_by_their_names_in_pci_order() {
+        let mut plan = plan();
+        let net = DeviceName::Net("net0".into());
+        assert_eq!(plan.function_of(&DeviceName::Disk("data".into())), Some(0));
+        assert_eq!(plan.function_of(&net), Some(1));
+        assert_eq!(plan.function_of(&DeviceName::Disk("net0".into())), None);
+        assert_eq!(plan.function_of(&DeviceName::Balloon), None);
+        let bytes = Rate {
+            per_second: 1,
+            burst: 1,
+        };
+        plan.small.rng = Some(RngPlan { bytes });
+        plan.small.balloon = Some(BalloonPlan::default());
+        plan.small.console = Some(ConsolePlan::default());
+        assert_eq!(plan.function_of(&DeviceName::Balloon), Some(4));
+        assert_eq!(plan.function_of(&DeviceName::Console), Some(5));
+        assert_eq!(plan.functions(), 6);
     }
 
     #[test]
     fn what_a_peer_may_not_ask_for_is_refused() {
         plan().check().unwrap();
         type Spoil = fn(&mut MachinePlan);
-        let spoil: [(&str, Spoil); 9] = [
+        let spoil: [(&str, Spoil); 12] = [
             ("name", |p| p.name = "../vault".into()),
             ("vCPUs", |p| p.vcpus = 65),
             ("threads", |p| {
@@ -251,6 +343,13 @@ mod tests {
                 });
             }),
             ("memory", |p| p.memory_bytes = 1 << 40),
+            ("confidential", |p| {
+                p.technology = Technology::Sev {
+                    emulated: true,
+                    policy: 1,
+                };
+                p.memory_bytes = 4 << 30;
+            }),
             ("command line", |p| p.cmdline = "a\nb".into()),
             ("disk whose name", |p| p.disks[0].id = String::new()),
             ("multicast", |p| p.nets[0].mac = [1; 6]),
@@ -258,6 +357,20 @@ mod tests {
                 p.disks = vec![p.disks[0].clone(); 9]
             }),
             ("vsock", |p| p.vsock_cid = Some(2)),
+            ("limit", |p| {
+                let rate = Rate {
+                    per_second: 0,
+                    burst: 1,
+                };
+                p.disks[0].limits.bytes = Some(rate);
+            }),
+            ("balloon", |p| {
+                p.small.balloon = Some(BalloonPlan::default());
+                p.technology = Technology::Sev {
+                    emulated: true,
+                    policy: 1,
+                };
+            }),
         ];
         for (words, spoil) in spoil {
             let mut bad = plan();

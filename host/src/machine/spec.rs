@@ -4,6 +4,7 @@
 //! description's own folder.
 
 mod confidential;
+mod devices;
 
 use std::fmt;
 use std::io::Read;
@@ -18,9 +19,10 @@ use toml::Spanned;
 use self::confidential::Confidential;
 pub use self::confidential::{ConfidentialSpec, IdFiles, Offer, SevSpec, SnpSpec, Strongest};
 use crate::machine::cpu::{CpuModel, CpuPlan, Topology};
+use crate::machine::plan::devices::{Limits, SmallDevices};
 use crate::machine::plan::{
-    DiskPlan, MAX_ANNOUNCE, MAX_CMDLINE, MAX_DEVICES, MAX_DISK_ID, MAX_MEMORY, MAX_VCPUS,
-    MIN_MEMORY, MachinePlan, NetPlan, is_name,
+    DiskFormat, DiskPlan, MAX_ANNOUNCE, MAX_CMDLINE, MAX_DEVICES, MAX_DISK_ID, MAX_LOW_MEMORY,
+    MAX_MEMORY, MAX_VCPUS, MIN_MEMORY, MachinePlan, NetPlan, is_name,
 };
 
 /// A description that has been read and checked. Files named in it exist and are readable.
@@ -34,7 +36,7 @@ pub struct MachineSpec {
     pub cpu: CpuPlan,
     /// Memory in bytes.
     pub memory_bytes: u64,
-    /// Kernel image (bzImage).
+    /// Kernel image: a bzImage, or an ELF file with a PVH entry.
     pub kernel: PathBuf,
     /// Initramfs.
     pub initrd: PathBuf,
@@ -48,6 +50,8 @@ pub struct MachineSpec {
     pub nets: Vec<NetSpec>,
     /// Guest context id of virtio-vsock.
     pub vsock_cid: Option<u32>,
+    /// Random numbers, balloon, console, watchdog.
+    pub small: SmallDevices,
 }
 
 /// One disk of a description.
@@ -55,10 +59,14 @@ pub struct MachineSpec {
 pub struct DiskSpec {
     /// Its name.
     pub id: String,
-    /// Raw image.
+    /// Its image.
     pub path: PathBuf,
+    /// What the image is.
+    pub format: DiskFormat,
     /// Whether writes are refused.
     pub read_only: bool,
+    /// How much it may read and write.
+    pub limits: Limits,
 }
 
 /// One network card of a description.
@@ -74,6 +82,8 @@ pub struct NetSpec {
     pub mac: [u8; 6],
     /// Addresses to announce after a move.
     pub announce: Vec<Ipv4Addr>,
+    /// How much it may send and receive.
+    pub limits: Limits,
 }
 
 impl MachineSpec {
@@ -133,7 +143,9 @@ impl MachineSpec {
                 .iter()
                 .map(|d| DiskPlan {
                     id: d.id.clone(),
+                    format: d.format,
                     read_only: d.read_only,
+                    limits: d.limits,
                 })
                 .collect(),
             nets: self
@@ -143,9 +155,11 @@ impl MachineSpec {
                     id: n.id.clone(),
                     mac: n.mac,
                     announce: n.announce.clone(),
+                    limits: n.limits,
                 })
                 .collect(),
             vsock_cid: self.vsock_cid,
+            small: self.small.clone(),
         }
     }
 }
@@ -212,6 +226,10 @@ struct Document {
     #[serde(default)]
     net: Vec<Net>,
     vsock: Option<Vsock>,
+    rng: Option<devices::Rng>,
+    balloon: Option<Spanned<devices::Balloon>>,
+    console: Option<devices::Console>,
+    watchdog: Option<devices::Watchdog>,
 }
 
 #[derive(Deserialize)]
@@ -237,7 +255,10 @@ struct Disk {
     id: Spanned<String>,
     path: Spanned<PathBuf>,
     #[serde(default)]
+    format: DiskFormat,
+    #[serde(default)]
     read_only: bool,
+    limit: Option<devices::Limit>,
 }
 
 #[derive(Deserialize)]
@@ -249,6 +270,7 @@ struct Net {
     mac: Spanned<String>,
     #[serde(default)]
     announce: Vec<Ipv4Addr>,
+    limit: Option<devices::Limit>,
 }
 
 #[derive(Deserialize)]
@@ -270,6 +292,7 @@ impl Reader<'_> {
         let cpu = document
             .cpu
             .map_or(Ok(CpuPlan::default()), |cpu| self.cpu(cpu, vcpus))?;
+        let memory_span = document.memory.span();
         let memory_bytes = self.memory(document.memory)?;
         let kernel = self.file("boot.kernel", document.boot.kernel)?;
         let initrd = self.file("boot.initrd", document.boot.initrd)?;
@@ -277,6 +300,10 @@ impl Reader<'_> {
         let confidential = document
             .confidential
             .map_or(Ok(ConfidentialSpec::None), |c| self.confidential(c))?;
+        if confidential != ConfidentialSpec::None && memory_bytes > MAX_LOW_MEMORY {
+            let problem = "`memory` of a confidential guest is at most 3 GiB in this version";
+            return Err(self.at(memory_span, problem.to_owned()));
+        }
         self.names("disk", document.disk.iter().map(|d| &d.id))?;
         self.names("net", document.net.iter().map(|n| &n.id))?;
         let disks = document
@@ -290,6 +317,14 @@ impl Reader<'_> {
             .map(|n| self.net(n))
             .collect::<Result<Vec<_>, _>>()?;
         let vsock_cid = document.vsock.map(|v| self.vsock(v.cid)).transpose()?;
+        let small = devices::Small {
+            rng: document.rng,
+            balloon: document.balloon,
+            console: document.console,
+            watchdog: document.watchdog,
+        };
+        let plain = matches!(confidential, ConfidentialSpec::None);
+        let small = self.small(small, !plain)?;
         Ok(MachineSpec {
             name,
             vcpus,
@@ -302,6 +337,7 @@ impl Reader<'_> {
             disks,
             nets,
             vsock_cid,
+            small,
         })
     }
 
@@ -367,7 +403,7 @@ impl Reader<'_> {
     }
 
     fn memory(&self, value: Spanned<String>) -> Result<u64, SpecError> {
-        let wanted = "want a size such as \"512 MiB\", a multiple of 2 MiB from 64 MiB to 3 GiB";
+        let wanted = "want a size such as \"512 MiB\", a multiple of 2 MiB from 64 MiB to 64 GiB";
         let bytes = parse_size(value.get_ref()).ok_or_else(|| {
             self.at(
                 value.span(),
@@ -407,7 +443,9 @@ impl Reader<'_> {
         Ok(DiskSpec {
             id,
             path,
+            format: value.format,
             read_only: value.read_only,
+            limits: self.limits("disk", value.limit)?,
         })
     }
 
@@ -439,6 +477,7 @@ impl Reader<'_> {
             bridge,
             mac,
             announce: value.announce,
+            limits: self.limits("net", value.limit)?,
         })
     }
 

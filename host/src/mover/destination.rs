@@ -105,9 +105,9 @@ impl DestinationGuest for DestinationMachine {
         machine.begin(start).map_err(guest_error)
     }
 
-    fn write_page(&mut self, page: Gpn, content: PageContent<'_>) -> Result<(), GuestError> {
+    fn write_pages(&mut self, start: Gpn, content: PageContent<'_>) -> Result<(), GuestError> {
         let machine = self.admitted()?;
-        machine.write(page, content).map_err(guest_error)
+        machine.write(start, content).map_err(guest_error)
     }
 
     fn flush(&mut self) -> Result<(), GuestError> {
@@ -160,18 +160,24 @@ impl Machine {
 
     fn write(&mut self, page: Gpn, content: PageContent<'_>) -> Result<(), RoleError> {
         let at = address(page)?;
+        let length = match content {
+            PageContent::Data(bytes) => bytes.len(),
+            PageContent::Zero | PageContent::Firmware { .. } => PAGE_SIZE,
+        };
         let offset = self
             .vmm
             .memory
             .layout()
-            .offset(at, PAGE_SIZE as u64)
+            .offset(at, length as u64)
             .ok_or_else(|| RoleError::new("BAD_MEMORY", format!("no memory at page {}", page.0)))?;
         match (self.vmm.confidential(), content) {
             (true, PageContent::Firmware { header, ciphertext }) => {
                 self.queue(page, header, ciphertext)
             }
-            (false, PageContent::Data(bytes)) if bytes.len() == PAGE_SIZE => {
-                self.mark(offset);
+            (false, PageContent::Data(bytes)) if bytes.len() % PAGE_SIZE == 0 => {
+                for step in (0..length).step_by(PAGE_SIZE) {
+                    self.mark(offset + step as u64);
+                }
                 Ok(self.vmm.memory.write(at, bytes)?)
             }
             (false, PageContent::Zero) if self.is_marked(offset) => {

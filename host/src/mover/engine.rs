@@ -6,13 +6,14 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use casemate_crypto_migrate::Provider;
 use casemate_crypto_migrate::destination::{DestinationConfig, DestinationOutcome, receive};
 use casemate_crypto_migrate::guest::{GuestOffer, SourceGuest};
+use casemate_crypto_migrate::identity::Local;
 use casemate_crypto_migrate::identity::{
     AllowList, AllowedPeer, HostIdentity, IdentityError, Path, Pinned, TrustAnchors,
 };
 use casemate_crypto_migrate::progress::Progress;
-use casemate_crypto_migrate::session::Local;
 use casemate_crypto_migrate::source::{SourceConfig, SourceError, SourceOutcome, migrate};
 use casemate_crypto_migrate::tls::Transport;
 use serde::Serialize;
@@ -130,6 +131,7 @@ fn local(
         identity: HostIdentity::from_pem(&credentials.chain_pem, signer).map_err(refuse)?,
         anchors: TrustAnchors::from_pem(&credentials.authority_pem).map_err(refuse)?,
         allow: AllowList::new(peers.iter().map(allowed).collect()),
+        provider: Provider::default(),
     })
 }
 

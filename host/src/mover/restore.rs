@@ -132,7 +132,9 @@ fn fill(snapshot: &Reader<'_, File>, vmm: &VmmLink) -> Result<(), RoleError> {
                 .get_mut(..pages as usize * PAGE_SIZE)
                 .unwrap_or_default();
             snapshot.read(page, bytes)?;
-            vmm.memory.write(page * PAGE_SIZE as u64, bytes)?;
+            for (page, bytes) in (page..).zip(bytes.chunks_exact(PAGE_SIZE)) {
+                vmm.memory.write(vmm.address_of(page)?, bytes)?;
+            }
             page += pages;
         }
     }

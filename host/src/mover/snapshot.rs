@@ -99,10 +99,9 @@ fn seal(
                 return Err(RoleError::new("CANCELLED", "the snapshot was given up"));
             }
         }
-        // Guest memory is one run from 0, so a guest's page number is its place in the file.
-        vmm.memory
-            .read(page.0 * PAGE_SIZE as u64, &mut page_bytes)?;
-        writer.page(page.0, &page_bytes)?;
+        let index = vmm.index_of(page)?;
+        vmm.memory.read(vmm.address_of(index)?, &mut page_bytes)?;
+        writer.page(index, &page_bytes)?;
     }
     let header = writer.finish(&description, &state)?;
     Ok(MoveReport {

@@ -3,9 +3,11 @@
 use std::sync::Arc;
 
 use casemate_crypto_migrate::guest::{
-    Gpn, GuestError, PAGE_SIZE, PageContent, PageRange, SourceGuest,
+    EXTENT_PAGES, Gpn, GuestError, PAGE_SIZE, PageContent, PageRange, SourceGuest,
 };
+use casemate_crypto_migrate::pages::PageSet;
 
+use crate::confidential::shared::GuestMemory;
 use crate::machine::plan::Technology;
 use crate::mover::agent_link::AgentLink;
 use crate::mover::evidence::{SendContext, encode, verify_target};
@@ -57,23 +59,6 @@ impl SourceMachine {
         }
     }
 
-    fn read_clear(
-        &self,
-        pages: &[Gpn],
-        emit: &mut dyn FnMut(Gpn, PageContent<'_>),
-    ) -> Result<(), RoleError> {
-        let mut buffer = [0u8; PAGE_SIZE];
-        for &page in pages {
-            self.vmm.memory.read(address(page)?, &mut buffer)?;
-            if buffer == [0u8; PAGE_SIZE] {
-                emit(page, PageContent::Zero);
-            } else {
-                emit(page, PageContent::Data(&buffer));
-            }
-        }
-        Ok(())
-    }
-
     fn read_packets(
         &self,
         pages: &[Gpn],
@@ -122,14 +107,14 @@ impl SourceGuest for SourceMachine {
         }
     }
 
-    fn start_tracking(&mut self) -> Result<Vec<Gpn>, GuestError> {
+    fn start_tracking(&mut self) -> Result<PageSet, GuestError> {
         self.agent.poll();
         self.vmm
             .bitmap(&MoverRequest::StartTracking)
             .map_err(guest_error)
     }
 
-    fn take_dirty(&mut self) -> Result<Vec<Gpn>, GuestError> {
+    fn take_dirty(&mut self) -> Result<PageSet, GuestError> {
         self.agent.poll();
         self.vmm
             .bitmap(&MoverRequest::TakeDirty)
@@ -145,7 +130,7 @@ impl SourceGuest for SourceMachine {
         if self.vmm.confidential() {
             self.read_packets(pages, emit).map_err(guest_error)
         } else {
-            self.read_clear(pages, emit).map_err(guest_error)
+            read_clear(&self.vmm.memory, pages, emit).map_err(guest_error)
         }
     }
 
@@ -185,6 +170,43 @@ impl SourceGuest for SourceMachine {
         self.agent
             .record(OwnershipStep::Departed)
             .map_err(guest_error)
+    }
+}
+
+/// Reads pages in clear and passes them on: neighbours as one extent, pages of zeroes as such.
+pub fn read_clear(
+    memory: &GuestMemory,
+    pages: &[Gpn],
+    emit: &mut dyn FnMut(Gpn, PageContent<'_>),
+) -> Result<(), RoleError> {
+    let mut buffer = [0; EXTENT_PAGES * PAGE_SIZE];
+    let neighbours = pages.chunk_by(|a, b| a.0.checked_add(1) == Some(b.0));
+    for extent in neighbours.flat_map(|run| run.chunks(EXTENT_PAGES)) {
+        let Some(&first) = extent.first() else {
+            continue;
+        };
+        let data = buffer
+            .get_mut(..extent.len() * PAGE_SIZE)
+            .unwrap_or_default();
+        memory.read(address(first)?, data)?;
+        emit_runs(first, data, emit);
+    }
+    Ok(())
+}
+
+/// Passes on the pages of an extent, those between zero pages together.
+fn emit_runs(first: Gpn, data: &[u8], emit: &mut dyn FnMut(Gpn, PageContent<'_>)) {
+    let (pages, _) = data.as_chunks::<PAGE_SIZE>();
+    let is_zero = |page: &[u8; PAGE_SIZE]| *page == [0; PAGE_SIZE];
+    let mut at = first.0;
+    for run in pages.chunk_by(|a, b| is_zero(a) == is_zero(b)) {
+        let next = at + run.len() as u64;
+        if run.first().is_some_and(is_zero) {
+            (at..next).for_each(|page| emit(Gpn(page), PageContent::Zero));
+        } else {
+            emit(Gpn(at), PageContent::Data(run.as_flattened()));
+        }
+        at = next;
     }
 }
 

@@ -670,29 +670,29 @@ fn pages_go_only_where_and_how_they_may() {
         header: &[0; 52],
         ciphertext: &page,
     };
-    assert!(machine.write_page(Gpn(1), packet).is_err());
+    assert!(machine.write_pages(Gpn(1), packet).is_err());
     assert!(
         machine
-            .write_page(Gpn(PAGES), PageContent::Data(&page))
+            .write_pages(Gpn(PAGES), PageContent::Data(&page))
             .is_err()
     );
     assert!(
         machine
-            .write_page(Gpn(u64::MAX), PageContent::Zero)
+            .write_pages(Gpn(u64::MAX), PageContent::Zero)
             .is_err()
     );
     assert!(
         machine
-            .write_page(Gpn(1), PageContent::Data(&page[1..]))
+            .write_pages(Gpn(1), PageContent::Data(&page[1..]))
             .is_err()
     );
     assert!(contents(&plain.memory).iter().all(|byte| *byte == 0));
     machine
-        .write_page(Gpn(1), PageContent::Data(&page))
+        .write_pages(Gpn(1), PageContent::Data(&page))
         .unwrap();
     let at = PAGE_SIZE;
     assert_eq!(contents(&plain.memory)[at..at + PAGE_SIZE], page);
-    machine.write_page(Gpn(1), PageContent::Zero).unwrap();
+    machine.write_pages(Gpn(1), PageContent::Zero).unwrap();
     assert!(contents(&plain.memory).iter().all(|byte| *byte == 0));
 
     let b = psp(&SITE_B, &[]);
@@ -700,11 +700,11 @@ fn pages_go_only_where_and_how_they_may() {
     let mut machine = destination(&sites, &sealed);
     assert!(
         machine
-            .write_page(Gpn(1), PageContent::Data(&page))
+            .write_pages(Gpn(1), PageContent::Data(&page))
             .is_err()
     );
-    assert!(machine.write_page(Gpn(1), PageContent::Zero).is_err());
+    assert!(machine.write_pages(Gpn(1), PageContent::Zero).is_err());
     assert!(machine.begin(b"rubbish").is_err());
-    machine.write_page(Gpn(1), packet).unwrap();
+    machine.write_pages(Gpn(1), packet).unwrap();
     assert!(machine.flush().is_err(), "no receive context");
 }

@@ -6,6 +6,7 @@ use std::os::fd::AsFd;
 use std::time::Duration;
 
 use casemate_crypto_migrate::guest::{Gpn, GuestError, PAGE_SIZE, PageRange};
+use casemate_crypto_migrate::pages::PageSet;
 
 use crate::confidential::shared::{Access, Exchange, GuestMemory, MemoryLayout};
 use crate::ipc::Channel;
@@ -94,8 +95,30 @@ impl VmmLink {
             .body
     }
 
-    /// One request that is answered by a bitmap; the pages in it, ascending.
-    pub fn bitmap(&self, request: &MoverRequest) -> Result<Vec<Gpn>, RoleError> {
+    /// Address of a page of the memory file, in which the runs are packed: how a snapshot counts pages.
+    pub fn address_of(&self, index: u64) -> Result<u64, RoleError> {
+        let offset = index.saturating_mul(PAGE_SIZE as u64);
+        let runs = self.memory.layout().runs().iter();
+        runs.filter_map(|run| Some((run, offset.checked_sub(run.offset)?)))
+            .find(|(run, within)| *within < run.length)
+            .map(|(run, within)| run.gpa + within)
+            .ok_or_else(|| {
+                let text = format!("no memory behind page {index} of the file");
+                RoleError::new("BAD_MEMORY", text)
+            })
+    }
+
+    /// The page of the memory file that an address lies in.
+    pub fn index_of(&self, page: Gpn) -> Result<u64, RoleError> {
+        let size = PAGE_SIZE as u64;
+        let at = page.0.checked_mul(size);
+        at.and_then(|at| self.memory.layout().offset(at, size))
+            .map(|offset| offset / size)
+            .ok_or_else(|| RoleError::new("BAD_MEMORY", format!("no memory at page {}", page.0)))
+    }
+
+    /// One request that is answered by a bitmap; the pages in it.
+    pub fn bitmap(&self, request: &MoverRequest) -> Result<PageSet, RoleError> {
         let MoverReply::Bitmap { bits } = self.call(request)? else {
             return Err(unexpected());
         };
@@ -107,9 +130,9 @@ impl VmmLink {
             ));
         }
         let bytes = self.exchange.read(bits.div_ceil(64) * 8)?;
-        Ok(set_bits(&bytes, bits)
-            .filter_map(|index| self.memory.layout().page_at(index).map(Gpn))
-            .collect())
+        let (words, _) = bytes.as_chunks();
+        let words = words.iter().map(|word| u64::from_le_bytes(*word));
+        Ok(PageSet::from_words(&self.ranges(), words))
     }
 
     /// One request that is answered by the machine's state.
@@ -132,39 +155,9 @@ pub fn guest_error(error: impl Into<RoleError>) -> GuestError {
     GuestError(error.into().to_string())
 }
 
-fn set_bits(bytes: &[u8], bits: u64) -> impl Iterator<Item = u64> + '_ {
-    let words = bytes.chunks_exact(8).map(|word| {
-        word.iter()
-            .rev()
-            .fold(0u64, |value, byte| (value << 8) | u64::from(*byte))
-    });
-    (0u64..)
-        .zip(words)
-        .flat_map(|(at, word)| {
-            (0..64u64)
-                .filter(move |bit| word >> bit & 1 == 1)
-                .map(move |bit| at * 64 + bit)
-        })
-        .take_while(move |index| *index < bits)
-}
-
 pub(super) fn unexpected() -> RoleError {
     RoleError::new("ROLE_PROTOCOL", "the VMM's reply has no place here")
 }
 
 /// How long the VMM may take for a reply.
 const VMM_DEADLINE: Duration = Duration::from_secs(30);
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn bits_are_little_endian_words_and_end_where_they_should() {
-        let mut bytes = vec![0u8; 24];
-        bytes[0] = 0b1000_0001;
-        bytes[8] = 1;
-        bytes[16] = 0b11;
-        assert_eq!(set_bits(&bytes, 129).collect::<Vec<_>>(), [0, 7, 64, 128]);
-    }
-}

@@ -1,9 +1,10 @@
 //! What a role says of its own sandbox, and what a probe from inside found.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// State of one process's sandbox.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct SandboxReport {
     /// Role: `vmm`, `mover`, `psp`.
     pub role: String,
@@ -32,7 +33,7 @@ pub struct SandboxReport {
 }
 
 /// One thread's filter.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ThreadReport {
     /// Thread name.
     pub name: String,
@@ -45,7 +46,7 @@ pub struct ThreadReport {
 }
 
 /// What a probe from inside found.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ProbeReport {
     /// Role: `vmm`, `mover`, `psp`.
     pub role: String,
@@ -54,7 +55,7 @@ pub struct ProbeReport {
 }
 
 /// One thing tried.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ProbeAttempt {
     /// What was tried, for example `open /etc/passwd`.
     pub what: String,

@@ -8,13 +8,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::layout::{
-    COM1, I8042_COMMAND, PCI_CONFIG_ADDRESS, PCI_CONFIG_DATA, PVPANIC, RESET_VALUE, S5_SLEEP_TYPE,
-    SLEEP_CONTROL, SLEEP_STATUS, VIRTIO_BAR_SIZE, VIRTIO_BARS,
+    COM1, ECAM, ECAM_SIZE, EVENTS, I8042_COMMAND, PCI_CONFIG_ADDRESS, PCI_CONFIG_DATA, PVPANIC,
+    RESET_VALUE, S5_SLEEP_TYPE, SLEEP_CONTROL, SLEEP_STATUS, VIRTIO_BAR_SIZE, VIRTIO_BARS,
 };
 use super::page_sharing::PageSharing;
 use super::pci::PciBus;
+use crate::devices::events::Events;
 use crate::devices::serial::Console;
 use crate::devices::virtio::transport::VirtioPci;
+use crate::devices::watchdog::Watchdog;
 
 /// Accesses of a vCPU that KVM does not answer itself.
 pub trait GuestBus: Send + Sync {
@@ -34,11 +36,13 @@ pub trait GuestBus: Send + Sync {
     fn write_msr(&self, index: u32, value: u64) -> bool;
 }
 
-/// The machine's own bus: COM1, PCI configuration, virtio BARs, power and reset.
+/// The machine's own bus: COM1, PCI configuration, virtio BARs, ACPI events, power and reset.
 pub struct MachineBus {
     console: Arc<Console>,
+    events: Arc<Events>,
     pci: Arc<PciBus>,
     functions: Vec<Arc<VirtioPci>>,
+    watchdog: Option<Arc<Watchdog>>,
     stop: Arc<StopNotice>,
     sharing: Option<Arc<PageSharing>>,
 }
@@ -47,25 +51,42 @@ impl MachineBus {
     /// Connects the parts.
     pub fn new(
         console: Arc<Console>,
+        events: Arc<Events>,
         pci: Arc<PciBus>,
         functions: Vec<Arc<VirtioPci>>,
+        watchdog: Option<Arc<Watchdog>>,
         stop: Arc<StopNotice>,
         sharing: Option<Arc<PageSharing>>,
     ) -> Self {
         Self {
             console,
+            events,
             pci,
             functions,
+            watchdog,
             stop,
             sharing,
         }
     }
 
-    fn function_at(&self, address: u64) -> Option<(&VirtioPci, u64)> {
+    /// Whose BAR an address is in, and where.
+    fn device_at(&self, address: u64) -> Option<(Registers<'_>, u64)> {
         let offset = address.checked_sub(VIRTIO_BARS)?;
         let index = usize::try_from(offset / VIRTIO_BAR_SIZE).ok()?;
-        Some((self.functions.get(index)?, offset % VIRTIO_BAR_SIZE))
+        let registers = match self.functions.get(index) {
+            Some(function) => Registers::Virtio(function),
+            // The watchdog's slot is the one behind theirs.
+            None if index == self.functions.len() => Registers::Watchdog(self.watchdog.as_ref()?),
+            None => return None,
+        };
+        Some((registers, offset % VIRTIO_BAR_SIZE))
     }
+}
+
+/// A device with registers in memory.
+enum Registers<'a> {
+    Virtio(&'a VirtioPci),
+    Watchdog(&'a Watchdog),
 }
 
 impl GuestBus for MachineBus {
@@ -77,6 +98,10 @@ impl GuestBus for MachineBus {
                 self.pci.read_address(port - PCI_CONFIG_ADDRESS, data)
             }
             PCI_CONFIG_DATA..=PCI_CONFIG_LAST => self.pci.read_data(port - PCI_CONFIG_DATA, data),
+            EVENTS => data
+                .iter_mut()
+                .take(1)
+                .for_each(|byte| *byte = self.events.take()),
             // No command pending, nothing to read; ready for the reset command.
             I8042_COMMAND | SLEEP_CONTROL | SLEEP_STATUS => data.fill(0),
             PVPANIC => data.fill(PANICKED | CRASH_LOADED),
@@ -102,15 +127,20 @@ impl GuestBus for MachineBus {
     }
 
     fn memory_read(&self, address: u64, data: &mut [u8]) {
-        match self.function_at(address) {
-            Some((function, offset)) => function.bar_read(offset, data),
-            None => data.fill(0xff),
+        match (self.device_at(address), ecam_offset(address)) {
+            (Some((Registers::Virtio(function), offset)), _) => function.bar_read(offset, data),
+            (Some((Registers::Watchdog(watchdog), offset)), _) => watchdog.bar_read(offset, data),
+            (None, Some(offset)) => self.pci.read_ecam(offset, data),
+            (None, None) => data.fill(0xff),
         }
     }
 
     fn memory_write(&self, address: u64, data: &[u8]) {
-        if let Some((function, offset)) = self.function_at(address) {
-            function.bar_write(offset, data);
+        match (self.device_at(address), ecam_offset(address)) {
+            (Some((Registers::Virtio(function), offset)), _) => function.bar_write(offset, data),
+            (Some((Registers::Watchdog(watchdog), offset)), _) => watchdog.bar_write(offset, data),
+            (None, Some(offset)) => self.pci.write_ecam(offset, data),
+            (None, None) => {}
         }
     }
 
@@ -129,6 +159,12 @@ impl GuestBus for MachineBus {
         let sharing = self.sharing.as_ref();
         sharing.is_some_and(|sharing| sharing.write_msr(index, value))
     }
+}
+
+fn ecam_offset(address: u64) -> Option<u64> {
+    address
+        .checked_sub(ECAM)
+        .filter(|offset| *offset < ECAM_SIZE)
 }
 
 /// Says once, to everyone, that the guest has stopped itself.

@@ -14,6 +14,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::hooks::ThreadKind;
 use crate::devices::virtio::transport::VirtioPci;
+use crate::devices::watchdog::Watchdog;
 
 /// The device thread, seen from the control thread.
 pub struct DeviceThread {
@@ -28,9 +29,10 @@ impl DeviceThread {
     pub fn spawn(
         wake: EventFd,
         functions: Vec<Arc<VirtioPci>>,
+        watchdog: Option<Arc<Watchdog>>,
         confine: fn(ThreadKind) -> Result<(), String>,
     ) -> Result<Self, DeviceThreadError> {
-        let runner = Runner::new(wake.try_clone()?, functions)?;
+        let runner = Runner::new(wake.try_clone()?, functions, watchdog)?;
         let (commands, receiver) = channel();
         let (ready_sender, ready) = channel();
         let thread = Builder::new().name("devices".into()).spawn(move || {
@@ -115,19 +117,25 @@ struct Runner {
     epoll: Epoll,
     wake: EventFd,
     functions: Vec<Arc<VirtioPci>>,
+    watchdog: Option<Arc<Watchdog>>,
     polled: Vec<Vec<(RawFd, u32)>>,
     announcements: VecDeque<Instant>,
     running: bool,
 }
 
 impl Runner {
-    fn new(wake: EventFd, functions: Vec<Arc<VirtioPci>>) -> Result<Self, DeviceThreadError> {
+    fn new(
+        wake: EventFd,
+        functions: Vec<Arc<VirtioPci>>,
+        watchdog: Option<Arc<Watchdog>>,
+    ) -> Result<Self, DeviceThreadError> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         let polled = vec![Vec::new(); functions.len()];
         let runner = Self {
             epoll,
             wake,
             functions,
+            watchdog,
             polled,
             announcements: VecDeque::new(),
             running: false,
@@ -159,6 +167,9 @@ impl Runner {
                 self.dispatch(Source::from_token(event.data()));
             }
             self.announce_if_due();
+            if let Some(watchdog) = &self.watchdog {
+                watchdog.look();
+            }
         }
     }
 
@@ -183,6 +194,9 @@ impl Runner {
                     self.service_all();
                     self.running = false;
                     self.announcements.clear();
+                    if let Some(watchdog) = &self.watchdog {
+                        watchdog.stand();
+                    }
                     let _ = done.send(());
                 }
                 Command::Announce => {
@@ -196,6 +210,9 @@ impl Runner {
 
     fn start(&mut self) {
         self.running = true;
+        if let Some(watchdog) = &self.watchdog {
+            watchdog.go();
+        }
         self.service_all();
         for function in 0..self.functions.len() {
             self.refresh(function);
@@ -279,7 +296,15 @@ impl Runner {
     }
 
     fn timeout(&self) -> EpollTimeout {
-        let Some(next) = self.announcements.front() else {
+        let fed_until = self.watchdog.as_ref().and_then(|watchdog| watchdog.next());
+        let Some(next) = self
+            .announcements
+            .front()
+            .copied()
+            .into_iter()
+            .chain(fed_until)
+            .min()
+        else {
             return EpollTimeout::NONE;
         };
         let wait = next.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
@@ -370,7 +395,8 @@ mod tests {
         let spare = self::bench();
         let function = Arc::new(std::mem::replace(&mut bench.function, spare.function));
         let wake = bench.wake.try_clone().unwrap();
-        let thread = DeviceThread::spawn(wake, vec![Arc::clone(&function)], |_| Ok(())).unwrap();
+        let thread =
+            DeviceThread::spawn(wake, vec![Arc::clone(&function)], None, |_| Ok(())).unwrap();
         thread.run().unwrap();
         (thread, function)
     }
@@ -416,7 +442,7 @@ mod tests {
     fn a_thread_that_cannot_be_confined_does_not_start() {
         let bench = bench();
         let wake = bench.wake.try_clone().unwrap();
-        let result = DeviceThread::spawn(wake, vec![], |_| Err("no filter".into()));
+        let result = DeviceThread::spawn(wake, vec![], None, |_| Err("no filter".into()));
         assert!(matches!(result, Err(DeviceThreadError::Confine(_))));
     }
 

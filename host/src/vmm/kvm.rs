@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use vmm_sys_util::errno;
 use vmm_sys_util::ioctl::ioctl_with_ref;
 
-use super::layout::{KVM_IDENTITY_MAP, KVM_TSS};
+use super::layout::{KVM_IDENTITY_MAP, KVM_TSS, PAGE_SIZE};
 use super::memory::GuestMemory;
 use super::page_sharing::PageSharing;
 use crate::confidential::kvm::{GuestKind, Initialise, SevError, create_vm};
@@ -80,7 +80,7 @@ impl Vm {
             memory,
             manual_protect,
         };
-        vm.set_memslot(0)?;
+        vm.set_memslots(0)?;
         Ok(vm)
     }
 
@@ -113,27 +113,31 @@ impl Vm {
 
     /// Starts logging writes anew: what was written before is forgotten, what is written from now is seen.
     pub fn start_dirty_log(&self) -> Result<(), KvmError> {
-        self.set_memslot(0)?;
-        self.set_memslot(KVM_MEM_LOG_DIRTY_PAGES)?;
+        self.set_memslots(0)?;
+        self.set_memslots(KVM_MEM_LOG_DIRTY_PAGES)?;
         self.memory.take_device_writes();
         Ok(())
     }
 
     /// Stops logging.
     pub fn stop_dirty_log(&self) -> Result<(), KvmError> {
-        self.set_memslot(0)
+        self.set_memslots(0)
     }
 
     /// Pages written since the last call by vCPUs, by KVM itself and by device models, one bit a page; the
     /// pages are protected again before this returns, so what is read afterwards is logged if it changes.
     pub fn take_dirty(&self) -> Result<Vec<u64>, KvmError> {
-        let size = usize::try_from(self.memory.size()).unwrap_or(usize::MAX);
-        let mut log = self
-            .fd
-            .get_dirty_log(MEMSLOT, size)
-            .map_err(during("KVM_GET_DIRTY_LOG"))?;
-        if self.manual_protect {
-            self.clear_dirty_log(&mut log)?;
+        let mut log = Vec::new();
+        for (slot, (_, length, _)) in (0u32..).zip(self.memory.slots()) {
+            let size = usize::try_from(length).unwrap_or(usize::MAX);
+            let mut part = self
+                .fd
+                .get_dirty_log(slot, size)
+                .map_err(during("KVM_GET_DIRTY_LOG"))?;
+            if self.manual_protect {
+                self.clear_dirty_log(slot, length, &mut part)?;
+            }
+            log.extend(part);
         }
         for (word, device) in log.iter_mut().zip(self.memory.take_device_writes()) {
             *word |= device;
@@ -182,25 +186,27 @@ impl Vm {
         self.fd.set_clock(&clock).map_err(during("KVM_SET_CLOCK"))
     }
 
-    fn set_memslot(&self, flags: u32) -> Result<(), KvmError> {
-        let region = kvm_userspace_memory_region {
-            slot: MEMSLOT,
-            flags,
-            guest_phys_addr: 0,
-            memory_size: self.memory.size(),
-            userspace_addr: self.memory.host_address(),
-        };
-        // SAFETY: the range is one live mapping of exactly this size, and `self.memory` keeps it alive as
-        // long as the machine.
-        unsafe { self.fd.set_user_memory_region(region) }
-            .map_err(during("KVM_SET_USER_MEMORY_REGION"))
+    fn set_memslots(&self, flags: u32) -> Result<(), KvmError> {
+        for (slot, (gpa, length, address)) in (0u32..).zip(self.memory.slots()) {
+            let region = kvm_userspace_memory_region {
+                slot,
+                flags,
+                guest_phys_addr: gpa,
+                memory_size: length,
+                userspace_addr: address,
+            };
+            // SAFETY: the range is one live mapping of exactly this size, and `self.memory` keeps it alive as
+            // long as the machine.
+            unsafe { self.fd.set_user_memory_region(region) }
+                .map_err(during("KVM_SET_USER_MEMORY_REGION"))?;
+        }
+        Ok(())
     }
 
-    fn clear_dirty_log(&self, log: &mut [u64]) -> Result<(), KvmError> {
-        let pages =
-            u32::try_from(self.memory.pages()).map_err(|_| KvmError::State("page count"))?;
+    fn clear_dirty_log(&self, slot: u32, length: u64, log: &mut [u64]) -> Result<(), KvmError> {
+        let pages = u32::try_from(length / PAGE_SIZE).map_err(|_| KvmError::State("page count"))?;
         let request = kvm_clear_dirty_log {
-            slot: MEMSLOT,
+            slot,
             num_pages: pages,
             first_page: 0,
             __bindgen_anon_1: kvm_clear_dirty_log__bindgen_ty_1 {
@@ -278,7 +284,6 @@ mod ioctl {
 }
 
 const KVM_API_VERSION: i32 = 12;
-const MEMSLOT: u32 = 0;
 const KVM_CLOCK_REALTIME: u32 = 1 << 2;
 const KVM_CLOCK_HOST_TSC: u32 = 1 << 3;
 const CHIPS: [u32; 3] = [

@@ -7,6 +7,8 @@ pub const PAGE_SIZE: u64 = 4096;
 pub const GDT: u64 = 0x6000;
 /// `struct boot_params`, the "zero page" of the Linux boot protocol.
 pub const BOOT_PARAMS: u64 = 0x7000;
+/// `struct hvm_start_info` of a kernel that is entered by PVH, with what it points to; one page.
+pub const START_INFO: u64 = 0x8000;
 /// Page map level 4; behind it one page of directory pointers and four of directories: 4 GiB, identity.
 pub const PAGE_TABLES: u64 = 0x9000;
 /// Kernel command line.
@@ -17,6 +19,10 @@ pub const CMDLINE_ROOM: usize = 0x1000;
 pub const LOW_RAM_END: u64 = 0x9_fc00;
 /// ACPI: RSDP first, the tables behind it.
 pub const ACPI: u64 = 0xe_0000;
+/// SMBIOS: the entry point, which firmware has on a 16-byte boundary of the last 64 KiB of the mebibyte, then the tables.
+pub const SMBIOS: u64 = 0xf_0000;
+/// The page that begins with the VM generation id, 16 bytes, of a plain guest.
+pub const GENERATION: u64 = 0xf_f000;
 /// End of the first mebibyte, where RAM goes on.
 pub const HIGH_RAM: u64 = 0x10_0000;
 /// The page that receives the launch secret: reserved in the e820 map, above 1 MiB (so that the kernel
@@ -31,17 +37,23 @@ pub const SNP_CPUID: u64 = SNP_SECRETS - PAGE_SIZE;
 /// Where the compressed kernel is loaded; what most kernels prefer.
 pub const KERNEL: u64 = 0x100_0000;
 
-/// Least guest memory: kernel, its decompression and a small initramfs. Most: all of it lies below the PCI hole.
-pub use crate::machine::plan::{MAX_MEMORY, MIN_MEMORY};
+/// Least guest memory: kernel, its decompression and a small initramfs.
+pub use crate::machine::plan::{MAX_LOW_MEMORY, MAX_MEMORY, MIN_MEMORY};
 
-/// Start of the memory window of the PCI host bridge.
-pub const PCI_WINDOW: u64 = 0xc000_0000;
+/// Where RAM goes on that does not fit below the PCI window: 4 GiB.
+pub const HIGH_MEMORY: u64 = 4 << 30;
+/// Start of the memory window of the PCI host bridge, where RAM below 4 GiB ends at the latest.
+pub const PCI_WINDOW: u64 = MAX_LOW_MEMORY;
 /// Last byte of that window.
-pub const PCI_WINDOW_LAST: u64 = 0xfebf_ffff;
+pub const PCI_WINDOW_LAST: u64 = 0xdfff_ffff;
 /// BAR of the first virtio function; the others follow.
-pub const VIRTIO_BARS: u64 = 0xe000_0000;
+pub const VIRTIO_BARS: u64 = 0xd000_0000;
 /// Size of each BAR.
 pub const VIRTIO_BAR_SIZE: u64 = 0x8000;
+/// PCI configuration by memory access (ECAM): 4 KiB a function, bus 0 only.
+pub const ECAM: u64 = 0xe000_0000;
+/// Its size.
+pub const ECAM_SIZE: u64 = 1 << 20;
 /// I/O APIC.
 pub const IOAPIC: u32 = 0xfec0_0000;
 /// Local APIC.
@@ -55,6 +67,10 @@ pub const KVM_TSS: usize = 0xfffb_d000;
 pub const COM1: u16 = 0x3f8;
 /// COM1's interrupt.
 pub const COM1_GSI: u32 = 4;
+/// Interrupt of ACPI's generic event device.
+pub const EVENTS_GSI: u32 = 5;
+/// Port that says, and forgets, which of its events have happened.
+pub const EVENTS: u16 = 0x608;
 /// Status and command port of the i8042; only the reset pulse is there.
 pub const I8042_COMMAND: u16 = 0x64;
 /// The i8042 command that pulses the reset line; ACPI's reset register is the same.
@@ -76,3 +92,8 @@ pub const PCI_CONFIG_DATA: u16 = 0xcfc;
 pub const FIRST_MSI_GSI: u32 = 24;
 /// Most virtio functions: slots 1 to 31 of bus 0.
 pub const MAX_FUNCTIONS: usize = 31;
+
+/// How much of `memory` bytes of RAM lies below 4 GiB; the rest begins at [`HIGH_MEMORY`].
+pub fn low_memory(memory: u64) -> u64 {
+    memory.min(MAX_LOW_MEMORY)
+}

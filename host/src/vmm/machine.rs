@@ -3,7 +3,7 @@
 mod launch;
 
 use std::fs::File;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VcpuFd};
@@ -15,7 +15,9 @@ use super::device_thread::{DeviceThread, DeviceThreadError};
 use super::hooks::{BareMachine, Handles, Hooks, ThreadKind};
 use super::irq::{Interrupts, MsiRouter};
 use super::kvm::{KvmError, Vm, during};
-use super::layout::{COM1_GSI, MAX_FUNCTIONS, VIRTIO_BAR_SIZE, VIRTIO_BARS};
+use super::layout::{
+    COM1_GSI, EVENTS_GSI, GENERATION, MAX_FUNCTIONS, VIRTIO_BAR_SIZE, VIRTIO_BARS,
+};
 use super::memory::{ExchangeMemory, GuestMemory, MemoryError};
 use super::page_sharing::PageSharing;
 use super::pci::msix::Msix;
@@ -28,10 +30,13 @@ use super::vcpu::state::{StateContext, StateError};
 use super::vcpu::{Vcpu, VcpuError, cpuid};
 use crate::confidential::kvm::real_kind;
 use crate::confidential::launch::GuestProtection;
+use crate::devices::events::{Event, Events};
 use crate::devices::serial::{Console, ConsoleStateError};
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::transport::{Placement, TransportStateError, VirtioPci};
-use crate::machine::plan::{MAX_VCPUS, MachinePlan, Technology};
+use crate::devices::watchdog::Watchdog;
+use crate::machine::plan::devices::{DeviceChange, DeviceName, DeviceStatus};
+use crate::machine::plan::{MAX_LOW_MEMORY, MAX_VCPUS, MachinePlan, Technology};
 use crate::userfault::{FaultError, Faults};
 
 /// A machine with all its threads. Dropping it ends them.
@@ -40,7 +45,9 @@ pub struct Machine {
     vcpus: Vec<Vcpu>,
     devices: DeviceThread,
     functions: Vec<Arc<VirtioPci>>,
+    watchdog: Option<Arc<Watchdog>>,
     console: Arc<Console>,
+    events: Arc<Events>,
     pci: Arc<PciBus>,
     context: Arc<StateContext>,
     vm: Vm,
@@ -71,11 +78,7 @@ impl Machine {
         let memory = Arc::new(memory);
         let exchange = ExchangeMemory::new()?;
         let faults = match handles.take(HandleKind::Userfault) {
-            Some(device) => Some(Faults::register(
-                device.as_fd(),
-                memory.host_address(),
-                memory.size(),
-            )?),
+            Some(device) => Some(register_faults(device, &memory)?),
             None => None,
         };
         let kvm = handles.require(HandleKind::Kvm)?;
@@ -103,16 +106,25 @@ impl Machine {
             console_line,
             handles.require(HandleKind::Console)?,
         )?);
+        let watchdog = place_watchdog(&plan, functions.len(), &wake)?;
+        let events = Arc::new(Events::new(interrupts.legacy_line(EVENTS_GSI)?));
         let pci = Arc::new(PciBus::new(
             functions
                 .iter()
-                .map(|f| Arc::clone(f) as Arc<dyn PciFunction>),
+                .map(|f| Arc::clone(f) as Arc<dyn PciFunction>)
+                .chain(
+                    watchdog
+                        .iter()
+                        .map(|w| Arc::clone(w) as Arc<dyn PciFunction>),
+                ),
         ));
         let stop = Arc::new(StopNotice::new()?);
         let bus: Arc<dyn GuestBus> = Arc::new(MachineBus::new(
             Arc::clone(&console),
+            Arc::clone(&events),
             Arc::clone(&pci),
             functions.clone(),
+            watchdog.clone(),
             Arc::clone(&stop),
             sharing.clone(),
         ));
@@ -120,7 +132,12 @@ impl Machine {
         let initrd = handles.take(HandleKind::Initrd).map(File::from);
 
         (hooks.confine_process)().map_err(MachineError::Confine)?;
-        let devices = DeviceThread::spawn(wake, functions.clone(), hooks.confine_thread)?;
+        let devices = DeviceThread::spawn(
+            wake,
+            functions.clone(),
+            watchdog.clone(),
+            hooks.confine_thread,
+        )?;
         let mut vcpus = Vec::with_capacity(vcpu_fds.len());
         for (id, fd) in vcpu_fds {
             vcpus.push(Vcpu::spawn(
@@ -136,7 +153,9 @@ impl Machine {
             vcpus,
             devices,
             functions,
+            watchdog,
             console,
+            events,
             pci,
             context,
             vm,
@@ -198,6 +217,7 @@ impl Machine {
                 .iter()
                 .map(|function| function.save())
                 .collect(),
+            watchdog: self.watchdog.as_ref().map(|watchdog| watchdog.save()),
         };
         Ok(state.encode()?)
     }
@@ -205,7 +225,10 @@ impl Machine {
     /// Puts a state into a machine that has not run; its memory is already there.
     pub fn restore(&self, bytes: &[u8]) -> Result<(), MachineError> {
         let state = MachineStateV1::decode(bytes)?;
-        if state.vcpus.len() != self.vcpus.len() || state.functions.len() != self.functions.len() {
+        if state.vcpus.len() != self.vcpus.len()
+            || state.functions.len() != self.functions.len()
+            || state.watchdog.is_some() != self.watchdog.is_some()
+        {
             return Err(MachineError::Shape);
         }
         // Local APICs before the I/O APIC, which may deliver to them at once.
@@ -218,6 +241,9 @@ impl Machine {
         self.pci.set_address(state.pci_address);
         for (function, saved) in self.functions.iter().zip(state.functions) {
             function.restore(saved)?;
+        }
+        if let (Some(watchdog), Some(saved)) = (&self.watchdog, state.watchdog) {
+            watchdog.restore(saved).ok_or(MachineError::Shape)?;
         }
         for function in &self.functions {
             function.rouse();
@@ -270,6 +296,52 @@ impl Machine {
     /// Announces the guest's addresses.
     pub fn announce(&self) -> Result<(), MachineError> {
         Ok(self.devices.announce()?)
+    }
+
+    /// Changes a device, of a guest that may be running.
+    pub fn change_device(
+        &self,
+        name: &DeviceName,
+        change: &DeviceChange,
+    ) -> Result<DeviceStatus, MachineError> {
+        let function = self.device(name)?;
+        function.change(change).map_err(MachineError::Change)?;
+        Ok(function.device_status())
+    }
+
+    /// What a device says of itself.
+    pub fn device_status(&self, name: &DeviceName) -> Result<DeviceStatus, MachineError> {
+        Ok(self.device(name)?.device_status())
+    }
+
+    fn device(&self, name: &DeviceName) -> Result<&VirtioPci, MachineError> {
+        let index = self.plan.function_of(name);
+        let function = index.and_then(|index| self.functions.get(index));
+        function
+            .map(AsRef::as_ref)
+            .ok_or_else(|| MachineError::NoDevice(name.clone()))
+    }
+
+    /// The watchdog, if there is one.
+    pub fn watchdog(&self) -> Option<&Watchdog> {
+        self.watchdog.as_deref()
+    }
+
+    /// Asks the guest to shut itself down, as the power button of a real machine does.
+    pub fn press_power_button(&self) {
+        self.events.raise(Event::PowerButton);
+    }
+
+    /// Gives a plain guest another VM generation id and tells it: it is a copy of another, or went back in time, and
+    /// must not use its random numbers, keys and identifiers again. For a restored machine: after the memory is there,
+    /// before it runs.
+    pub fn set_generation(&self, id: &[u8; 16]) -> Result<(), MachineError> {
+        if self.plan.technology != Technology::None {
+            return Err(MachineError::NoGeneration);
+        }
+        self.memory.write(GENERATION, id)?;
+        self.events.raise(Event::Generation);
+        Ok(())
     }
 
     /// The plan.
@@ -369,9 +441,18 @@ pub enum MachineError {
     /// There is no kernel to load, or not any more.
     #[error("no kernel image was handed in, or it was used already")]
     NoKernel,
+    /// A confidential guest has no VM generation id.
+    #[error("a confidential guest has no VM generation id: it could not believe its host's")]
+    NoGeneration,
     /// A lock cannot be taken or given up.
     #[error("device {0}: {1}")]
     Lock(usize, #[source] std::io::Error),
+    /// There is no such device.
+    #[error("the guest has no device {0:?}; its description names those it has")]
+    NoDevice(DeviceName),
+    /// A device refused a change.
+    #[error("{0}")]
+    Change(String),
     /// The sandbox does not close.
     #[error("sandbox: {0}")]
     Confine(String),
@@ -400,7 +481,10 @@ impl MachineError {
             | Self::Format(_)
             | Self::Shape => "BAD_STATE",
             Self::Boot(_) | Self::NoKernel => "BAD_IMAGE",
+            Self::NoGeneration => "NO_GENERATION",
             Self::Lock(..) => "DEVICE_LOCK",
+            Self::NoDevice(_) => "NO_SUCH_DEVICE",
+            Self::Change(_) => "DEVICE_CHANGE",
             Self::Confine(_) => "SANDBOX",
             Self::System(_) => "SYSTEM",
             Self::Role(error) => return error.code.clone(),
@@ -430,10 +514,26 @@ fn check_plan(plan: &MachinePlan) -> Result<(), MachineError> {
     if !(1..=MAX_VCPUS).contains(&plan.vcpus) {
         return refuse("vcpus must be 1 to 64");
     }
-    if plan.disks.len() + plan.nets.len() + usize::from(plan.vsock_cid.is_some()) > MAX_FUNCTIONS {
+    if plan.technology != Technology::None && plan.memory_bytes > MAX_LOW_MEMORY {
+        return refuse("a confidential guest has at most 3 GiB of memory");
+    }
+    if plan.functions() > MAX_FUNCTIONS {
         return refuse("at most 31 devices");
     }
     Ok(())
+}
+
+fn place_watchdog(
+    plan: &MachinePlan,
+    slot: usize,
+    wake: &EventFd,
+) -> Result<Option<Arc<Watchdog>>, MachineError> {
+    if plan.small.watchdog.is_none() {
+        return Ok(None);
+    }
+    let bar = VIRTIO_BARS + slot as u64 * VIRTIO_BAR_SIZE;
+    let watchdog = Watchdog::new(bar as u32, wake.try_clone()?)?;
+    Ok(Some(Arc::new(watchdog)))
 }
 
 fn make_vcpus(
@@ -452,6 +552,14 @@ fn make_vcpus(
             Ok((id, fd))
         })
         .collect()
+}
+
+/// Has the guest's pages waited for. One range is enough for what fits below the PCI window.
+fn register_faults(device: OwnedFd, memory: &GuestMemory) -> Result<Faults, MachineError> {
+    match memory.slots().as_slice() {
+        [(_, length, address)] => Ok(Faults::register(device.as_fd(), *address, *length)?),
+        _ => Err(FaultError::Layout.into()),
+    }
 }
 
 /// A guest that ran elsewhere goes on here only if its TSC can.

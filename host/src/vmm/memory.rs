@@ -19,15 +19,22 @@ use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestRegionMmap, MmapRegion, VolatileMemory};
 
-use super::layout::{MAX_MEMORY, MIN_MEMORY, PAGE_SIZE};
+use super::layout::{HIGH_MEMORY, MAX_MEMORY, MIN_MEMORY, PAGE_SIZE, low_memory};
 use crate::devices::virtio::GuestRam;
 
-/// All RAM of a guest: one run from address 0, one memfd, one mapping.
+/// All RAM of a guest in one memfd: a run from address 0, and one from 4 GiB of what does not fit below the PCI window.
+/// Bitmaps of pages follow the file, in which the runs are packed.
 pub struct GuestMemory {
     ram: GuestRam,
-    region: Arc<MmapRegion<AtomicBitmap>>,
+    runs: Vec<Run>,
     file: File,
     reader: Option<OwnedFd>,
+}
+
+/// One run: where it begins in the guest, and its mapping.
+struct Run {
+    gpa: u64,
+    region: Arc<MmapRegion<AtomicBitmap>>,
 }
 
 impl GuestMemory {
@@ -41,22 +48,21 @@ impl GuestMemory {
 
     /// Makes memory of any number of pages; for small freestanding guests.
     pub fn with_size(size: u64) -> Result<Self, MemoryError> {
-        let length = usize::try_from(size).map_err(|_| MemoryError::Size(size))?;
         let file = sealed_memfd(c"guest-memory", size)?;
-        let page = NonZeroUsize::new(PAGE_SIZE as usize).ok_or(MemoryError::Size(size))?;
-        let mapping = MmapRegionBuilder::new_with_bitmap(length, AtomicBitmap::new(length, page))
-            .with_file_offset(FileOffset::new(file.try_clone()?, 0))
-            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
-            .build()?;
-        keep_out_of_core_dumps(&mapping)?;
-        let region = Arc::new(mapping);
-        let guest_region = GuestRegionMmap::with_arc(Arc::clone(&region), GuestAddress(0))
+        let low = low_memory(size);
+        let mut runs = vec![Run::map(&file, 0, 0, low)?];
+        if size > low {
+            runs.push(Run::map(&file, HIGH_MEMORY, low, size - low)?);
+        }
+        let regions = runs
+            .iter()
+            .map(|run| GuestRegionMmap::with_arc(Arc::clone(&run.region), GuestAddress(run.gpa)))
+            .collect::<Option<Vec<_>>>()
             .ok_or(MemoryError::Size(size))?;
-        let ram = GuestRam::from_regions(vec![guest_region])?;
+        let ram = GuestRam::from_regions(regions)?;
         Ok(Self {
             ram,
-            region,
+            runs,
             file,
             reader: None,
         })
@@ -69,7 +75,7 @@ impl GuestMemory {
 
     /// Size in bytes.
     pub fn size(&self) -> u64 {
-        self.region.size() as u64
+        self.runs.iter().map(Run::length).sum()
     }
 
     /// Number of pages.
@@ -79,12 +85,18 @@ impl GuestMemory {
 
     /// Guest physical start and length of each run; file offsets follow the same order, packed.
     pub fn runs(&self) -> Vec<(u64, u64)> {
-        vec![(0, self.size())]
+        self.runs
+            .iter()
+            .map(|run| (run.gpa, run.length()))
+            .collect()
     }
 
-    /// Where the mapping starts in this process, for the memslot.
-    pub fn host_address(&self) -> u64 {
-        self.region.as_ptr() as u64
+    /// What a memslot is made of, for each run: guest physical start, length, and where it is mapped in this process.
+    pub fn slots(&self) -> Vec<(u64, u64, u64)> {
+        self.runs
+            .iter()
+            .map(|run| (run.gpa, run.length(), run.region.as_ptr() as u64))
+            .collect()
     }
 
     /// The memory file, readable and writable.
@@ -127,20 +139,33 @@ impl GuestMemory {
 
     /// Pages written by device models since the last call, one bit a page.
     pub fn take_device_writes(&self) -> Vec<u64> {
-        self.region.bitmap().get_and_reset()
+        let runs = self.runs.iter();
+        runs.flat_map(|run| run.region.bitmap().get_and_reset())
+            .collect()
     }
 
     /// Notes pages as written though no byte was: what they are has changed.
     pub fn mark_written(&self, gpa: u64, length: u64) {
-        let (Ok(offset), Ok(length)) = (usize::try_from(gpa), usize::try_from(length)) else {
+        let Ok(length) = usize::try_from(length) else {
             return;
         };
-        self.region.bitmap().mark_dirty(offset, length);
+        if let Some((run, offset)) = self.find(gpa) {
+            run.region.bitmap().mark_dirty(offset, length);
+        }
     }
 
     /// Whether a device model wrote the page at `gpa`.
     pub fn device_wrote(&self, gpa: u64) -> bool {
-        usize::try_from(gpa).is_ok_and(|offset| self.region.bitmap().dirty_at(offset))
+        self.find(gpa)
+            .is_some_and(|(run, offset)| run.region.bitmap().dirty_at(offset))
+    }
+
+    /// The run that an address is in, and how far.
+    fn find(&self, gpa: u64) -> Option<(&Run, usize)> {
+        self.runs.iter().find_map(|run| {
+            let offset = gpa.checked_sub(run.gpa).filter(|at| *at < run.length())?;
+            Some((run, usize::try_from(offset).ok()?))
+        })
     }
 
     /// Pages that hold anything at all, one bit a page: what the memory file has storage for.
@@ -164,6 +189,25 @@ impl GuestMemory {
             offset = end;
         }
         Ok(bitmap)
+    }
+}
+
+impl Run {
+    fn map(file: &File, gpa: u64, offset: u64, size: u64) -> Result<Self, MemoryError> {
+        let length = usize::try_from(size).map_err(|_| MemoryError::Size(size))?;
+        let page = NonZeroUsize::new(PAGE_SIZE as usize).ok_or(MemoryError::Size(size))?;
+        let mapping = MmapRegionBuilder::new_with_bitmap(length, AtomicBitmap::new(length, page))
+            .with_file_offset(FileOffset::new(file.try_clone()?, offset))
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+            .build()?;
+        keep_out_of_core_dumps(&mapping)?;
+        let region = Arc::new(mapping);
+        Ok(Self { gpa, region })
+    }
+
+    fn length(&self) -> u64 {
+        self.region.size() as u64
     }
 }
 
@@ -212,7 +256,7 @@ impl ExchangeMemory {
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
     /// Not a size a guest can have.
-    #[error("guest memory of {0} bytes: must be a multiple of 2 MiB, from 64 MiB to 3 GiB")]
+    #[error("guest memory of {0} bytes: must be a multiple of 2 MiB, from 64 MiB to 64 GiB")]
     Size(u64),
     /// The kernel refused.
     #[error("guest memory: {0}")]
@@ -262,7 +306,7 @@ mod tests {
 
     #[test]
     fn impossible_sizes_are_refused() {
-        for size in [0, 4096, (64 << 20) + 4096, (3 << 30) + (2 << 20)] {
+        for size in [0, 4096, (64 << 20) + 4096, (64 << 30) + (2 << 20)] {
             assert!(
                 matches!(GuestMemory::new(size), Err(MemoryError::Size(_))),
                 "{size}"
@@ -279,6 +323,27 @@ mod tests {
         assert_eq!(memory.populated().unwrap(), expect);
         assert_eq!(memory.take_device_writes(), expect);
         assert_eq!(memory.take_device_writes(), vec![0; 4]);
+    }
+
+    #[test]
+    fn memory_goes_on_above_4_gib_and_bitmaps_follow_the_file() {
+        let memory = GuestMemory::new(5 << 30).unwrap();
+        assert_eq!(memory.runs(), [(0, 3 << 30), (4 << 30, 2 << 30)]);
+        memory.write((4 << 30) + 4096, b"high").unwrap();
+        memory.write((3 << 30) - 1, b"l").unwrap();
+        assert!(memory.write(3 << 30, b"x").is_err());
+        assert!(memory.write((3 << 30) - 1, b"xy").is_err());
+        assert!(memory.device_wrote((4 << 30) + 4096) && !memory.device_wrote(4096));
+        let low_pages = (3 << 30) / 4096;
+        let mut expect = vec![0u64; (5 << 30) / 4096 / 64];
+        expect[low_pages / 64 - 1] = 1 << 63;
+        expect[low_pages / 64] = 1 << 1;
+        assert_eq!(memory.populated().unwrap(), expect);
+        assert_eq!(memory.take_device_writes(), expect);
+        let mut bytes = [0; 4];
+        std::os::unix::fs::FileExt::read_exact_at(&memory.file, &mut bytes, (3 << 30) + 4096)
+            .unwrap();
+        assert_eq!(&bytes, b"high");
     }
 
     #[test]

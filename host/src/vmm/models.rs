@@ -1,4 +1,5 @@
-//! The device models of a plan, in PCI order: disks, network cards, vsock.
+//! The device models of a plan, in PCI order: disks, network cards, vsock, random numbers, balloon, console. The
+//! watchdog, behind them, is no virtio device.
 
 use std::fs::File;
 use std::io;
@@ -11,8 +12,11 @@ use casemate_attest::processor::snp::request_frame::{
 
 use super::hooks::{Handles, Models};
 use super::protocol::{HandleKind, RoleError};
+use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::Block;
+use crate::devices::virtio::console::VirtioConsole;
 use crate::devices::virtio::net::Net;
+use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::{Vsock, WiredPort};
 use crate::machine::plan::MachinePlan;
 
@@ -21,15 +25,15 @@ pub fn from_plan(plan: &MachinePlan, handles: &mut Handles) -> Result<Models, Ro
     let mut models: Models = Vec::new();
     for (disk, index) in plan.disks.iter().zip(0u8..) {
         let file = File::from(handles.require(HandleKind::Disk(index))?);
-        let block =
-            Block::new(file, &disk.id, disk.read_only).map_err(|e| failed("disk", &disk.id, &e))?;
-        models.push(Box::new(block));
+        let block = Block::open(file, disk.format, &disk.id, disk.read_only)
+            .map_err(|e| failed("disk", &disk.id, &e))?;
+        models.push(Box::new(block.with_limits(disk.limits)));
     }
     for (net, index) in plan.nets.iter().zip(0u8..) {
         let tap = handles.require(HandleKind::Tap(index))?;
         let card = Net::new(tap, net.mac, net.announce.clone())
             .map_err(|e| failed("network card", &net.id, &e))?;
-        models.push(Box::new(card));
+        models.push(Box::new(card.with_limits(net.limits)));
     }
     let messages = handles.take(HandleKind::GuestMessages);
     match plan.vsock_cid {
@@ -42,7 +46,26 @@ pub fn from_plan(plan: &MachinePlan, handles: &mut Handles) -> Result<Models, Ro
         None if messages.is_some() => return Err(no_way_to_the_processor()),
         None => {}
     }
+    small(plan, handles, &mut models)?;
     Ok(models)
+}
+
+fn small(plan: &MachinePlan, handles: &mut Handles, models: &mut Models) -> Result<(), RoleError> {
+    if let Some(rng) = plan.small.rng {
+        models.push(Box::new(
+            Rng::new(rng).map_err(|e| failed("device", "rng", &e))?,
+        ));
+    }
+    if let Some(balloon) = plan.small.balloon {
+        models.push(Box::new(Balloon::new(balloon, plan.memory_bytes)));
+    }
+    if let Some(size) = plan.small.console {
+        let listener = UnixListener::from(handles.require(HandleKind::ConsoleListener)?);
+        let console =
+            VirtioConsole::new(listener, size).map_err(|e| failed("device", "console", &e))?;
+        models.push(Box::new(console));
+    }
+    Ok(())
 }
 
 fn vsock(cid: u32, listener: UnixListener, messages: Option<OwnedFd>) -> io::Result<Vsock> {
@@ -92,6 +115,7 @@ mod tests {
             disks: vec![],
             nets: vec![],
             vsock_cid,
+            small: Default::default(),
         }
     }
 

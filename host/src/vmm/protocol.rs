@@ -2,9 +2,11 @@
 //!
 //! One request, one reply, in order, on each channel. Events come only on the agent's channel, between replies.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::machine::plan::MachinePlan;
+use crate::machine::plan::devices::{DeviceChange, DeviceName, DeviceStatus};
 
 /// What each descriptor beside [`VmmRequest::Prepare`] is; same order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -13,7 +15,7 @@ pub enum HandleKind {
     Kvm,
     /// Where the serial console's output goes (append only file or pipe).
     Console,
-    /// Kernel image, bzImage; only for a launch.
+    /// Kernel image, a bzImage or an ELF file; only for a launch.
     Kernel,
     /// Initramfs; only for a launch.
     Initrd,
@@ -23,6 +25,8 @@ pub enum HandleKind {
     Tap(u8),
     /// Listening Unix stream socket of the vsock device (host to guest, `CONNECT <port>\n`).
     VsockListener,
+    /// Listening Unix stream socket of the virtio console.
+    ConsoleListener,
     /// Channel to the software secure processor.
     Processor,
     /// `/dev/sev`, for reading: guests' commands and the platform's status and certificates.
@@ -72,8 +76,22 @@ pub enum VmmRequest {
     InjectNmi,
     /// One descriptor beside it: the channel to a mover. At most one mover at a time; it is gone when its end closes.
     AttachMover,
+    /// Asks the guest to shut itself down.
+    PowerButton,
+    /// Gives a plain guest another VM generation id: it is a copy, or went back in time. Before it runs.
+    NewGeneration {
+        /// 16 random bytes.
+        id: [u8; 16],
+    },
     /// What the machine is doing.
     Status,
+    /// Changes a device, whether the guest runs or stands; or asks only what it says of itself.
+    Device {
+        /// Which.
+        device: DeviceName,
+        /// How.
+        change: Option<DeviceChange>,
+    },
     /// Tries from inside what must be refused.
     SandboxProbe,
     /// State of the sandbox, thread by thread.
@@ -154,6 +172,8 @@ pub enum VmmReply {
     },
     /// What the machine is doing.
     Status(MachineStatus),
+    /// What the device says of itself.
+    Device(DeviceStatus),
     /// Result of a probe, thread by thread.
     Probe(crate::sandbox::report::ProbeReport),
     /// State of the sandbox.
@@ -196,7 +216,7 @@ pub struct MachineStatus {
 }
 
 /// Where a machine is in its life.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum MachineState {
     /// Built, nothing loaded.
@@ -223,6 +243,8 @@ pub enum VmmEvent {
         /// Why: `shutdown`, `reset`, `panic`, `triple-fault`, or the KVM exit's name.
         reason: String,
     },
+    /// The guest's watchdog was not fed. If its action is to stop, that follows.
+    Watchdog,
 }
 
 /// Mover to VMM. Bulk data is in the exchange memory of [`MoverReply::Attached`].

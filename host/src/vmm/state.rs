@@ -9,6 +9,7 @@ use super::protocol::MAX_STATE;
 use super::vcpu::state::VcpuStateV1;
 use crate::devices::serial::SerialStateV1;
 use crate::devices::virtio::transport::VirtioStateV1;
+use crate::devices::watchdog::WatchdogStateV1;
 
 /// Everything of a machine but its memory, version 1.
 #[derive(Serialize, Deserialize)]
@@ -23,6 +24,8 @@ pub struct MachineStateV1 {
     pub pci_address: u32,
     /// Virtio functions in slot order.
     pub functions: Vec<VirtioStateV1>,
+    /// Watchdog, if the machine has one.
+    pub watchdog: Option<WatchdogStateV1>,
 }
 
 impl MachineStateV1 {

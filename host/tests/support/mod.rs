@@ -475,6 +475,43 @@ pub const SEV: &str = "[confidential]\ntechnology = \"sev\"\n";
 pub const IDENTITY: &str =
     "[identity]\ncertificate = \"host.pem\"\nkey = \"host.key\"\nca = \"ca.pem\"\n";
 
+/// One request at the socket; status and JSON of the answer.
+pub fn ask(host: &Host, method: &str, target: &str, body: &str) -> (u16, Value) {
+    let mut stream = connected(host);
+    offer(&mut stream, &http(method, target, body));
+    let (status, text) = heard(&mut stream).unwrap();
+    (status, serde_json::from_str(&text).unwrap())
+}
+
+/// A connection to the agent.
+pub fn connected(host: &Host) -> UnixStream {
+    let stream = UnixStream::connect(&host.socket).unwrap();
+    let patience = Some(Duration::from_secs(100));
+    stream.set_read_timeout(patience).unwrap();
+    stream
+}
+
+/// One HTTP/1.1 request with a JSON body, as bytes.
+pub fn http(method: &str, target: &str, body: &str) -> Vec<u8> {
+    let length = body.len();
+    format!(
+        "{method} {target} HTTP/1.1\r\nhost: agent\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\
+         connection: close\r\n\r\n{body}"
+    )
+    .into_bytes()
+}
+
+/// Status and body of an HTTP answer; nothing if there is none.
+pub fn heard(stream: &mut impl std::io::Read) -> Option<(u16, String)> {
+    let mut text = Vec::new();
+    // A connection that is reset behind its answer has answered.
+    let _ = stream.read_to_end(&mut text);
+    let text = String::from_utf8(text).unwrap();
+    let (head, body) = text.split_once("\r\n\r\n")?;
+    let status = head.split(' ').nth(1)?.parse().ok()?;
+    Some((status, body.to_owned()))
+}
+
 /// Writes, and does not mind if the other side has hung up.
 pub fn offer(stream: &mut impl Write, bytes: &[u8]) {
     let _ = stream.write_all(bytes);

@@ -104,7 +104,7 @@ impl Vmm {
             channel: here,
             memory: files.next().unwrap(),
             exchange: files.next().unwrap(),
-            pages: memory[0].1 / 4096,
+            pages: memory.iter().map(|run| run.1).sum::<u64>() / 4096,
         }
     }
 
@@ -277,6 +277,7 @@ pub fn plan(vcpus: u8, memory_bytes: u64, cmdline: &str) -> MachinePlan {
         disks: vec![],
         nets: vec![],
         vsock_cid: None,
+        small: Default::default(),
     }
 }
 

@@ -22,11 +22,7 @@ impl<W: Write> Packer<W> {
     }
 
     pub(super) fn member(&mut self, name: &str, size: u64, from: impl Read) -> io::Result<()> {
-        let mut header = tar::Header::new_ustar();
-        header.set_size(size);
-        header.set_mode(0o644);
-        header.set_entry_type(tar::EntryType::Regular);
-        self.archive.append_data(&mut header, name, from)
+        self.archive.append(&header(name, size)?, from)
     }
 
     pub(super) fn finish(self) -> io::Result<W> {
@@ -69,32 +65,76 @@ fn read_folder(
     lines(File::open(path.join(RECORDS))?, line)
 }
 
-/// The same of a tar file's bytes.
+/// The one header of a member of this name and size.
+fn header(name: &str, size: u64) -> io::Result<tar::Header> {
+    let mut header = tar::Header::new_ustar();
+    header.set_path(name)?;
+    header.set_size(size);
+    header.set_mode(0o644);
+    header.set_entry_type(tar::EntryType::Regular);
+    header.set_cksum();
+    Ok(header)
+}
+
+/// The same of a tar file's bytes, of which there is one spelling: no bit of a bundle is without a meaning, so none can
+/// be changed unseen.
 pub(super) fn read_archive(
     from: impl Read,
     small: &mut dyn FnMut(BTreeMap<String, Vec<u8>>) -> Result<(), BundleError>,
     line: &mut dyn FnMut(&[u8]) -> Result<(), BundleError>,
 ) -> Result<Digest, BundleError> {
-    let mut archive = tar::Archive::new(BufReader::new(from));
+    let mut from = BufReader::new(from);
     let mut members = BTreeMap::new();
     let mut digest = None;
-    for entry in archive.entries()? {
-        let entry = entry.map_err(|_| BundleError::malformed("the bundle", "not a tar file"))?;
-        let name = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
-        if !entry.header().entry_type().is_file() || digest.is_some() {
+    while let Some((name, size)) = next_member(&mut from)? {
+        if digest.is_some() {
             return Err(BundleError::malformed(&name, "out of place"));
         }
+        let mut content = (&mut from).take(size);
         if name == RECORDS {
             small(std::mem::take(&mut members))?;
-            digest = Some(lines(entry, line)?);
-            continue;
+            digest = Some(lines(&mut content, line)?);
+        } else {
+            let bytes = bounded(&mut content, &name)?;
+            if members.insert(name.clone(), bytes).is_some() || members.len() > MAX_MEMBERS {
+                return Err(BundleError::malformed(&name, "a member too many"));
+            }
         }
-        let bytes = bounded(entry, &name)?;
-        if members.insert(name.clone(), bytes).is_some() || members.len() > MAX_MEMBERS {
-            return Err(BundleError::malformed(&name, "a member too many"));
+        if content.limit() > 0 {
+            return Err(BundleError::malformed(&name, "cut off"));
         }
+        zeros(&mut from, size.next_multiple_of(BLOCK) - size)?;
     }
     digest.ok_or_else(|| BundleError::malformed(RECORDS, "missing"))
+}
+
+/// Name and size of the next member; none at the end, behind which there is nothing.
+fn next_member(from: &mut impl Read) -> Result<Option<(String, u64)>, BundleError> {
+    let other = || BundleError::malformed("the bundle", "not a tar file as it was written");
+    let mut block = [0; BLOCK as usize];
+    from.read_exact(&mut block).map_err(|_| other())?;
+    if block == [0; BLOCK as usize] {
+        zeros(from, BLOCK)?;
+        let more = from.read(&mut block)?;
+        return if more == 0 { Ok(None) } else { Err(other()) };
+    }
+    let found = tar::Header::from_byte_slice(&block);
+    let name = String::from_utf8(found.path_bytes().into_owned()).map_err(|_| other())?;
+    let size = found.entry_size().map_err(|_| other())?;
+    let written = header(&name, size).map_err(|_| other())?;
+    if size > u64::MAX - BLOCK || written.as_bytes() != &block {
+        return Err(other());
+    }
+    Ok(Some((name, size)))
+}
+
+fn zeros(from: &mut impl Read, count: u64) -> Result<(), BundleError> {
+    let mut padding = Vec::new();
+    from.take(count).read_to_end(&mut padding)?;
+    let right = padding.len() as u64 == count && padding.iter().all(|byte| *byte == 0);
+    right
+        .then_some(())
+        .ok_or_else(|| BundleError::malformed("the bundle", "cut off, or filled up"))
 }
 
 /// A SHA-256 in hex.
@@ -146,6 +186,8 @@ fn bounded(from: impl Read, name: &str) -> Result<Vec<u8>, BundleError> {
     Ok(bytes)
 }
 
+/// Of a tar file.
+const BLOCK: u64 = 512;
 const MAX_MEMBERS: usize = 16;
 /// Proofs of a large selection are the largest small member: some 700 bytes a record.
 const MAX_MEMBER: u64 = 256 << 20;

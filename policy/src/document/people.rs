@@ -195,8 +195,8 @@ impl Role {
                 matches!(self, Self::SecurityOfficer)
             }
             Kind::Approve => matches!(self, Self::Operator | Self::SecurityOfficer),
-            // A peer's business, never a person's.
-            Kind::MigrateIn => false,
+            // A host's own and a peer's business, never a person's.
+            Kind::MigrateIn | Kind::MigrateSession => false,
         }
     }
 }

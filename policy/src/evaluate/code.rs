@@ -50,6 +50,8 @@ codes! {
     PeerUnknown = "peer-unknown",
     /// The TLS connection was not terminated by whom the peer's path says.
     PeerPathMismatch = "peer-path-mismatch",
+    /// The TLS session has a cipher suite or group that is not listed.
+    SessionNotAllowed = "session-not-allowed",
     /// A disk is not among `[[incoming_disk]]`, or is asked for twice.
     DiskNotAllowed = "disk-not-allowed",
     /// A network is not among `[[incoming_net]]`.

@@ -56,7 +56,7 @@ impl Asked<'_> {
             Action::InjectSecret { .. } => {
                 reasons.extend(self.site_rule(self.policy.host.site.as_deref()));
             }
-            Action::MigrateOut { peer_name, .. } => {
+            Action::MigrateOut { peer_name, .. } | Action::MigrateSession { peer_name, .. } => {
                 let peer = self.policy.peer_named(peer_name);
                 reasons.push(self.move_rule(MoveMode::Live));
                 reasons.extend(self.peer_rules(peer));

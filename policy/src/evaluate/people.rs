@@ -6,7 +6,8 @@ use crate::claims::{Actor, Inquiry};
 use crate::document::HostPolicy;
 use crate::document::people::{People, Person, Role};
 
-/// Every rule of `[people]` that applies; none without that section, and none for a peer's arrival.
+/// Every rule of `[people]` that applies; without that section only that nobody comes by a certificate, and none for a
+/// peer's arrival.
 pub(super) fn rules(policy: &HostPolicy, inquiry: &Inquiry) -> Vec<Reason> {
     let kind = inquiry.action.kind();
     let mut reasons = asking(policy, &inquiry.actor, kind, Some(&inquiry.object));
@@ -23,8 +24,11 @@ pub(super) fn asking(
     kind: ActionKind,
     object: Option<&str>,
 ) -> Vec<Reason> {
-    let Some(people) = policy.people().filter(|_| kind != ActionKind::MigrateIn) else {
+    if matches!(kind, ActionKind::MigrateIn | ActionKind::MigrateSession) {
         return Vec::new();
+    }
+    let Some(people) = policy.people() else {
+        return stranger_rule(actor).into_iter().collect();
     };
     let person = people.find(actor);
     // By its schedule a host replicates; everything else has a person behind it.
@@ -47,6 +51,18 @@ pub(super) fn asking(
         }
     }
     reasons
+}
+
+/// Without people, the kernel says who may reach the agent's socket; nothing says it of a certificate.
+fn stranger_rule(actor: &Actor) -> Option<Reason> {
+    matches!(actor, Actor::Certificate { .. }).then(|| Reason {
+        rule: "person",
+        wanted: "a [[person]] of this policy".to_owned(),
+        found: actor.to_string(),
+        allows: false,
+        code: Code::PersonUnknown,
+        remedy: "add a [[person]] with this san and spki",
+    })
 }
 
 fn role_rule(person: &Person, kind: ActionKind) -> Reason {

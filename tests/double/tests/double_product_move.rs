@@ -363,6 +363,7 @@ fn plan() -> MachinePlan {
         disks: vec![],
         nets: vec![],
         vsock_cid: None,
+        small: Default::default(),
     }
 }
 

@@ -23,6 +23,8 @@ pub struct GuestInfo {
     pub console: PathBuf,
     /// Socket to the guest's vsock ports.
     pub vsock: Option<PathBuf>,
+    /// Socket of the guest's virtio console.
+    pub terminal: Option<PathBuf>,
     /// From the request to the measured guest, microseconds.
     pub launch_us: Option<u64>,
 }

@@ -1,4 +1,4 @@
-//! The demo: the main job, whole, in eight steps.
+//! The demo: the main job, whole, in nine steps.
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -12,6 +12,7 @@ use crate::error::{E2eError, Result};
 use crate::guest_watch::GuestWatch;
 use crate::owner::Session;
 use crate::steps;
+pub use crate::steps::evidence::EvidenceFolder;
 use crate::table::{Machine, Screen, Table};
 use crate::world::{Extent, Host, Product, World};
 
@@ -24,6 +25,8 @@ pub struct Options {
     pub json: bool,
     /// An empty or absent folder for all files; removed at the end.
     pub work: Option<PathBuf>,
+    /// Where the evidence stays.
+    pub evidence: EvidenceFolder,
 }
 
 /// The state that steps hand on.
@@ -35,6 +38,7 @@ pub(crate) struct Demo {
     pub(crate) guest: Option<Guest>,
     pub(crate) connection: Option<Connection>,
     pub(crate) probe_in_move: Option<Result<Probe>>,
+    pub(crate) evidence: EvidenceFolder,
 }
 
 /// The guest of the demo.
@@ -94,6 +98,7 @@ pub fn run(options: &Options) -> Result<bool> {
         guest: None,
         connection: None,
         probe_in_move: None,
+        evidence: options.evidence.clone(),
     };
     let error = perform(&mut demo, begun).err().map(|error| {
         screen.say(&format!("  FAILED {error}"));
@@ -121,12 +126,12 @@ pub fn run(options: &Options) -> Result<bool> {
     cleanup.end();
     match left {
         Ok(left) => table.check(
-            8,
+            9,
             "no process, tap, cgroup or file is left",
             left.is_empty(),
             left.join("; "),
         ),
-        Err(error) => table.check(8, "the sites end", false, error.to_string()),
+        Err(error) => table.check(9, "the sites end", false, error.to_string()),
     }
     finish(&table, screen, begun, &machine, error.as_deref());
     Ok(table.ok() && error.is_none())
@@ -138,8 +143,13 @@ fn perform(demo: &mut Demo, begun: Instant) -> Result<()> {
         demo.screen
             .say(&format!("\n{number}. {title}  [at {at} s]"));
         step(demo)?;
+        match number {
+            LAUNCHED => steps::evidence::begin(demo)?,
+            ATTACKED => steps::evidence::keep(demo)?,
+            _ => {}
+        }
     }
-    demo.screen.say("\n8. What was measured");
+    demo.screen.say("\n9. What was measured");
     Ok(())
 }
 
@@ -184,7 +194,7 @@ fn work_folder(options: &Options) -> Result<PathBuf> {
 
 type Step = fn(&mut Demo) -> Result<()>;
 
-const STEPS: [(&str, Step); 7] = [
+const STEPS: [(&str, Step); 8] = [
     (
         "What the hosts can do (`casemate doctor`)",
         steps::doctor::run,
@@ -204,4 +214,10 @@ const STEPS: [(&str, Step); 7] = [
         steps::attack::run,
     ),
     ("The sandbox, probed from inside", steps::probe::run),
+    (
+        "The evidence: handed over, verified, forged",
+        steps::evidence::run,
+    ),
 ];
+const LAUNCHED: u8 = 2;
+const ATTACKED: u8 = 6;

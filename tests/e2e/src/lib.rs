@@ -9,6 +9,7 @@ pub mod cleanup;
 pub mod connection;
 pub mod demo;
 pub mod error;
+pub mod forger;
 pub mod guest_watch;
 pub mod kernel;
 pub mod network;

@@ -11,7 +11,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use casemate_crypto_migrate::gateway::{Action, Direction, Gateway, GatewayReport};
-use casemate_crypto_migrate::session::Local;
+use casemate_crypto_migrate::identity::Local;
 use casemate_crypto_migrate::wire::batch::{
     ENTRY_HEADER_SIZE, EntryHeader, MAX_ENTRIES, PageKind, join, split,
 };

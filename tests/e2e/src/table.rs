@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use crate::steps::evidence::Bundle;
+
 /// Where lines for people go: stdout, or stderr if stdout is for JSON.
 #[derive(Clone, Copy, Debug)]
 pub struct Screen {
@@ -29,6 +31,7 @@ pub struct Table {
     screen: Screen,
     figures: Vec<Figure>,
     checks: Vec<Check>,
+    evidence: Vec<Bundle>,
 }
 
 /// A measured value.
@@ -56,6 +59,7 @@ impl Table {
             screen,
             figures: Vec::new(),
             checks: Vec::new(),
+            evidence: Vec::new(),
         }
     }
 
@@ -85,6 +89,13 @@ impl Table {
             unit,
             emulated,
         });
+    }
+
+    /// Notes a bundle of evidence; the first is the one that the JSON names.
+    pub fn evidence(&mut self, bundle: Bundle) {
+        self.screen
+            .say(&format!("         {}", bundle.bundle.display()));
+        self.evidence.push(bundle);
     }
 
     /// Whether there were checks and all of them held.
@@ -140,6 +151,8 @@ impl Table {
             "checks_total": self.checks.len(),
             "checks": self.checks,
             "seconds": elapsed.as_secs_f64(),
+            "evidence_bundle": self.evidence.first().map(|first| &first.bundle),
+            "evidence": self.evidence,
         })
     }
 }

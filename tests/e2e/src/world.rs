@@ -7,11 +7,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use casemate_attest::processor::Identity;
+use casemate_crypto_migrate::Provider;
 use casemate_crypto_migrate::dev_ca::{DevCa, HostMaterial};
+use casemate_crypto_migrate::identity::Local;
 use casemate_crypto_migrate::identity::{
     AllowList, AllowedPeer, Path as PeerPath, Pinned, TrustAnchors,
 };
-use casemate_crypto_migrate::session::Local;
 
 use crate::answers::GuestInfo;
 use crate::cleanup::{Cleanup, Traces};
@@ -344,6 +345,7 @@ impl Certificates {
             identity: self.gateway.identity()?,
             anchors,
             allow,
+            provider: Provider::default(),
         })
     }
 }

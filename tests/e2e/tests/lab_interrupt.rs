@@ -9,7 +9,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use casemate_e2e::cleanup::Traces;
-use casemate_e2e::demo::{Options, run};
+use casemate_e2e::demo::{EvidenceFolder, Options, run};
 use common::*;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -28,10 +28,16 @@ fn interrupted_while_the_guest_moves() {
 #[test]
 #[ignore = "started by the other tests of this file"]
 fn the_demo() {
+    let evidence = tempfile::tempdir().unwrap();
     run(&Options {
         product: product(),
         json: false,
         work: None,
+        evidence: EvidenceFolder {
+            write: evidence.path().to_owned(),
+            found_at: evidence.path().to_owned(),
+            verifier: "evidence-verify".into(),
+        },
     })
     .unwrap();
 }

@@ -1,7 +1,11 @@
-//! `evidence-verify BUNDLE KEY`: verifies a Casemate evidence bundle with nothing but the log's public key.
+//! `evidence-verify BUNDLE KEY [NOTE]`: verifies a Casemate evidence bundle with nothing but the log's public key, and that
+//! it extends a checkpoint kept from before.
 //!
 //! Written from the format's description (policy/src/bundle/mod.rs, RFC 6962, c2sp.org/signed-note) without Casemate's code.
-#![expect(clippy::indexing_slicing, reason = "of JSON only, where what is missing is null")]
+#![expect(
+    clippy::indexing_slicing,
+    reason = "of JSON, where what is missing is null, and within lengths that were checked"
+)]
 
 use std::collections::BTreeMap;
 use std::process::ExitCode;
@@ -13,16 +17,11 @@ use sha2::{Digest as _, Sha256};
 
 type Hash = [u8; 32];
 type Members = BTreeMap<String, Vec<u8>>;
+type Roots = Vec<(u64, Hash)>;
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let result = match arguments.as_slice() {
-        [bundle, key] => std::fs::read(bundle).map_err(err).and_then(|bundle| {
-            let key = std::fs::read_to_string(key).map_err(err)?;
-            verify(&bundle, key.trim())
-        }),
-        _ => Err("usage: evidence-verify BUNDLE KEYFILE".to_owned()),
-    };
+    let result = run(&arguments);
     match &result {
         Ok(found) => println!("{found}"),
         Err(why) => eprintln!("refused: {why}"),
@@ -30,7 +29,17 @@ fn main() -> ExitCode {
     ExitCode::from(u8::from(result.is_err()))
 }
 
-fn verify(bundle: &[u8], trusted: &str) -> Result<String, String> {
+fn run(arguments: &[String]) -> Result<String, String> {
+    let (bundle, key, held) = match arguments {
+        [bundle, key] => (bundle, key, None),
+        [bundle, key, held] => (bundle, key, Some(std::fs::read_to_string(held).map_err(err)?)),
+        _ => return Err("usage: evidence-verify BUNDLE KEYFILE [KEPT CHECKPOINT]".to_owned()),
+    };
+    let key = std::fs::read_to_string(key).map_err(err)?;
+    verify(&std::fs::read(bundle).map_err(err)?, key.trim(), held.as_deref())
+}
+
+fn verify(bundle: &[u8], trusted: &str, held: Option<&str>) -> Result<String, String> {
     let members = untar(bundle)?;
     let manifest = json(member(&members, "manifest.json")?)?;
     refuse_if(manifest["format"] != "casemate-evidence-bundle 1", "another format")?;
@@ -40,22 +49,31 @@ fn verify(bundle: &[u8], trusted: &str) -> Result<String, String> {
     let checkpoint = open(member(&members, "checkpoint")?, keys.last().ok_or("no key")?)?;
     let same = manifest["origin"] == checkpoint.origin.as_str() && manifest["size"] == checkpoint.size;
     refuse_if(!same, "the manifest is of another checkpoint")?;
+    let by_any =
+        |note: &str| keys.iter().find_map(|key| open(note, key).ok()).ok_or("not a checkpoint by the log's keys");
+    let held = held.map(by_any).transpose()?;
+    let mut roots = vec![(checkpoint.size, checkpoint.root)];
     for line in member(&members, "consistency.jsonl")?.split_terminator('\n') {
         let line = json(line)?;
-        let note = line["checkpoint"].as_str().ok_or("no checkpoint")?;
-        let old = keys.iter().find_map(|key| open(note, key).ok());
-        let old = old.ok_or("an earlier checkpoint is not by the log's keys")?;
+        let old = by_any(line["checkpoint"].as_str().ok_or("no checkpoint")?)?;
         let proven = consistent(&old, &checkpoint, &hashes(&line["proof"])?);
         refuse_if(!proven, &format!("not consistent with the checkpoint over {}", old.size))?;
+        roots.push((old.size, old.root));
     }
     let records = member(&members, "records.jsonl")?;
     let count = match manifest["kind"].as_str() {
-        Some("range") => check_range(&members, &manifest, &checkpoint, records)?,
+        Some("range") => {
+            let base = json(member(&members, "base.json")?)?;
+            refuse_if(manifest["first"] != base["size"], "the manifest is of another base")?;
+            check_range(&base, &checkpoint, records, held.as_ref().map(|held| held.size), &mut roots)?
+        }
         Some("selection") => check_selection(&members, &checkpoint, records)?,
         _ => return Err("an unknown kind".into()),
     };
     refuse_if(manifest["records"] != count, "another number of records than the manifest says")?;
     check_policies(&manifest, records)?;
+    let extends = held.is_none_or(|held| roots.contains(&(held.size, held.root)));
+    refuse_if(!extends, "it does not extend the kept checkpoint")?;
     Ok(format!("verified: {count} records of {} under a checkpoint over {}", checkpoint.origin, checkpoint.size))
 }
 
@@ -65,6 +83,7 @@ fn untar(bytes: &[u8]) -> Result<Members, String> {
     let mut rest = bytes;
     while let Some((header, after)) = rest.split_at_checked(512) {
         if header.iter().all(|byte| *byte == 0) {
+            refuse_if(after != [0; 512], "something behind the end")?;
             return Ok(members);
         }
         let field = |from: usize, to: usize| -> Result<&str, String> {
@@ -74,10 +93,15 @@ fn untar(bytes: &[u8]) -> Result<Members, String> {
         let plain = header.get(156) == Some(&b'0') && field(345, 500)?.is_empty();
         refuse_if(!plain, "not a plain file")?;
         let octal = |text: &str| usize::from_str_radix(text.trim(), 8).map_err(err);
+        let sum = |from: usize, to: usize| header[from..to].iter().map(|byte| usize::from(*byte)).sum::<usize>();
+        let sum = format!("{:07o}\0", sum(0, 148) + 8 * 32 + sum(156, 512));
+        refuse_if(header[148..156] != *sum.as_bytes(), "a header's sum is wrong")?;
         let size = octal(field(124, 136)?)?;
         let content = after.get(..size).ok_or("a member is cut off")?;
         refuse_if(members.insert(field(0, 100)?.to_owned(), content.to_vec()).is_some(), "a member twice")?;
-        rest = after.get(size.next_multiple_of(512)..).ok_or("the end is cut off")?;
+        let (padding, next) = after[size..].split_at_checked(size.wrapping_neg() % 512).ok_or("the end is cut off")?;
+        refuse_if(padding.iter().any(|byte| *byte != 0), "something between the members")?;
+        rest = next;
     }
     Err("no end".into())
 }
@@ -168,11 +192,16 @@ fn open(note: &str, key: &str) -> Result<Checkpoint, String> {
 }
 
 /// The root of the tree that has the base's peaks and then the records' leaves must be the checkpoint's.
-fn check_range(members: &Members, manifest: &Value, checkpoint: &Checkpoint, records: &str) -> Result<u64, String> {
-    let base = json(member(members, "base.json")?)?;
+fn check_range(
+    base: &Value,
+    to: &Checkpoint,
+    records: &str,
+    at: Option<u64>,
+    roots: &mut Roots,
+) -> Result<u64, String> {
     let (mut peaks, mut size) = (hashes(&base["peaks"])?, base["size"].as_u64().ok_or("no base")?);
-    refuse_if(peaks.len() != size.count_ones() as usize || manifest["first"] != size, "the base is no tree's edge")?;
-    let mut count = 0;
+    refuse_if(peaks.len() != size.count_ones() as usize, "the base is no tree's edge")?;
+    let first = size;
     for line in records.split_terminator('\n') {
         refuse_if(json(line)?["seq"] != size, &format!("record {size} is missing or out of place"))?;
         let mut peak = leaf(line);
@@ -181,11 +210,14 @@ fn check_range(members: &Members, manifest: &Value, checkpoint: &Checkpoint, rec
         }
         peaks.push(peak);
         size += 1;
-        count += 1;
+        roots.extend(root(&peaks).filter(|_| at == Some(size)).map(|root| (size, root)));
     }
-    let root = peaks.into_iter().rev().reduce(|right, left| node(&left, &right));
-    refuse_if(size != checkpoint.size || root != Some(checkpoint.root), "the records are not those that were signed")?;
-    Ok(count)
+    refuse_if((size, root(&peaks)) != (to.size, Some(to.root)), "the records are not those that were signed")?;
+    Ok(size - first)
+}
+
+fn root(peaks: &[Hash]) -> Option<Hash> {
+    peaks.iter().copied().rev().reduce(|right, left| node(&left, &right))
 }
 
 fn check_selection(members: &Members, checkpoint: &Checkpoint, records: &str) -> Result<u64, String> {

@@ -61,11 +61,20 @@ impl World {
 
     /// Whether the independent verifier accepts, and whether Casemate does.
     fn accepted(&self, bundle: &Path, key: &VerifyingKey) -> (bool, bool) {
+        self.accepted_by(bundle, key, None)
+    }
+
+    /// The same, of auditors who keep a checkpoint.
+    fn accepted_by(&self, bundle: &Path, key: &VerifyingKey, held: Option<&str>) -> (bool, bool) {
         let file = self.directory.path().join("key");
         fs::write(&file, key.to_string()).unwrap();
-        let independent = Command::new(env!("CARGO_BIN_EXE_evidence-verify")).args([bundle, &file]).output().unwrap();
+        let kept = self.directory.path().join("kept");
+        let kept = held.map(|held| fs::write(&kept, held).map(|()| kept.clone()).unwrap());
+        let mut independent = Command::new(env!("CARGO_BIN_EXE_evidence-verify"));
+        let independent = independent.args([bundle, &file]).args(kept).output().unwrap();
         assert!(independent.status.code().is_some_and(|code| code < 2), "it crashed: {independent:?}");
-        let expectations = Expectations { trusted: vec![key.clone()], ..Expectations::default() };
+        let held = held.map(str::to_owned).into_iter().collect();
+        let expectations = Expectations { trusted: vec![key.clone()], held, ..Expectations::default() };
         let ours = bundle::verify(bundle, &expectations, &mut |_| {});
         (independent.status.success(), ours.is_ok())
     }
@@ -94,6 +103,7 @@ fn pack(order: &[String], members: &Members, to: &Path) {
         let mut header = tar::Header::new_ustar();
         header.set_size(bytes.len() as u64);
         header.set_mode(0o644);
+        header.set_entry_type(tar::EntryType::Regular);
         archive.append_data(&mut header, name, bytes.as_slice()).unwrap();
     }
     archive.finish().unwrap();
@@ -131,6 +141,61 @@ fn both_verifiers_accept_what_was_exported_and_only_by_the_logs_keys() {
     }
 }
 
+/// Not a bit of a bundle can be changed, in whatever member, header or padding it is.
+#[test]
+fn both_verifiers_refuse_every_flipped_bit() {
+    let world = world();
+    let bundle = world.export("all.tar", None);
+    let whole = fs::read(&bundle).unwrap();
+    let flipped = bundle.with_extension("flipped");
+    let mut end = whole.clone();
+    end.push(0);
+    fs::write(&flipped, end).unwrap();
+    assert_eq!(world.accepted(&flipped, &world.keys[0]), (false, false), "longer by a zero");
+    for at in (0..whole.len()).step_by(61) {
+        let mut bytes = whole.clone();
+        bytes[at] ^= 1 << (at % 8);
+        fs::write(&flipped, bytes).unwrap();
+        assert_eq!(world.accepted(&flipped, &world.keys[0]), (false, false), "byte {at}");
+    }
+}
+
+/// Who kept a checkpoint finds out what the log's own key cannot show: another past, and an older end.
+#[test]
+fn both_verifiers_hold_a_bundle_to_a_kept_checkpoint() {
+    let (world, other) = (world(), world());
+    let some = |record: &Record| record.seq % 5 == 2;
+    let (all, some) = (world.export("all.tar", None), world.export("some.tar", Some(&some)));
+    let by = |bundle: &Path, held: &str| world.accepted_by(bundle, &world.keys[0], Some(held));
+    for held in &world.held {
+        assert_eq!(by(&all, held), (true, true));
+    }
+    // A selection proves what was asked of it, and nothing of other checkpoints.
+    assert_eq!((by(&some, &world.held[7]), by(&some, &world.held[8])), ((true, true), (false, false)));
+    assert_eq!(by(&all, &other.held[8]), (false, false));
+    // The same key, later, and with another past.
+    let secret = Ed25519KeyPair::generate_pkcs8(&SystemRandom::new()).unwrap();
+    let log = |name: &str, records: u64| {
+        let signer = Signer::from_pkcs8("site-a/casemate", secret.as_ref()).unwrap();
+        let (key, path) = (signer.verifying_key(), world.directory.path().join(name));
+        let mut ledger = Ledger::open(&path, signer).unwrap();
+        let mut note = String::new();
+        for n in 0..records {
+            let entry = Entry::new("operator", "stop", &format!("{name}-{n}"), Outcome::Done);
+            note = ledger.append_signed(entry).unwrap().1;
+        }
+        let to = path.with_extension("tar");
+        bundle::export(&path, std::slice::from_ref(&key), &Selection::default(), &to).unwrap();
+        (to, key, note)
+    };
+    let ((short, key, early), (long, _, _)) = (log("a", 5), log("b", 9));
+    assert_eq!(world.accepted_by(&short, &key, Some(&early)), (true, true));
+    assert_eq!(world.accepted_by(&long, &key, None), (true, true));
+    assert_eq!(world.accepted_by(&long, &key, Some(&early)), (false, false), "forked");
+    let (_, _, late) = log("c", 7);
+    assert_eq!(world.accepted_by(&short, &key, Some(&late)), (false, false), "rolled back");
+}
+
 /// Each damage is tried by a careless forger, and by one who mends the manifest.
 #[test]
 fn both_verifiers_refuse_every_damage() {
@@ -140,6 +205,13 @@ fn both_verifiers_refuse_every_damage() {
     for bundle in [world.export("all.tar", None), world.export("some.tar", Some(&some))] {
         let (order, whole) = unpack(&bundle);
         let damaged = bundle.with_extension("damaged");
+        // What is packed here is refused for what is in it, not for how it was packed.
+        let mut again = whole.clone();
+        mend(&mut again);
+        for members in [&whole, &again] {
+            pack(&order, members, &damaged);
+            assert_eq!(world.accepted(&damaged, &world.keys[0]), (true, true));
+        }
         let mut cases: Vec<(String, Members)> = Vec::new();
         for name in order.iter().filter(|name| *name != "README.txt") {
             let mut members = whole.clone();

@@ -1,5 +1,5 @@
-//! The host's view into the guest, on vsock port 1024: `status`, `verify`, `report NONCE`, `poweroff`, one line each,
-//! answered in JSON.
+//! The host's view into the guest, on vsock port 1024: `status`, `verify`, `report NONCE`, `devices`, `use MIB`,
+//! `starve MILLISECONDS`, `poweroff`, one line each, answered in JSON.
 
 use std::sync::Arc;
 use std::thread;
@@ -9,7 +9,7 @@ use crate::console::say;
 use crate::lines::{Slots, serve};
 use crate::state::State;
 use crate::supervise::{self, lock};
-use crate::{disk, memory, report, sys};
+use crate::{devices, disk, memory, report, sys};
 
 pub(crate) fn spawn(state: &Arc<State>) {
     let listener = match sys::vsock_listener(PORT) {
@@ -43,10 +43,13 @@ fn answer(state: &Arc<State>, request: &str) -> String {
             power_off_soon(state);
             "{\"ok\":true}".to_owned()
         }
-        _ => match request.strip_prefix("report ") {
-            Some(nonce) => report::answer(nonce.trim()),
-            None => {
-                "{\"ok\":false,\"error\":\"unknown request; known are status, verify, report, poweroff\"}"
+        "devices" => devices::answer(),
+        _ => match request.split_once(' ') {
+            Some(("report", nonce)) => report::answer(nonce.trim()),
+            Some(("use", mib)) => devices::use_memory(mib.trim()),
+            Some(("starve", milliseconds)) => devices::starve(milliseconds.trim()),
+            _ => {
+                "{\"ok\":false,\"error\":\"unknown request; known are status, verify, report, devices, use, starve, poweroff\"}"
                     .to_owned()
             }
         },

@@ -17,6 +17,7 @@
 mod boot;
 mod console;
 mod control;
+mod devices;
 mod disk;
 mod echo;
 mod lines;
@@ -79,6 +80,7 @@ fn start() {
     disk::spawn(&state);
     boot::network(options.address);
     echo::spawn(&state);
+    devices::spawn();
     control::spawn(&state);
     say!("ready");
 }

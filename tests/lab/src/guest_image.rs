@@ -44,12 +44,14 @@ pub fn make(paths: &Paths) -> Result<()> {
     Ok(())
 }
 
-/// What the guest's devices need: virtio over PCI, disk, network card, socket, console and random numbers.
-const MODULES: [&str; 6] = [
+/// What the guest's devices need: virtio over PCI, disk, network card, socket, random numbers, balloon and terminal.
+const MODULES: [&str; 8] = [
     "virtio_pci",
     "virtio_blk",
     "virtio_net",
     "vmw_vsock_virtio_transport",
     "af_packet",
     "virtio_rng",
+    "virtio_balloon",
+    "virtio_console",
 ];

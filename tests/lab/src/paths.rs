@@ -77,6 +77,11 @@ impl Paths {
         self.root.join("run")
     }
 
+    /// What the last demo left for auditors.
+    pub fn evidence(&self) -> PathBuf {
+        self.root.join("evidence")
+    }
+
     /// Booted machines, one directory a key.
     pub fn snapshots(&self) -> PathBuf {
         self.root.join("snapshot")

@@ -1,17 +1,17 @@
 //! The workspace's two commands: `cargo demo` and `cargo verify`.
 
-use std::{env, process::Command, time::Duration};
+use std::{env, fs, io::ErrorKind, path::PathBuf, process::Command, time::Duration};
 
 use nix::sys::signal::Signal;
 
 use crate::{
     backend::Backend,
     command::tied,
-    error::Result,
+    error::{OnFile, Result},
     exit_code,
     fuzz::fuzz,
     guest_image,
-    paths::Paths,
+    paths::{Paths, make_dir},
     prepare::prepare,
     run::{Request, run},
     say,
@@ -42,18 +42,24 @@ pub fn demo(paths: &Paths, args: Vec<String>) -> Result<i32> {
         "casemate-agent",
         "--package",
         "casemate-e2e",
+        "--package",
+        "evidence-verify",
     ];
     let code = cargo(paths, &["build", "--release"], &packages, &[])?;
     if code != 0 {
         return Ok(code);
     }
     guest_image::make(paths)?;
+    let verifier = paths.release.join("evidence-verify");
+    let evidence = fresh_evidence(paths)?;
     let program = paths.release.join("casemate-demo").display().to_string();
     let mut all = vec![program];
     let files = [
         ("--casemate", paths.release.join("casemate")),
         ("--kernel", paths.guest_kernel()),
         ("--initrd", paths.guest_initrd()),
+        ("--verifier", verifier.clone()),
+        ("--evidence", evidence.clone()),
     ];
     all.extend(
         files
@@ -66,8 +72,21 @@ pub fn demo(paths: &Paths, args: Vec<String>) -> Result<i32> {
         request.timeout = DEMO_TIMEOUT;
     }
     request.retries = DEMO_RETRIES;
+    request.payload.push(verifier.display().to_string());
+    request.out = Some(evidence);
     say("running the demo");
     run(paths, &request)
+}
+
+/// The folder in which the demo's evidence stays until the next demo.
+fn fresh_evidence(paths: &Paths) -> Result<PathBuf> {
+    let folder = paths.evidence();
+    match fs::remove_dir_all(&folder) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(error).on("remove", &folder)?,
+        _ => {}
+    }
+    make_dir(&folder)?;
+    Ok(folder)
 }
 
 /// All tests: unit, host and doc tests on this machine, `lab_*` tests each in a fresh lab.

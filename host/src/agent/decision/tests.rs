@@ -8,6 +8,7 @@ use casemate_policy::sign::{Signatures, SigningKey};
 use super::*;
 use crate::agent::config::AgentConfig;
 use crate::agent::platform_api::PlatformOrderText;
+use crate::agent::server::Who;
 
 const POLICY: &str = "[host]\nname = 'h'\n[technologies]\nallowed = ['none', 'sev']\n[limits]\nmax_vcpus = 1\nmax_memory_mib = 64\n";
 const PEOPLE: &str = "[people]\ntwo_person = ['policy-load']\n\
@@ -82,13 +83,13 @@ fn name() -> String {
 }
 
 /// One of each. The match makes a request that is missing here an error of the compiler.
-fn every_request() -> Vec<Request> {
+pub fn every_request() -> Vec<Request> {
     let all = vec![
         Request::Run {
             description: PathBuf::from("/etc/shadow"),
             session: None,
         },
-        Request::List,
+        Request::List {},
         Request::Status { name: name() },
         Request::Stop { name: name() },
         Request::Pause { name: name() },
@@ -130,6 +131,11 @@ fn every_request() -> Vec<Request> {
             allow_older: false,
             allow_changed_disks: false,
         },
+        Request::Tasks {},
+        Request::Task { id: name() },
+        Request::TaskEvents { id: name() },
+        Request::TaskCancel { id: name() },
+        Request::Metrics {},
     ];
     let mut kinds: Vec<usize> = all.iter().map(kind).collect();
     kinds.dedup();
@@ -137,12 +143,12 @@ fn every_request() -> Vec<Request> {
     all
 }
 
-const LAST: usize = 19;
+const LAST: usize = 24;
 
 fn kind(request: &Request) -> usize {
     match request {
         Request::Run { .. } => 0,
-        Request::List => 1,
+        Request::List {} => 1,
         Request::Status { .. } => 2,
         Request::Stop { .. } => 3,
         Request::Pause { .. } => 4,
@@ -160,7 +166,12 @@ fn kind(request: &Request) -> usize {
         Request::Approve { .. } => 16,
         Request::Nmi { .. } => 17,
         Request::Snapshot { .. } => 18,
-        Request::Restore { .. } => LAST,
+        Request::Restore { .. } => 19,
+        Request::Tasks {} => 20,
+        Request::Task { .. } => 21,
+        Request::TaskEvents { .. } => 22,
+        Request::TaskCancel { .. } => 23,
+        Request::Metrics {} => LAST,
     }
 }
 
@@ -227,7 +238,7 @@ fn every_request_that_changes_something_is_refused_to_a_viewer_and_recorded_for_
 #[test]
 fn without_people_the_socket_s_users_are_operators_as_before() {
     let host = Host::new(POLICY, "");
-    assert_eq!(host.code(0, Request::List), "ok");
+    assert_eq!(host.code(0, Request::List {}), "ok");
     assert_eq!(
         host.code(0, Request::Stop { name: name() }),
         "NO_SUCH_GUEST"
@@ -235,6 +246,35 @@ fn without_people_the_socket_s_users_are_operators_as_before() {
     assert_eq!(host.records().last().unwrap().actor, "operator");
     std::fs::write(host.path("next.toml"), format!("version = 1\n{POLICY}")).unwrap();
     host.load(0, "next.toml").unwrap();
+}
+
+#[test]
+fn a_certificate_is_one_person_or_nobody() {
+    let key = |digit: &str| format!("sha256:{}", digit.repeat(64)).parse().unwrap();
+    let who = |names: &[&str], spki| Who::Certificate {
+        names: names.iter().map(|name| (*name).to_owned()).collect(),
+        spki,
+    };
+    let host = Host::new(POLICY, "");
+    let agent = host.agent.as_ref().unwrap();
+    let alone = agent.caller(&who(&["a.test"], key("1")));
+    assert_eq!(alone.unwrap_err().code, "NOT_PERMITTED");
+    let people = "[[person]]\nname = 'ann'\nrole = 'operator'\nsan = 'a.test'\n\
+        [[person]]\nname = 'bob'\nrole = 'operator'\nsan = 'b.test'\nspki = 'sha256:2222222222222222222222222222222222222222222222222222222222222222'\n";
+    let host = Host::new(&format!("{POLICY}{people}"), "");
+    let agent = host.agent.as_ref().unwrap();
+    let name = |names: &[&str], digit| match agent.caller(&who(names, key(digit))) {
+        Ok(caller) => caller.name().to_owned(),
+        Err(failure) => failure.code,
+    };
+    assert_eq!(name(&["a.test"], "1"), "ann");
+    assert_eq!(name(&["x.test", "a.test"], "1"), "ann");
+    assert_eq!(name(&["b.test"], "2"), "bob");
+    // Bob's name alone, and two persons' names, are nobody's; a name that is none is none.
+    assert_eq!(name(&["b.test"], "1"), "b.test");
+    assert_eq!(name(&["a.test", "b.test"], "2"), "NOT_PERMITTED");
+    assert_eq!(name(&[], "2"), "NOT_PERMITTED");
+    assert_eq!(name(&["A.test", "https://a.test"], "1"), "NOT_PERMITTED");
 }
 
 #[test]

@@ -35,11 +35,12 @@ pub enum EvidenceCommand {
     },
     /// Verify a ledger offline, and write what it says in another form.
     Export(ExportArgs),
-    /// Verify a ledger or a bundle offline.
+    /// Verify a ledger or a bundle offline; 0 it is whole, 1 it is not, 2 that cannot be told.
     Verify {
         #[command(flatten)]
         source: SourceArgs,
-        /// A checkpoint kept from before (a signed note in a file); the log must extend it.
+        /// A checkpoint kept from before (a signed note in a file); the log must extend it. Without one, that beside a
+        /// bundle (`BUNDLE.note`) serves, if it is there.
         #[arg(long, value_name = "NOTE")]
         checkpoint: Vec<PathBuf>,
         /// Public key of a witness (C2SP verifier key, type 4, in a file).
@@ -82,8 +83,8 @@ pub enum EvidenceCommand {
 pub struct SourceArgs {
     /// The ledger file; where it makes sense, a bundle (tar file or folder).
     pub path: PathBuf,
-    /// The log's public key (C2SP verifier key in a file), had by another way. Without it, the key beside the ledger or in
-    /// the bundle serves, and the output says so.
+    /// The log's public key (C2SP verifier key in a file), had by another way. Without it, the key beside the ledger or
+    /// the bundle serves (`PATH.pub`), or else the one in the bundle, and the output says so.
     #[arg(long)]
     pub key: Option<PathBuf>,
 }

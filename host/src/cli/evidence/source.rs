@@ -57,14 +57,9 @@ impl Source {
     pub fn open(args: &SourceArgs) -> Result<Self, Failure> {
         let path = args.path.clone();
         let is_ledger = is_ledger(&path)?;
-        let beside = || {
-            let mut name = path.clone().into_os_string();
-            name.push(".pub");
-            PathBuf::from(name)
-        };
         let key = match &args.key {
             Some(key) => Some(key.clone()),
-            None => is_ledger.then(beside),
+            None => Some(beside(&path, "pub")).filter(|key| is_ledger || key.exists()),
         };
         let trusted = key.as_deref().map(read_key).transpose()?;
         Ok(Self {
@@ -281,6 +276,13 @@ pub fn witnesses(paths: &[PathBuf], threshold: Option<usize>) -> Result<Witnesse
     })
 }
 
+/// The checkpoint that somebody keeps beside a bundle, where none is named.
+pub fn kept_beside(args: &SourceArgs) -> Result<Vec<PathBuf>, Failure> {
+    let kept = beside(&args.path, "note");
+    let of_bundle = kept.exists() && !is_ledger(&args.path)?;
+    Ok(of_bundle.then_some(kept).into_iter().collect())
+}
+
 /// A text file of moderate size.
 pub fn text(path: &Path) -> Result<String, Failure> {
     let unavailable = |failure: Failure| Failure::new("EVIDENCE_UNAVAILABLE", failure.error);
@@ -310,6 +312,14 @@ fn witnessed(
     }
     let largest = sizes.into_iter().max();
     largest.map(Some).ok_or(BundleError::Witnesses(failed))
+}
+
+/// `all.tar` and what stands beside it: `all.tar.pub`, `all.tar.note`.
+fn beside(path: &Path, ending: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".");
+    name.push(ending);
+    PathBuf::from(name)
 }
 
 fn is_ledger(path: &Path) -> Result<bool, Failure> {

@@ -19,7 +19,11 @@ pub fn run(
     json: bool,
 ) -> Result<u8, Failure> {
     let witnesses = source::witnesses(witnesses, threshold)?;
-    let source = Source::open(args)?.expecting(source::notes(held)?, witnesses);
+    let mut held = source::notes(held)?;
+    if held.is_empty() {
+        held = source::notes(&source::kept_beside(args)?)?;
+    }
+    let source = Source::open(args)?.expecting(held, witnesses);
     let (verified, ()) = source.fold(|| (), |(), _| {})?;
     if json {
         return print_json(&verified);
@@ -97,7 +101,7 @@ fn rendered(verified: &Verified) -> String {
         text.push_str(&format!("key {}\n", verified.key));
     } else {
         text.push_str(&format!(
-            "key {} — NOT compared with one from elsewhere; give it with --key\n",
+            "key {} — NOT compared with one that was named; give it with --key\n",
             verified.key
         ));
     }

@@ -14,6 +14,7 @@ use clap::Subcommand;
 use super::attest::files;
 use super::show;
 use crate::agent::api::{Failure, Request};
+use crate::agent::client::Agent;
 
 /// What is done with policies.
 #[derive(Debug, Subcommand)]
@@ -47,7 +48,7 @@ pub enum PolicyCommand {
 }
 
 /// Runs one of them.
-pub fn run(agent: &Path, command: PolicyCommand, json: bool) -> Result<u8, Failure> {
+pub fn run(agent: &Agent, command: PolicyCommand, json: bool) -> Result<u8, Failure> {
     match command {
         PolicyCommand::Check(args) => check::run(&args, json),
         PolicyCommand::Keygen { out } => sign::keygen(&out, json),

@@ -42,6 +42,11 @@ impl Interrupt for Interrupts {
 }
 
 impl Interrupts {
+    /// How often the configuration changed.
+    pub(super) fn config_changes(&self) -> u32 {
+        self.config.load(Ordering::Relaxed)
+    }
+
     /// Which queues have interrupted since the last call.
     pub(super) fn take(&self) -> Vec<u16> {
         std::mem::take(&mut *self.queues.lock().expect("no panics"))

@@ -1,10 +1,14 @@
 //! Virtio devices: what the PCI transport needs of a device, and the devices.
 
+pub mod balloon;
 pub mod block;
+pub mod console;
 #[cfg(test)]
 mod driver;
+mod limit;
 pub mod net;
 mod ring;
+pub mod rng;
 mod saved;
 pub mod transport;
 pub mod vsock;
@@ -15,6 +19,8 @@ use std::sync::Arc;
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 use vm_memory::bitmap::AtomicBitmap;
+
+use crate::machine::plan::devices::{DeviceChange, DeviceStatus};
 
 /// Guest memory with a bitmap of the pages that devices wrote (KVM's log sees only the vCPUs' writes).
 pub type GuestRam = GuestMemoryMmap<AtomicBitmap>;
@@ -78,6 +84,19 @@ pub trait VirtioDevice: Send {
     fn announce(&mut self);
     /// How often the guest broke the rules of a queue.
     fn faults(&self) -> u64;
+    /// Changes what may change while the guest runs. The transport looks at the device's queues afterwards. Refused
+    /// unless the device says otherwise; the text is for people.
+    fn change(&mut self, change: &DeviceChange) -> Result<(), String> {
+        Err(not_for("device", change))
+    }
+    /// What the device says of itself; all zero if it has nothing to say.
+    fn status(&self) -> DeviceStatus {
+        DeviceStatus::default()
+    }
+}
+
+fn not_for(device: &str, change: &DeviceChange) -> String {
+    format!("a {device} has nothing to change by {change:?}")
 }
 
 /// A device state that is not what this version writes.

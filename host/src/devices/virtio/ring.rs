@@ -179,6 +179,11 @@ impl<'a> Chain<'a> {
         chain
     }
 
+    /// Bytes in both directions, as the driver claims.
+    pub(super) fn data_len(&self) -> u64 {
+        (self.readable.len() as u64).saturating_add(self.writable.len() as u64)
+    }
+
     fn add(&mut self, descriptor: Descriptor, ram: &'a GuestRam) {
         let (segments, access) = if descriptor.is_write_only() {
             (&mut self.writable, Permissions::Write)

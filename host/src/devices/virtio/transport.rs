@@ -13,6 +13,7 @@ use virtio_queue::{Queue, QueueState, QueueT};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{Activation, GuestRam, Interrupt, VirtioDevice};
+use crate::machine::plan::devices::{DeviceChange, DeviceStatus};
 use crate::vmm::pci::PciFunction;
 use crate::vmm::pci::config::{ConfigSpace, Identity};
 use crate::vmm::pci::msix::Msix;
@@ -142,6 +143,21 @@ impl VirtioPci {
     /// Device thread: tells the world that the guest is here now.
     pub fn announce(&self) {
         self.lock().device.announce();
+    }
+
+    /// Control thread: changes the device, whose thread may run. What waits in the queues is looked at anew.
+    pub fn change(&self, change: &DeviceChange) -> Result<(), String> {
+        self.lock().device.change(change)?;
+        for kick in &self.kicks {
+            // The counter cannot overflow by one write.
+            let _ = kick.write(1);
+        }
+        Ok(())
+    }
+
+    /// What the device says of itself.
+    pub fn device_status(&self) -> DeviceStatus {
+        self.lock().device.status()
     }
 
     /// Control thread: gives up locks before the guest leaves.

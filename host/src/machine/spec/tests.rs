@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::machine::plan::Technology;
+use crate::machine::plan::devices::Rate;
 
 const OFFER: Offer = Offer {
     emulated: true,
@@ -73,7 +74,8 @@ fn every_fault_names_its_line_its_key_and_what_would_be_right() {
         ("vcpus = 2", "vcpus = 0", 2, "want 1 to 64"),
         ("vcpus = 2", "cpus = 2", 2, "unknown field `cpus`"),
         ("\"512 MiB\"", "\"512 MB\"", 3, "such as \"512 MiB\""),
-        ("\"512 MiB\"", "\"9 GiB\"", 3, "to 3 GiB"),
+        ("\"512 MiB\"", "\"99 GiB\"", 3, "to 64 GiB"),
+        ("\"512 MiB\"", "\"9 GiB\"", 3, "confidential guest"),
         ("\"512 MiB\"", "\"513 MiB\"", 3, "multiple of 2 MiB"),
         (
             "kernel = \"vmlinuz\"",
@@ -99,6 +101,71 @@ fn every_fault_names_its_line_its_key_and_what_would_be_right() {
         let error = parse(&GOOD.replacen(from, to, 1)).unwrap_err();
         assert_eq!(error.line, Some(line), "{to}: {error}");
         assert!(error.to_string().contains(words), "{to}: {error}");
+    }
+}
+
+/// The description of a plain guest, with these lines at its end.
+fn plain_with(lines: &str) -> Result<MachineSpec, SpecError> {
+    let plain = GOOD.replacen(
+        "technology = \"sev\"\nsecret = true",
+        "technology = \"none\"",
+        1,
+    );
+    parse(&format!("{plain}{lines}"))
+}
+
+#[test]
+fn small_devices_and_limits_are_read_and_checked() {
+    let spec =
+        plain_with("[rng]\n[balloon]\n[console]\ncolumns = 80\n[watchdog]\naction = \"report\"\n");
+    let small = spec.unwrap().small;
+    assert_eq!(small.count(), 4);
+    assert_eq!(small.rng.unwrap().bytes.per_second, 1 << 20);
+    let balloon = small.balloon.unwrap();
+    assert!(balloon.free_page_reporting && balloon.deflate_on_oom);
+    assert_eq!(
+        (small.console.unwrap().columns, small.console.unwrap().rows),
+        (80, 0)
+    );
+    let limit = |lines: &str| {
+        plain_with(&format!(
+            "[[disk]]\nid = \"b\"\npath = \"data.raw\"\nlimit = {{ {lines} }}\n"
+        ))
+    };
+    let limits =
+        limit("bytes_per_second = \"2 MiB\", operations_per_second = 100, operations_burst = 7");
+    let limits = limits.unwrap().plan([7; 16], OFFER).disks[1].limits;
+    let rate = |per_second, burst| Some(Rate { per_second, burst });
+    assert_eq!(
+        (limits.bytes, limits.operations),
+        (rate(2 << 20, 2 << 20), rate(100, 7))
+    );
+    for (result, words) in [
+        (
+            plain_with("[watchdog]\naction = \"bark\"\n"),
+            "want \"stop\" or \"report\"",
+        ),
+        (
+            plain_with("[rng]\nbytes_per_second = \"0 MiB\"\n"),
+            "`rng.bytes_per_second`",
+        ),
+        (plain_with("[balloon]\nsize = 3\n"), "unknown field `size`"),
+        (
+            limit("bytes_per_second = \"fast\""),
+            "`disk.limit.bytes_per_second`",
+        ),
+        (limit("operations_per_second = 0"), "want 1 to"),
+        (limit("operations_burst = 5"), "give both"),
+        (
+            parse(&format!("{GOOD}[balloon]\n")),
+            "not for confidential guests",
+        ),
+    ] {
+        let error = result.unwrap_err();
+        assert!(
+            error.line.is_some() && error.to_string().contains(words),
+            "{error}"
+        );
     }
 }
 
@@ -239,5 +306,23 @@ fn what_a_technology_cannot_have_is_refused_with_its_line() {
         let error = confidential(section).unwrap_err();
         assert_eq!(error.line, Some(line), "{section}: {error}");
         assert!(error.to_string().contains(words), "{section}: {error}");
+    }
+}
+
+#[test]
+fn a_processor_is_read_and_a_wrong_one_is_named_with_what_is_right() {
+    let with = |cpu: &str| parse(&GOOD.replacen("[boot]", &format!("[cpu]\n{cpu}\n[boot]"), 1));
+    assert_eq!(parse(GOOD).unwrap().cpu, CpuPlan::default());
+    let spec = with("model = \"epyc-rome\"\ncores = 1\nthreads = 2").unwrap();
+    assert_eq!(spec.cpu.model, CpuModel::EpycRome);
+    assert_eq!(spec.plan([7; 16], OFFER).cpu.topology(2).threads, 2);
+    for (cpu, words) in [
+        ("model = \"rome\"", "want one of baseline, epyc-naples"),
+        ("cores = 3", "is not `vcpus`"),
+        ("threads = 2", "`cpu.cores` is missing"),
+        ("moddel = \"host\"", "moddel"),
+    ] {
+        let problem = with(cpu).unwrap_err().to_string();
+        assert!(problem.contains(words), "{cpu}: {problem}");
     }
 }

@@ -58,7 +58,10 @@ pub(super) const DEVICE_IO: &[Rule] = &[
     permit!(SYS_pwritev2, "disk"),
     permit!(SYS_fdatasync, "disk: flush that means it"),
     permit!(SYS_fsync, "disk: flush after a change of size"),
-    permit!(SYS_fallocate, "disk: discard and write-zeroes"),
+    permit!(
+        SYS_fallocate,
+        "disk: discard and write-zeroes; balloon: pages back to the host"
+    ),
     permit!(
         SYS_fcntl,
         [Cond::Among(1, &[F_OFD_SETLK, F_OFD_GETLK])],
@@ -77,7 +80,7 @@ pub(super) const DEVICE_IO: &[Rule] = &[
         [Cond::Among(1, &[FIONBIO])],
         "std's way to make a socket non-blocking"
     ),
-    permit!(SYS_accept4, "vsock: a host program connects"),
+    permit!(SYS_accept4, "vsock, console: a host program connects"),
     permit!(
         SYS_recvfrom,
         "vsock: bytes from a host program; the secure processor's replies to the guest"
@@ -93,7 +96,12 @@ pub(super) const DEVICE_IO: &[Rule] = &[
         "the device thread's loop; vsock looks at its own set"
     ),
     permit!(SYS_epoll_pwait, "the same, as newer libraries do it"),
-    permit!(SYS_timerfd_settime, "rate limits, announcements"),
+    permit!(SYS_timerfd_settime, "rate limits: when a device may go on"),
+    permit!(
+        SYS_ioctl,
+        [Cond::Among(1, &[TUNSETOFFLOAD])],
+        "tap: what of a frame's work the guest's driver does itself, at its start and reset"
+    ),
 ];
 
 /// Device thread: waits, besides [`DEVICE_IO`].
@@ -121,6 +129,8 @@ pub(super) const VCPU: &[Rule] = &[
     ),
 ];
 
+/// `_IOW('T', 208, unsigned int)`.
+const TUNSETOFFLOAD: u64 = 0x4004_54d0;
 const HUGEPAGE: u64 = libc::MADV_HUGEPAGE as u64;
 const POPULATE_READ: u64 = libc::MADV_POPULATE_READ as u64;
 const POPULATE_WRITE: u64 = libc::MADV_POPULATE_WRITE as u64;

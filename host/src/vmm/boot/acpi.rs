@@ -1,33 +1,37 @@
-//! ACPI tables of the machine: hardware-reduced, one PCI root with type-1 configuration access, COM1.
+//! ACPI tables of the machine: hardware-reduced, one PCI root (by port and by ECAM), COM1, and events by a generic
+//! event device: the power button and, of a plain guest, a new VM generation id.
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Name, Package, Path,
-    ResourceTemplate, ZERO,
+    AddressSpace, AddressSpaceCacheable, And, Device, EISAName, Field, FieldAccessType, FieldEntry,
+    FieldLockRule, FieldUpdateRule, IO, If, Interrupt, Local, Memory32Fixed, Method, Name, Notify,
+    ONE, OpRegion, OpRegionSpace, Package, Path, ResourceTemplate, Store, ZERO,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace as GasSpace, GAS};
 use acpi_tables::madt::{
     EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic,
 };
+use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 
-use super::super::layout::{
-    COM1, COM1_GSI, I8042_COMMAND, IOAPIC, LAPIC, PCI_CONFIG_ADDRESS, PCI_WINDOW, PCI_WINDOW_LAST,
-    PVPANIC, RESET_VALUE, S5_SLEEP_TYPE, SLEEP_CONTROL, SLEEP_STATUS,
+use crate::devices::events::Event;
+use crate::vmm::layout::{
+    COM1, COM1_GSI, ECAM, ECAM_SIZE, EVENTS, EVENTS_GSI, GENERATION, I8042_COMMAND, IOAPIC, LAPIC,
+    PCI_CONFIG_ADDRESS, PCI_WINDOW, PCI_WINDOW_LAST, PVPANIC, RESET_VALUE, S5_SLEEP_TYPE,
+    SLEEP_CONTROL, SLEEP_STATUS,
 };
 
-/// All tables, to be placed at `base`; the RSDP comes first.
-pub fn tables(vcpus: u8, base: u64) -> Vec<u8> {
+/// All tables, to be placed at `base`; the RSDP comes first. `generation` is whether the guest has a VM generation id.
+pub fn tables(vcpus: u8, generation: bool, base: u64) -> Vec<u8> {
     let mut blob = vec![0u8; Rsdp::len().next_multiple_of(ALIGNMENT)];
-    let dsdt = place(&mut blob, base, &dsdt());
-    let fadt = place(&mut blob, base, &fadt(dsdt));
-    let madt = place(&mut blob, base, &madt(vcpus));
+    let dsdt = place(&mut blob, base, &dsdt(generation));
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE, OEM_REVISION);
-    xsdt.add_entry(fadt);
-    xsdt.add_entry(madt);
+    for table in [fadt(dsdt), madt(vcpus), mcfg()] {
+        xsdt.add_entry(place(&mut blob, base, &table));
+    }
     let xsdt = place(&mut blob, base, &bytes_of(&xsdt));
     let rsdp = bytes_of(&Rsdp::new(OEM_ID, xsdt));
     for (to, from) in blob.iter_mut().zip(rsdp) {
@@ -43,11 +47,17 @@ fn place(blob: &mut Vec<u8>, base: u64, table: &[u8]) -> u64 {
     address
 }
 
-fn dsdt() -> Vec<u8> {
+fn dsdt(generation: bool) -> Vec<u8> {
     let mut body = Vec::new();
     com1(&mut body);
     pci_root(&mut body);
     panic_device(&mut body);
+    board(&mut body);
+    power_button(&mut body);
+    if generation {
+        generation_id(&mut body);
+    }
+    events(generation, &mut body);
     Name::new(Path::new("_S5_"), &Package::new(vec![&S5_SLEEP_TYPE])).to_aml_bytes(&mut body);
     let mut table = Sdt::new(*b"DSDT", 36, 2, OEM_ID, OEM_TABLE, OEM_REVISION);
     table.append_slice(&body);
@@ -99,13 +109,108 @@ fn pci_root(sink: &mut Vec<u8>) {
     Device::new(
         Path::new("\\_SB_.PCI0"),
         vec![
-            &Name::new(Path::new("_HID"), &EISAName::new("PNP0A03")),
-            &Name::new(Path::new("_ADR"), &ZERO),
+            &Name::new(Path::new("_HID"), &EISAName::new("PNP0A08")),
+            &Name::new(Path::new("_CID"), &EISAName::new("PNP0A03")),
+            &Name::new(Path::new("_SEG"), &ZERO),
+            &Name::new(Path::new("_BBN"), &ZERO),
             &Name::new(Path::new("_UID"), &ZERO),
             &Name::new(Path::new("_CRS"), &resources),
         ],
     )
     .to_aml_bytes(sink);
+}
+
+/// What is the board's own: the ECAM range, which must not be taken for a window of the bridge.
+fn board(sink: &mut Vec<u8>) {
+    let ecam = Memory32Fixed::new(true, ECAM as u32, ECAM_SIZE as u32);
+    let resources = ResourceTemplate::new(vec![&ecam]);
+    Device::new(
+        Path::new("\\_SB_.MB00"),
+        vec![
+            &Name::new(Path::new("_HID"), &EISAName::new("PNP0C02")),
+            &Name::new(Path::new("_UID"), &ZERO),
+            &Name::new(Path::new("_CRS"), &resources),
+        ],
+    )
+    .to_aml_bytes(sink);
+}
+
+fn power_button(sink: &mut Vec<u8>) {
+    Device::new(
+        Path::new("\\_SB_.PWRB"),
+        vec![
+            &Name::new(Path::new("_HID"), &EISAName::new("PNP0C0C")),
+            &Name::new(Path::new("_UID"), &ZERO),
+        ],
+    )
+    .to_aml_bytes(sink);
+}
+
+/// Microsoft's "Virtual Machine Generation ID": where the 16 bytes are.
+fn generation_id(sink: &mut Vec<u8>) {
+    let (low, high) = (GENERATION as u32, (GENERATION >> 32) as u32);
+    Device::new(
+        Path::new("\\_SB_.VGEN"),
+        vec![
+            &Name::new(Path::new("_HID"), &"CSMT0001"),
+            // The second for Linux before 6.10, which cuts the first.
+            &Name::new(
+                Path::new("_CID"),
+                &Package::new(vec![&"VM_Gen_Counter", &"VMGENCTR"]),
+            ),
+            &Name::new(Path::new("_DDN"), &"VM_Gen_Counter"),
+            &Name::new(Path::new("ADDR"), &Package::new(vec![&low, &high])),
+        ],
+    )
+    .to_aml_bytes(sink);
+}
+
+/// The generic event device (section 5.6.9): its interrupt says that something happened, its port what.
+fn events(generation: bool, sink: &mut Vec<u8>) {
+    let interrupt = Interrupt::new(true, true, false, false, EVENTS_GSI);
+    let resources = ResourceTemplate::new(vec![&interrupt]);
+    let region = OpRegion::new(Path::new("EVTS"), OpRegionSpace::SystemIO, &EVENTS, &ONE);
+    let field = Field::new(
+        Path::new("EVTS"),
+        FieldAccessType::Byte,
+        FieldLockRule::NoLock,
+        FieldUpdateRule::Preserve,
+        vec![FieldEntry::Named(*b"EVNT", 8)],
+    );
+    let status = Path::new("EVNT");
+    let take = Store::new(&Local(0), &status);
+    let (button, page) = (Path::new("\\_SB_.PWRB"), Path::new("\\_SB_.VGEN"));
+    let (pressed, changed) = (Event::PowerButton as u8, Event::Generation as u8);
+    let (is_pressed, is_changed) = (
+        And::new(&ZERO, &Local(0), &pressed),
+        And::new(&ZERO, &Local(0), &changed),
+    );
+    let notify_button = Notify::new(&button, &NOTIFY);
+    let notify_page = Notify::new(&page, &NOTIFY);
+    let if_pressed = If::new(&is_pressed, vec![&notify_button]);
+    let if_changed = If::new(&is_changed, vec![&notify_page]);
+    let mut steps: Vec<&dyn Aml> = vec![&take, &if_pressed];
+    if generation {
+        steps.push(&if_changed);
+    }
+    Device::new(
+        Path::new("\\_SB_.GED_"),
+        vec![
+            &Name::new(Path::new("_HID"), &"ACPI0013"),
+            &Name::new(Path::new("_UID"), &ZERO),
+            &Name::new(Path::new("_CRS"), &resources),
+            &region,
+            &field,
+            &Method::new(Path::new("_EVT"), 1, true, steps),
+        ],
+    )
+    .to_aml_bytes(sink);
+}
+
+fn mcfg() -> Vec<u8> {
+    let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE, OEM_REVISION);
+    mcfg.add_ecam(ECAM, 0, 0, 0);
+    bytes_of(&mcfg)
 }
 
 fn fadt(dsdt: u64) -> Vec<u8> {
@@ -155,6 +260,8 @@ fn bytes_of(table: &dyn Aml) -> Vec<u8> {
 
 /// Present, enabled, functioning, not shown.
 const PRESENT: u8 = 0xb;
+/// "The button was pressed"; "the generation has changed".
+const NOTIFY: u8 = 0x80;
 const ALIGNMENT: usize = 16;
 const OEM_ID: [u8; 6] = *b"CASEMT";
 const OEM_TABLE: [u8; 8] = *b"CASEMATE";
@@ -181,7 +288,7 @@ mod tests {
     #[test]
     fn every_table_is_reachable_and_sums_to_zero() {
         let base = 0xe_0000;
-        let blob = tables(3, base);
+        let blob = tables(3, true, base);
         assert_eq!(&blob[..8], b"RSD PTR ");
         assert_eq!(sum(&blob[..20]), 0);
         assert_eq!(sum(&blob[..36]), 0);
@@ -200,10 +307,14 @@ mod tests {
                 let dsdt = u64::from_le_bytes(table[140..148].try_into().unwrap());
                 assert_eq!(sum(table_at(&blob, base, dsdt)), 0);
             }
+            if &table[..4] == b"MCFG" {
+                let ecam = u64::from_le_bytes(table[44..52].try_into().unwrap());
+                assert_eq!((ecam, table.len()), (ECAM, 60));
+            }
             if &table[..4] == b"APIC" {
                 assert_eq!(table.len(), 44 + 3 * 8 + 12);
             }
         }
-        assert_eq!(seen, [b"FACP".to_vec(), b"APIC".to_vec()]);
+        assert_eq!(seen, [*b"FACP", *b"APIC", *b"MCFG"]);
     }
 }

@@ -2,11 +2,9 @@
 //!
 //! The kernel image comes from whoever described the guest; every field is checked before it is used.
 
-use super::super::layout::{
-    ACPI, BOOT_PARAMS, CMDLINE, CMDLINE_ROOM, HIGH_RAM, KERNEL, LOW_RAM_END, SECRET_GPA,
-    SECRET_SIZE,
-};
 use super::BootError;
+use super::map::MapEntry;
+use crate::vmm::layout::{ACPI, BOOT_PARAMS, CMDLINE, CMDLINE_ROOM, KERNEL};
 
 /// A bzImage whose header has been checked.
 #[derive(Debug)]
@@ -95,12 +93,10 @@ impl<'a> KernelImage<'a> {
         self.cmdline_max.min(CMDLINE_ROOM - 1)
     }
 
-    /// The zero page: the image's own header, then what a boot loader fills in, then the memory map. Memory is
-    /// reserved from `reserved` to the end of the secret page.
+    /// The zero page: the image's own header, then what a boot loader fills in, then the memory map.
     pub fn boot_params(
         &self,
-        memory: u64,
-        reserved: u64,
+        map: &[MapEntry],
         initrd: Option<(u64, u64)>,
     ) -> Result<Vec<u8>, BootError> {
         let mut page = vec![0u8; BOOT_PARAMS_SIZE];
@@ -114,13 +110,12 @@ impl<'a> KernelImage<'a> {
             put(&mut page, RAMDISK_IMAGE, &start.to_le_bytes())?;
             put(&mut page, RAMDISK_SIZE, &length.to_le_bytes())?;
         }
-        let map = memory_map(memory, reserved);
         put(&mut page, E820_ENTRIES, &[map.len() as u8])?;
-        for (index, (start, length, kind)) in map.into_iter().enumerate() {
+        for (index, entry) in map.iter().enumerate() {
             let at = E820_TABLE + index * 20;
-            put(&mut page, at, &start.to_le_bytes())?;
-            put(&mut page, at + 8, &length.to_le_bytes())?;
-            put(&mut page, at + 16, &kind.to_le_bytes())?;
+            put(&mut page, at, &entry.start.to_le_bytes())?;
+            put(&mut page, at + 8, &entry.length.to_le_bytes())?;
+            put(&mut page, at + 16, &entry.kind.to_le_bytes())?;
         }
         Ok(page)
     }
@@ -132,22 +127,6 @@ pub const ENTRY: u64 = KERNEL + ENTRY_OFFSET as u64;
 pub const ENTRY_32: u64 = KERNEL;
 /// Address of the zero page, which goes into RSI.
 pub const BOOT_PARAMS_ADDRESS: u64 = BOOT_PARAMS;
-
-/// The e820 map: (start, length, type).
-fn memory_map(memory: u64, reserved: u64) -> Vec<(u64, u64, u32)> {
-    let after_secret = SECRET_GPA + SECRET_SIZE;
-    vec![
-        (0, LOW_RAM_END, E820_RAM),
-        (LOW_RAM_END, HIGH_RAM - LOW_RAM_END, E820_RESERVED),
-        (HIGH_RAM, reserved.saturating_sub(HIGH_RAM), E820_RAM),
-        (
-            reserved,
-            after_secret.saturating_sub(reserved),
-            E820_RESERVED,
-        ),
-        (after_secret, memory.saturating_sub(after_secret), E820_RAM),
-    ]
-}
 
 fn field<const N: usize>(image: &[u8], offset: usize) -> Result<[u8; N], BootError> {
     image
@@ -175,8 +154,6 @@ const ENTRY_OFFSET: usize = 0x200;
 const LOADER_UNDEFINED: u8 = 0xff;
 const LOADED_HIGH: u8 = 1;
 const XLF_KERNEL_64: u16 = 1;
-const E820_RAM: u32 = 1;
-const E820_RESERVED: u32 = 2;
 // offsets in the image and, the same, in the zero page
 const ACPI_RSDP: usize = 0x70;
 const E820_ENTRIES: usize = 0x1e8;
@@ -204,7 +181,8 @@ const E820_TABLE: usize = 0x2d0;
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::vmm::layout::{PAGE_SIZE, SNP_CPUID};
+    use crate::vmm::boot::map::memory_map;
+    use crate::vmm::layout::SECRET_GPA;
 
     /// A header as a real kernel has it, and a payload of 4 KiB.
     pub fn small_image() -> Vec<u8> {
@@ -233,10 +211,13 @@ pub(super) mod tests {
         assert_eq!(kernel.payload().len(), 4096);
         assert_eq!(kernel.end(), KERNEL + 0x200_0000);
         let page = kernel
-            .boot_params(256 << 20, SECRET_GPA, Some((0x800_0000, 77)))
+            .boot_params(
+                &memory_map(256 << 20, Some(SECRET_GPA)),
+                Some((0x800_0000, 77)),
+            )
             .unwrap();
         assert_eq!(&page[MAGIC..MAGIC + 4], b"HdrS");
-        assert_eq!(page[E820_ENTRIES], 5);
+        assert_eq!(page[E820_ENTRIES], 6);
         assert_eq!(page[RAMDISK_SIZE], 77);
     }
 
@@ -265,21 +246,6 @@ pub(super) mod tests {
         }
     }
 
-    #[test]
-    fn the_secret_page_is_reserved_and_nothing_overlaps() {
-        for (from, length) in [
-            (SECRET_GPA, SECRET_SIZE),
-            (SNP_CPUID, 2 * PAGE_SIZE + SECRET_SIZE),
-        ] {
-            let map = memory_map(512 << 20, from);
-            for pair in map.windows(2) {
-                assert_eq!(pair[0].0 + pair[0].1, pair[1].0);
-            }
-            assert!(map.contains(&(from, length, E820_RESERVED)));
-            assert_eq!(map.last().map(|e| e.0 + e.1), Some(512 << 20));
-        }
-    }
-
     proptest::proptest! {
         #[test]
         fn no_image_makes_the_parser_fall(bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..2048), at in 0usize..0x270) {
@@ -289,7 +255,7 @@ pub(super) mod tests {
                 *to = *from;
             }
             if let Ok(kernel) = KernelImage::parse(&image) {
-                let _ = kernel.boot_params(256 << 20, SECRET_GPA, None);
+                let _ = kernel.boot_params(&memory_map(256 << 20, None), None);
             }
         }
     }

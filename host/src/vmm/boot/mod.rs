@@ -4,21 +4,28 @@
 //! Kernel and initramfs are whatever the description named; nothing in them is believed.
 
 pub mod acpi;
+pub mod elf;
 pub mod linux;
+pub mod map;
 pub mod measured;
 pub mod paging;
+mod pvh;
+mod smbios;
 
 use super::layout::{
-    ACPI, BOOT_PARAMS, CMDLINE, GDT, HIGH_RAM, KERNEL, PAGE_SIZE, PAGE_TABLES, SECRET_GPA,
-    SECRET_SIZE, SNP_CPUID, SNP_SECRETS,
+    ACPI, BOOT_PARAMS, CMDLINE, CMDLINE_ROOM, GDT, GENERATION, HIGH_RAM, KERNEL, PAGE_SIZE,
+    PAGE_TABLES, SECRET_GPA, SECRET_SIZE, SMBIOS, SNP_CPUID, SNP_SECRETS, START_INFO, low_memory,
 };
 use crate::machine::plan::{MachinePlan, Technology};
+use elf::ElfKernel;
 use linux::KernelImage;
+use map::{MapEntry, memory_map};
 
 /// One piece of initial guest memory, whole pages.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Component {
-    /// What it is: `gdt`, `boot-params`, `page-tables`, `cmdline`, `acpi`, `kernel`, `initrd`.
+    /// What it is: `gdt`, `boot-params`, `start-info`, `page-tables`, `cmdline`, `acpi`, `smbios`, `generation`,
+    /// `kernel`, `initrd`.
     pub name: &'static str,
     /// Where it goes; page-aligned.
     pub gpa: u64,
@@ -26,41 +33,102 @@ pub struct Component {
     pub bytes: Vec<u8>,
 }
 
-/// Everything that is in guest memory at the start.
-pub struct BootImage;
+/// Everything that is in guest memory at the start, and how the first vCPU begins.
+#[derive(Debug, PartialEq, Eq)]
+pub struct BootImage {
+    /// The pieces in the order in which they are measured.
+    pub pieces: Vec<Component>,
+    /// The first vCPU's entry.
+    pub start: Start,
+}
+
+/// How the first vCPU begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// A bzImage, by the Linux boot protocol.
+    Linux,
+    /// An ELF kernel, by PVH, at this address.
+    Pvh(u32),
+}
 
 impl BootImage {
-    /// The pieces in the order in which they are measured. Pure: the same plan and images give the same
-    /// pieces everywhere.
-    pub fn assemble(
-        plan: &MachinePlan,
-        kernel: &[u8],
-        initrd: &[u8],
-    ) -> Result<Vec<Component>, BootError> {
-        let image = KernelImage::parse(kernel)?;
-        if image.end() > plan.memory_bytes {
-            return Err(BootError::Memory(plan.memory_bytes, image.end()));
+    /// Pure: the same plan and images give the same pieces everywhere. The kernel is a bzImage or, of a plain guest,
+    /// an ELF file with a PVH entry; its first bytes tell which.
+    pub fn assemble(plan: &MachinePlan, kernel: &[u8], initrd: &[u8]) -> Result<Self, BootError> {
+        if kernel.starts_with(elf::MAGIC) {
+            Self::elf(plan, kernel, initrd)
+        } else {
+            Self::bzimage(plan, kernel, initrd)
         }
-        let ramdisk = place_initrd(&image, plan.memory_bytes, initrd)?;
+    }
+
+    fn bzimage(plan: &MachinePlan, kernel: &[u8], initrd: &[u8]) -> Result<Self, BootError> {
+        let image = KernelImage::parse(kernel)?;
+        let ramdisk = place_initrd(plan, image.end(), image.initrd_max(), initrd)?;
         let cmdline = command_line(plan, image.cmdline_max())?;
+        let map = memory_map(plan.memory_bytes, reserved(plan.technology));
         let mut pieces = vec![
             component("gdt", GDT, paging::gdt()),
             component(
                 "boot-params",
                 BOOT_PARAMS,
-                image.boot_params(plan.memory_bytes, reserved(plan.technology), ramdisk)?,
+                image.boot_params(&map, ramdisk)?,
             ),
             component("page-tables", PAGE_TABLES, paging::page_tables()),
-            component("cmdline", CMDLINE, cmdline),
-            component("acpi", ACPI, acpi::tables(plan.vcpus, ACPI)),
-            component("kernel", KERNEL, image.payload().to_vec()),
         ];
+        pieces.extend(described(plan, cmdline));
+        pieces.push(component("kernel", KERNEL, image.payload().to_vec()));
+        Self::finish(plan, pieces, ramdisk, initrd, Start::Linux)
+    }
+
+    fn elf(plan: &MachinePlan, kernel: &[u8], initrd: &[u8]) -> Result<Self, BootError> {
+        if plan.technology != Technology::None {
+            return Err(BootError::Kernel(
+                "is an ELF file, whose PVH entry knows of no encryption; a confidential guest needs a bzImage",
+            ));
+        }
+        let image = ElfKernel::parse(kernel)?;
+        let ramdisk = place_initrd(plan, image.end(), u64::from(u32::MAX), initrd)?;
+        let cmdline = command_line(plan, CMDLINE_ROOM - 1)?;
+        let map: Vec<MapEntry> = memory_map(plan.memory_bytes, None);
+        let mut pieces = vec![
+            component("gdt", GDT, paging::gdt()),
+            component("start-info", START_INFO, pvh::start_info(ramdisk, &map)),
+        ];
+        pieces.extend(described(plan, cmdline));
+        pieces.push(component("kernel", image.start(), image.flat()));
+        Self::finish(plan, pieces, ramdisk, initrd, Start::Pvh(image.entry()))
+    }
+
+    fn finish(
+        plan: &MachinePlan,
+        mut pieces: Vec<Component>,
+        ramdisk: Option<(u64, u64)>,
+        initrd: &[u8],
+        start: Start,
+    ) -> Result<Self, BootError> {
         if let Some((gpa, _)) = ramdisk {
             pieces.push(component("initrd", gpa, initrd.to_vec()));
         }
-        check_layout(&pieces, plan.memory_bytes)?;
-        Ok(pieces)
+        check_layout(&pieces, low_memory(plan.memory_bytes))?;
+        Ok(Self { pieces, start })
     }
+}
+
+/// What every kernel finds: its command line, and how the machine describes itself. What is different in each guest
+/// (UUID, generation) only a plain one is told: of the others all is measured, and their owners must know it before.
+fn described(plan: &MachinePlan, cmdline: Vec<u8>) -> Vec<Component> {
+    let plain = plan.technology == Technology::None;
+    let id = if plain { plan.vm_id } else { [0; 16] };
+    let mut pieces = vec![
+        component("cmdline", CMDLINE, cmdline),
+        component("acpi", ACPI, acpi::tables(plan.vcpus, plain, ACPI)),
+        component("smbios", SMBIOS, smbios::tables(&id, plan.memory_bytes)),
+    ];
+    if plain {
+        pieces.push(component("generation", GENERATION, id.to_vec()));
+    }
+    pieces
 }
 
 /// What the VMM appends to the command line of a plan.
@@ -74,11 +142,12 @@ pub fn appended_cmdline(plan: &MachinePlan) -> String {
     }
 }
 
-/// Where the reserved memory in front of the kernel begins.
-fn reserved(technology: Technology) -> u64 {
+/// Where the reserved memory in front of the kernel begins, if there is any.
+fn reserved(technology: Technology) -> Option<u64> {
     match technology {
-        Technology::SevSnp { .. } => SNP_CPUID,
-        Technology::None | Technology::Sev { .. } | Technology::SevEs { .. } => SECRET_GPA,
+        Technology::SevSnp { .. } => Some(SNP_CPUID),
+        Technology::Sev { .. } | Technology::SevEs { .. } => Some(SECRET_GPA),
+        Technology::None => None,
     }
 }
 
@@ -102,20 +171,26 @@ pub enum BootError {
     Overlap(&'static str),
 }
 
+/// Start and length of the initramfs: as high as it may be, above the kernel that ends at `end`.
 fn place_initrd(
-    image: &KernelImage<'_>,
-    memory: u64,
+    plan: &MachinePlan,
+    end: u64,
+    last: u64,
     initrd: &[u8],
 ) -> Result<Option<(u64, u64)>, BootError> {
+    let memory = low_memory(plan.memory_bytes);
+    if end > memory {
+        return Err(BootError::Memory(plan.memory_bytes, end));
+    }
     if initrd.is_empty() {
         return Ok(None);
     }
     let length = initrd.len() as u64;
-    let top = memory.min(image.initrd_max().saturating_add(1));
+    let top = memory.min(last.saturating_add(1));
     let start = top
         .checked_sub(length)
         .map(|start| start - start % PAGE_SIZE)
-        .filter(|start| *start >= image.end())
+        .filter(|start| *start >= end)
         .ok_or(BootError::Initrd(
             "does not fit above the kernel; give the guest more memory",
         ))?;
@@ -155,6 +230,7 @@ fn check_layout(pieces: &[Component], memory: u64) -> Result<(), BootError> {
 
 #[cfg(test)]
 mod tests {
+    use super::elf::tests::small_elf;
     use super::linux::tests::small_image;
     use super::*;
 
@@ -173,12 +249,19 @@ mod tests {
             disks: vec![],
             nets: vec![],
             vsock_cid: None,
+            small: Default::default(),
         }
+    }
+
+    fn assemble(plan: &MachinePlan) -> Vec<Component> {
+        let image = BootImage::assemble(plan, &small_image(), b"initramfs").unwrap();
+        assert_eq!(image.start, Start::Linux);
+        image.pieces
     }
 
     #[test]
     fn the_pieces_are_whole_pages_in_order_and_the_same_each_time() {
-        let pieces = BootImage::assemble(&plan(), &small_image(), b"initramfs").unwrap();
+        let pieces = assemble(&plan());
         let names: Vec<&str> = pieces.iter().map(|p| p.name).collect();
         assert_eq!(
             names,
@@ -188,6 +271,7 @@ mod tests {
                 "page-tables",
                 "cmdline",
                 "acpi",
+                "smbios",
                 "kernel",
                 "initrd"
             ]
@@ -201,15 +285,12 @@ mod tests {
                 piece.name
             );
         }
-        assert_eq!(
-            pieces,
-            BootImage::assemble(&plan(), &small_image(), b"initramfs").unwrap()
-        );
+        assert_eq!(pieces, assemble(&plan()));
     }
 
     #[test]
     fn the_measured_bytes_of_this_version_do_not_change_unnoticed() {
-        let pieces = BootImage::assemble(&plan(), &small_image(), b"initramfs").unwrap();
+        let pieces = assemble(&plan());
         let mut digest = ring::digest::Context::new(&ring::digest::SHA256);
         for piece in &pieces {
             digest.update(&piece.gpa.to_le_bytes());
@@ -219,7 +300,7 @@ mod tests {
     }
 
     /// Owners compare against what their own copy of this code assembles: a change here is a new version.
-    const GOLDEN: &str = "fb99a5fed388e5d1cc851f07e51fa43c215b58b06459da88ac4b96095cf1663c";
+    const GOLDEN: &str = "e04f0c54855bb8e6fe05f190d1a36ad261bb36be5db5897b34c09856ace1e4a4";
 
     #[test]
     fn every_input_is_in_the_pieces() {
@@ -251,7 +332,7 @@ mod tests {
 
     #[test]
     fn the_secret_page_is_named_on_the_command_line_of_a_confidential_guest_only() {
-        let pieces = BootImage::assemble(&plan(), &small_image(), b"").unwrap();
+        let pieces = assemble(&plan());
         let line = &pieces[3].bytes;
         assert!(line.starts_with(b"console=ttyS0 casemate.secret=0xfff000,0x1000\0"));
         let plain = MachinePlan {
@@ -267,6 +348,60 @@ mod tests {
             ..plan()
         };
         assert_eq!(appended_cmdline(&snp), " casemate.snp=0xffe000,0xffd000");
+    }
+
+    #[test]
+    fn only_a_plain_guest_is_told_what_is_its_own() {
+        let plain = MachinePlan {
+            technology: Technology::None,
+            ..plan()
+        };
+        let other = MachinePlan {
+            vm_id: [2; 16],
+            ..plain.clone()
+        };
+        let generation = |plan| {
+            let pieces = assemble(plan);
+            let piece = pieces.iter().find(|piece| piece.name == "generation");
+            piece.map(|piece| piece.bytes[..16].to_vec())
+        };
+        assert_eq!(generation(&plain), Some(vec![1; 16]));
+        assert_eq!(generation(&other), Some(vec![2; 16]));
+        let moved = MachinePlan {
+            vm_id: [2; 16],
+            ..plan()
+        };
+        assert_eq!(assemble(&plan()), assemble(&moved));
+        assert_eq!(generation(&plan()), None);
+    }
+
+    #[test]
+    fn an_elf_kernel_is_told_from_a_bzimage_and_entered_by_pvh() {
+        let plain = MachinePlan {
+            technology: Technology::None,
+            ..plan()
+        };
+        let image = BootImage::assemble(&plain, &small_elf(), b"initramfs").unwrap();
+        assert_eq!(image.start, Start::Pvh(0x100_0010));
+        let names: Vec<&str> = image.pieces.iter().map(|p| p.name).collect();
+        assert_eq!(names[..2], ["gdt", "start-info"]);
+        assert_eq!(names[names.len() - 2..], ["kernel", "initrd"]);
+        let error = BootImage::assemble(&plan(), &small_elf(), b"").unwrap_err();
+        assert!(error.to_string().contains("needs a bzImage"), "{error}");
+    }
+
+    #[test]
+    fn what_is_loaded_lies_below_the_pci_window_however_much_memory_there_is() {
+        let large = MachinePlan {
+            technology: Technology::None,
+            memory_bytes: 8 << 30,
+            ..plan()
+        };
+        for kernel in [small_image(), small_elf()] {
+            let image = BootImage::assemble(&large, &kernel, b"initramfs").unwrap();
+            let last = image.pieces.last().unwrap();
+            assert!(last.gpa + last.bytes.len() as u64 <= 3 << 30);
+        }
     }
 
     #[test]

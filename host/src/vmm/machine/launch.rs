@@ -5,9 +5,9 @@ use std::os::unix::fs::FileExt;
 
 use super::{Machine, MachineError};
 use crate::confidential::launch::SpecialPage;
-use crate::vmm::boot::{BootError, BootImage, measured};
+use crate::vmm::boot::{BootError, BootImage, Start, measured};
 use crate::vmm::protocol::{LaunchBinding, Measurement};
-use crate::vmm::vcpu::entry::{Entry, enter_long_mode, enter_protected_mode, wait_at_reset};
+use crate::vmm::vcpu::entry::{Entry, enter_linux_32, enter_long_mode, enter_pvh, wait_at_reset};
 use crate::vmm::vcpu::{VcpuError, cpuid};
 
 impl Machine {
@@ -20,7 +20,7 @@ impl Machine {
             Some(file) => read_image(&file)?,
             None => Vec::new(),
         };
-        let pieces = BootImage::assemble(&self.plan, &kernel, &initrd)?;
+        let BootImage { pieces, start } = BootImage::assemble(&self.plan, &kernel, &initrd)?;
         if let Some(protection) = &mut self.protection {
             protection.launch_start(binding)?;
         }
@@ -30,19 +30,19 @@ impl Machine {
                 protection.launch_update(piece.gpa, piece.bytes.len() as u64)?;
             }
         }
-        self.load_registers()?;
+        self.load_registers(start)?;
         self.measure()
     }
 
-    fn load_registers(&self) -> Result<(), MachineError> {
+    fn load_registers(&self, start: Start) -> Result<(), MachineError> {
         let (first, others) = self
             .vcpus
             .split_first()
             .ok_or(MachineError::Vcpu(VcpuError::Gone))?;
-        if self.sharing.is_some() {
-            first.call(enter_protected_mode)??;
-        } else {
-            first.call(|fd| enter_long_mode(fd, Entry::LINUX))??;
+        match start {
+            Start::Pvh(entry) => first.call(move |fd| enter_pvh(fd, entry))??,
+            Start::Linux if self.sharing.is_some() => first.call(enter_linux_32)??,
+            Start::Linux => first.call(|fd| enter_long_mode(fd, Entry::LINUX))??,
         }
         if self.plan.technology.measures_registers() {
             for vcpu in others {

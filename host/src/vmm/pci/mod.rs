@@ -1,4 +1,4 @@
-//! PCI: one root bus behind configuration mechanism 1, type-0 functions only, MSI-X only.
+//! PCI: one root bus behind configuration mechanism 1 and ECAM, type-0 functions only, MSI-X only.
 
 pub mod config;
 pub mod msix;
@@ -75,6 +75,30 @@ impl PciBus {
         }
     }
 
+    /// Reads by memory access; `offset` is from the start of the bus's range.
+    pub fn read_ecam(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0xff);
+        if let Some((function, register)) = self.at_ecam(offset) {
+            function.config_read(register, data);
+        }
+    }
+
+    /// Writes by memory access.
+    pub fn write_ecam(&self, offset: u64, data: &[u8]) {
+        if let Some((function, register)) = self.at_ecam(offset) {
+            function.config_write(register, data);
+        }
+    }
+
+    fn at_ecam(&self, offset: u64) -> Option<(&Arc<dyn PciFunction>, usize)> {
+        let (function, register) = (offset >> 12, (offset & 0xfff) as usize);
+        if function & 7 != 0 {
+            return None;
+        }
+        let slot = usize::try_from(function >> 3).ok()?;
+        Some((self.functions.get(slot)?, register))
+    }
+
     fn selected(&self, offset: u16) -> Option<(&Arc<dyn PciFunction>, usize)> {
         let address = self.address();
         let (bus, slot, function) = (
@@ -146,6 +170,24 @@ mod tests {
             bus.read_data(0, &mut data);
             assert_eq!(data, [0xff; 4], "{address:#x}");
         }
+    }
+
+    #[test]
+    fn ecam_shows_the_same_functions_and_nothing_behind_them() {
+        let bus = PciBus::new([]);
+        let read = |offset| {
+            let mut data = [0; 4];
+            bus.read_ecam(offset, &mut data);
+            u32::from_le_bytes(data)
+        };
+        assert_eq!(read(0), 0x0008_1b36);
+        assert_eq!(read(8) >> 8, 0x06_0000);
+        for nothing in [0x100, 0xffe, 1 << 12, 1 << 15, 0xf_ffff, u64::MAX] {
+            assert_eq!(read(nothing), u32::MAX, "{nothing:#x}");
+            bus.write_ecam(nothing, &[0; 4]);
+        }
+        bus.write_ecam(0x3c, &[7]);
+        assert_eq!(read(0x3c) & 0xff, 7);
     }
 
     #[test]

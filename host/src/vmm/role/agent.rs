@@ -47,11 +47,31 @@ impl Control {
                 Ok(VmmReply::Done)
             }
             VmmRequest::AttachMover => self.attach_mover(handles),
+            VmmRequest::PowerButton => {
+                self.expect(&[MachineState::Running], "the power button")?;
+                self.machine.press_power_button();
+                Ok(VmmReply::Done)
+            }
+            VmmRequest::NewGeneration { id } => {
+                self.expect(
+                    &[MachineState::Incoming, MachineState::Paused],
+                    "a new generation",
+                )?;
+                self.machine.set_generation(&id)?;
+                Ok(VmmReply::Done)
+            }
             VmmRequest::Status => Ok(VmmReply::Status(MachineStatus {
                 state: self.state,
                 device_faults: self.machine.device_faults(),
                 stopped: self.machine.stop_notice().reason(),
             })),
+            VmmRequest::Device { device, change } => {
+                let status = match change {
+                    Some(change) => self.machine.change_device(&device, &change)?,
+                    None => self.machine.device_status(&device)?,
+                };
+                Ok(VmmReply::Device(status))
+            }
             VmmRequest::SandboxProbe => (self.hooks.probe)()
                 .map(VmmReply::Probe)
                 .map_err(sandbox_error),

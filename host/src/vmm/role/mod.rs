@@ -16,7 +16,9 @@ use super::machine::Machine;
 use super::protocol::{
     MachineState, MoverRequest, RoleError, VmmEvent, VmmMessage, VmmReply, VmmRequest,
 };
+use crate::devices::watchdog::Watchdog;
 use crate::ipc::{Channel, IpcError};
+use crate::machine::plan::devices::WatchdogAction;
 
 /// Main of the `vmm` role: the first message is `Prepare`; returns when the agent says `Shutdown` or its
 /// end closes.
@@ -97,6 +99,7 @@ struct Ready {
     agent: bool,
     mover: bool,
     stop: bool,
+    watchdog: bool,
 }
 
 impl Control {
@@ -115,6 +118,9 @@ impl Control {
     fn serve(mut self) -> Result<(), VmmError> {
         loop {
             let ready = self.wait()?;
+            if ready.watchdog {
+                self.guest_unfed()?;
+            }
             if ready.stop {
                 self.guest_stopped()?;
             }
@@ -140,6 +146,8 @@ impl Control {
                 PollFlags::POLLIN,
             ));
         }
+        let watchdog = self.machine.watchdog();
+        fds.extend(watchdog.map(|w| PollFd::new(w.alarm(), PollFlags::POLLIN)));
         if let Some(mover) = &self.mover {
             fds.push(PollFd::new(mover.as_fd(), PollFlags::POLLIN));
         }
@@ -153,8 +161,14 @@ impl Control {
         let mut hits = fds.iter().map(|fd| fd.any().unwrap_or(true));
         let agent = hits.next().unwrap_or(false);
         let stop = !self.stop_seen && hits.next().unwrap_or(false);
+        let watchdog = watchdog.is_some() && hits.next().unwrap_or(false);
         let mover = self.mover.is_some() && hits.next().unwrap_or(false);
-        Ok(Ready { agent, mover, stop })
+        Ok(Ready {
+            agent,
+            mover,
+            stop,
+            watchdog,
+        })
     }
 
     /// Serves one request of the agent; false when the process is to end.
@@ -194,6 +208,18 @@ impl Control {
                 self.mover_gone();
             }
         }
+    }
+
+    fn guest_unfed(&mut self) -> Result<(), VmmError> {
+        if !self.machine.watchdog().is_some_and(Watchdog::take_alarm) {
+            return Ok(());
+        }
+        self.agent.send(&VmmMessage::Event(VmmEvent::Watchdog))?;
+        let plan = self.machine.plan().small.watchdog;
+        if plan.is_some_and(|watchdog| watchdog.action == WatchdogAction::Stop) {
+            self.machine.stop_notice().stop("watchdog");
+        }
+        Ok(())
     }
 
     fn guest_stopped(&mut self) -> Result<(), VmmError> {

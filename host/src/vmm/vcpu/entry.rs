@@ -1,4 +1,4 @@
-//! State of the first vCPU at the entry points of the Linux boot protocol.
+//! State of the first vCPU at the entry points of the Linux boot protocol and of PVH.
 //!
 //! A guest in clear starts at the 64-bit one. A guest of AMD's own processor starts at the 32-bit one: without paging
 //! its accesses are to encrypted memory whatever the tables say, it makes its own tables with the C-bit, and so the
@@ -9,7 +9,7 @@ use kvm_ioctls::VcpuFd;
 
 use crate::vmm::boot::{linux, paging};
 use crate::vmm::kvm::{KvmError, during};
-use crate::vmm::layout::{GDT, PAGE_TABLES};
+use crate::vmm::layout::{GDT, PAGE_TABLES, START_INFO};
 
 /// Registers with which a guest starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,19 +28,35 @@ impl Entry {
     };
 }
 
-/// Puts a vCPU into protected mode without paging at the 32-bit entry point, with the descriptor table of the layout.
-pub fn enter_protected_mode(vcpu: &VcpuFd) -> Result<(), KvmError> {
-    let mut sregs = vcpu.get_sregs().map_err(during("KVM_GET_SREGS"))?;
-    flat_segments(&mut sregs, false);
-    sregs.cr0 |= CR0_PE | CR0_ET;
-    vcpu.set_sregs(&sregs).map_err(during("KVM_SET_SREGS"))?;
+/// Puts a vCPU at Linux's 32-bit entry point.
+pub fn enter_linux_32(vcpu: &VcpuFd) -> Result<(), KvmError> {
     let regs = kvm_regs {
         rip: linux::ENTRY_32,
         rsi: linux::BOOT_PARAMS_ADDRESS,
         rflags: 2,
         ..Default::default()
     };
-    vcpu.set_regs(&regs).map_err(during("KVM_SET_REGS"))
+    enter_protected_mode(vcpu, &regs)
+}
+
+/// Puts a vCPU at a PVH entry point (Xen's `docs/misc/pvh.pandoc`).
+pub fn enter_pvh(vcpu: &VcpuFd, entry: u32) -> Result<(), KvmError> {
+    let regs = kvm_regs {
+        rip: entry.into(),
+        rbx: START_INFO,
+        rflags: 2,
+        ..Default::default()
+    };
+    enter_protected_mode(vcpu, &regs)
+}
+
+/// Protected mode without paging, with the descriptor table of the layout.
+fn enter_protected_mode(vcpu: &VcpuFd, regs: &kvm_regs) -> Result<(), KvmError> {
+    let mut sregs = vcpu.get_sregs().map_err(during("KVM_GET_SREGS"))?;
+    flat_segments(&mut sregs, false);
+    sregs.cr0 |= CR0_PE | CR0_ET;
+    vcpu.set_sregs(&sregs).map_err(during("KVM_SET_SREGS"))?;
+    vcpu.set_regs(regs).map_err(during("KVM_SET_REGS"))
 }
 
 /// Puts a vCPU into long mode at `entry`, with the descriptor and page tables of the layout.

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use casemate_e2e::demo::{Options, run};
+use casemate_e2e::demo::{EvidenceFolder, Options, run};
 use casemate_e2e::world::Product;
 use clap::Parser;
 
@@ -20,6 +20,12 @@ struct Arguments {
     /// The guest's initramfs.
     #[arg(long)]
     initrd: PathBuf,
+    /// Where the evidence shall be found; what a runner brings out of $LAB_OUT to there is left to it.
+    #[arg(long)]
+    evidence: PathBuf,
+    /// The independent verifier of evidence.
+    #[arg(long)]
+    verifier: PathBuf,
     /// Print one JSON object last on stdout, everything else on stderr.
     #[arg(long)]
     json: bool,
@@ -33,9 +39,12 @@ fn main() -> ExitCode {
         casemate,
         kernel,
         initrd,
+        evidence,
+        verifier,
         json,
         work,
     } = Arguments::parse();
+    let write = std::env::var_os("LAB_OUT").map_or_else(|| evidence.clone(), PathBuf::from);
     let options = Options {
         product: Product {
             casemate,
@@ -44,6 +53,11 @@ fn main() -> ExitCode {
         },
         json,
         work,
+        evidence: EvidenceFolder {
+            write,
+            found_at: evidence,
+            verifier,
+        },
     };
     match run(&options) {
         Ok(true) => ExitCode::SUCCESS,

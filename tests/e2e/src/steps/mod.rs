@@ -2,6 +2,7 @@
 
 pub(crate) mod attack;
 pub(crate) mod doctor;
+pub(crate) mod evidence;
 pub(crate) mod launch;
 pub(crate) mod migrate;
 pub(crate) mod owner;

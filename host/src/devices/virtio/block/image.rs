@@ -17,13 +17,13 @@ use super::super::ring::{Segments, Slice};
 /// Bytes in a sector, whatever the medium has.
 pub(super) const SECTOR: u64 = 512;
 
-/// A raw image and its size when it was opened.
+/// A raw image and its size when it was last looked at.
 pub(super) struct Image {
     file: File,
     sectors: u64,
 }
 
-/// A run of bytes that lies within the image.
+/// A run of bytes of the file.
 #[derive(Clone, Copy)]
 pub(super) struct Extent {
     offset: i64,
@@ -37,20 +37,32 @@ impl Image {
         Ok(Image { file, sectors })
     }
 
+    /// Asks again; requests beyond a new end fail from now on.
+    pub(super) fn look_at_size(&mut self) -> io::Result<()> {
+        self.sectors = self.file.seek(SeekFrom::End(0))? / SECTOR;
+        Ok(())
+    }
+
     pub(super) fn sectors(&self) -> u64 {
         self.sectors
     }
 
-    /// The bytes of these sectors, if the image has them.
-    pub(super) fn extent(&self, sector: u64, bytes: u64) -> Option<Extent> {
-        let end = sector.checked_add(bytes / SECTOR)?;
-        if !bytes.is_multiple_of(SECTOR) || end > self.sectors {
-            return None;
-        }
-        Some(Extent {
-            offset: sector.checked_mul(SECTOR)?.try_into().ok()?,
-            len: bytes.try_into().ok()?,
+    /// A run of bytes of the file, wherever it is.
+    pub(super) fn raw_extent(offset: u64, len: u64) -> io::Result<Extent> {
+        Ok(Extent {
+            offset: offset.try_into().map_err(io::Error::other)?,
+            len: len.try_into().map_err(io::Error::other)?,
         })
+    }
+
+    /// The file, for what is not the guest's data.
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Where the file ends now.
+    pub(super) fn length(&self) -> io::Result<u64> {
+        (&self.file).seek(SeekFrom::End(0))
     }
 
     /// Fills guest memory from the image. The caller made the extent from the length of `to`.

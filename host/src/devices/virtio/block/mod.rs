@@ -1,9 +1,11 @@
-//! The virtio disk (specification section 5.2): a raw image, one queue, one request at a time on the device thread.
+//! The virtio disk (specification section 5.2): a raw or qcow2 image, one queue, one request at a time on the device thread.
 //!
 //! The guest writes every request; nothing in it is believed. Data moves straight between the image and guest memory,
 //! so that no request makes this process allocate in proportion to its length.
 
 mod image;
+mod medium;
+mod qcow2;
 mod request;
 
 use std::fs::File;
@@ -18,24 +20,29 @@ use virtio_bindings::virtio_blk::{
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_queue::Queue;
 
-use self::image::Image;
+use self::medium::Medium;
 use self::request::{Disk, Served};
+use super::limit::Limiter;
 use super::ring::{Active, RING_FEATURES};
 use super::{Activation, RestoreError, VirtioDevice, saved};
+use crate::machine::plan::DiskFormat;
+use crate::machine::plan::devices::{DeviceChange, DeviceStatus, Limits};
 
-/// A virtio disk on a raw image.
+/// A virtio disk on an image.
 ///
 /// The disk serves nothing before [`VirtioDevice::acquire`] and after [`VirtioDevice::release`]: requests stay in the
 /// queue and are served by whoever acquires the disk next, here or on another host.
 pub struct Block {
     disk: Disk,
+    limiter: Limiter,
     active: Option<Active>,
     held: bool,
     faults_before: u64,
 }
 
 impl Block {
-    /// A disk on `file`, which is open for writing unless `read_only`. A last, incomplete sector is not part of it.
+    /// A disk on the raw image `file`, which is open for writing unless `read_only`. A last, incomplete sector is not part
+    /// of it.
     ///
     /// `id` is what the guest sees as the serial number (its first 20 bytes).
     ///
@@ -43,7 +50,16 @@ impl Block {
     ///
     /// If the size of the image cannot be found.
     pub fn new(file: File, id: &str, read_only: bool) -> io::Result<Block> {
-        let image = Image::new(file)?;
+        Block::open(file, DiskFormat::Raw, id, read_only)
+    }
+
+    /// The same on an image of any format.
+    ///
+    /// # Errors
+    ///
+    /// If the image is not of that format, or of a kind of it that is not supported; the error says which.
+    pub fn open(file: File, format: DiskFormat, id: &str, read_only: bool) -> io::Result<Block> {
+        let image = Medium::open(file, format, read_only)?;
         let mut serial = [0; VIRTIO_BLK_ID_BYTES as usize];
         serial
             .iter_mut()
@@ -58,10 +74,31 @@ impl Block {
         };
         Ok(Block {
             disk,
+            limiter: Limiter::new(Limits::default())?,
             active: None,
             held: false,
             faults_before: 0,
         })
+    }
+
+    /// How much it may read and write; to be said before the guest runs.
+    #[must_use]
+    pub fn with_limits(mut self, limits: Limits) -> Block {
+        self.limiter.set(limits);
+        self
+    }
+
+    /// Looks how large the image is now, and tells the guest if that has changed.
+    fn resize(&mut self) -> Result<(), String> {
+        let before = self.disk.image.sectors();
+        let look = self.disk.image.look_at_size();
+        look.map_err(|e| format!("disk `{}`: its size cannot be found: {e}", self.disk.name))?;
+        if self.disk.image.sectors() != before
+            && let Some(active) = &self.active
+        {
+            active.interrupt.config();
+        }
+        Ok(())
     }
 
     fn serve(&mut self) {
@@ -73,7 +110,11 @@ impl Block {
             return;
         };
         loop {
-            while let Some(chain) = ring.pop(&ram, CHAIN_MAX) {
+            while self.limiter.admits() {
+                let Some(chain) = ring.pop(&ram, CHAIN_MAX) else {
+                    break;
+                };
+                self.limiter.charge(chain.data_len());
                 let Served { written, fault } = self.disk.serve(&chain);
                 if fault {
                     ring.fault();
@@ -81,14 +122,14 @@ impl Block {
                 ring.push(&ram, &chain, written);
                 ring.signal(&ram, active.interrupt.as_ref());
             }
-            if !ring.listen(&ram) {
+            if self.limiter.poll_fd().is_some() || !ring.listen(&ram) {
                 break;
             }
         }
     }
 
     fn config(&self) -> [u8; CONFIG_LEN] {
-        let sectors_max = u32::try_from(self.disk.image.sectors()).unwrap_or(u32::MAX);
+        let sectors_max = self.disk.image.clear_max();
         let mut config = [0; CONFIG_LEN];
         let mut set = |offset: usize, bytes: &[u8]| {
             config
@@ -150,14 +191,18 @@ impl VirtioDevice for Block {
     }
 
     fn poll_fds(&self) -> Vec<(RawFd, u32)> {
-        Vec::new()
+        let timer = self.limiter.poll_fd();
+        timer.map(|fd| (fd, 0)).into_iter().collect()
     }
 
     fn queue_event(&mut self, _index: u16) {
         self.serve();
     }
 
-    fn fd_event(&mut self, _token: u32) {}
+    fn fd_event(&mut self, _token: u32) {
+        self.limiter.expired();
+        self.serve();
+    }
 
     fn queues(&self) -> Vec<Queue> {
         self.active.as_ref().map(Active::queues).unwrap_or_default()
@@ -211,6 +256,24 @@ impl VirtioDevice for Block {
 
     fn faults(&self) -> u64 {
         self.faults_before + self.active.as_ref().map_or(0, Active::faults)
+    }
+
+    fn change(&mut self, change: &DeviceChange) -> Result<(), String> {
+        match change {
+            DeviceChange::Limits(limits) if limits.are_usable() => {
+                self.limiter.set(*limits);
+                Ok(())
+            }
+            DeviceChange::Resized => self.resize(),
+            other => Err(super::not_for("disk", other)),
+        }
+    }
+
+    fn status(&self) -> DeviceStatus {
+        DeviceStatus {
+            size: self.disk.image.sectors() * image::SECTOR,
+            ..DeviceStatus::default()
+        }
     }
 }
 

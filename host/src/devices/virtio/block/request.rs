@@ -10,12 +10,13 @@ use virtio_bindings::virtio_blk::{
 use vm_memory::Bytes;
 
 use super::super::ring::{Chain, Segments};
-use super::image::{Extent, Image, SECTOR};
+use super::image::SECTOR;
+use super::medium::{Extent, Medium};
 use super::{SEG_MAX, SIZE_MAX};
 
 /// The disk as requests see it.
 pub(super) struct Disk {
-    pub(super) image: Image,
+    pub(super) image: Medium,
     pub(super) name: String,
     pub(super) serial: [u8; 20],
     pub(super) read_only: bool,
@@ -43,7 +44,7 @@ enum Refusal {
 
 impl Disk {
     /// Does what the chain asks, and writes the status byte.
-    pub(super) fn serve(&self, chain: &Chain<'_>) -> Served {
+    pub(super) fn serve(&mut self, chain: &Chain<'_>) -> Served {
         let result = if chain.broken {
             Err(Refusal::Fault)
         } else {
@@ -78,7 +79,7 @@ impl Disk {
     }
 
     /// How many bytes of data were written to the guest.
-    fn run(&self, chain: &Chain<'_>) -> Result<u32, Refusal> {
+    fn run(&mut self, chain: &Chain<'_>) -> Result<u32, Refusal> {
         let mut header = [0; HEADER];
         if chain.readable.read_at(0, &mut header) != HEADER {
             return Err(Refusal::Fault);
@@ -94,12 +95,14 @@ impl Disk {
         let into = chain.writable.range(0, room).ok_or(Refusal::Fault)?;
         match u32::from_le_bytes([k0, k1, k2, k3]) {
             VIRTIO_BLK_T_IN => {
-                self.image.read(self.extent_of(sector, &into)?, &into)?;
+                let extent = self.extent_of(sector, &into)?;
+                self.image.read(extent, &into)?;
                 u32::try_from(into.len()).map_err(|_| Refusal::Fault)
             }
             VIRTIO_BLK_T_OUT => {
                 self.writable()?;
-                self.image.write(self.extent_of(sector, &out)?, &out)?;
+                let extent = self.extent_of(sector, &out)?;
+                self.image.write(extent, &out)?;
                 self.written()
             }
             VIRTIO_BLK_T_FLUSH if self.read_only => Ok(0),
@@ -142,10 +145,13 @@ impl Disk {
         }
         let [s0, s1, s2, s3, s4, s5, s6, s7, n0, n1, n2, n3, flags @ ..] = bytes;
         let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
-        let count = u64::from(u32::from_le_bytes([n0, n1, n2, n3]));
+        let count = u32::from_le_bytes([n0, n1, n2, n3]);
+        if count > self.image.clear_max() {
+            return Err(Refusal::Fault);
+        }
         let extent = self
             .image
-            .extent(sector, count * SECTOR)
+            .extent(sector, u64::from(count) * SECTOR)
             .ok_or(Refusal::Fault)?;
         Ok((extent, u32::from_le_bytes(flags)))
     }
@@ -158,7 +164,7 @@ impl Disk {
         }
     }
 
-    fn written(&self) -> Result<u32, Refusal> {
+    fn written(&mut self) -> Result<u32, Refusal> {
         if self.write_through {
             self.image.flush()?;
         }

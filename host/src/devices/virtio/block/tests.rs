@@ -6,6 +6,7 @@ use proptest::prelude::*;
 
 use super::super::driver::{Buffer, Driver, used};
 use super::*;
+use crate::machine::plan::devices::Rate;
 
 const DATA: u64 = 0x10_0000;
 const HEAD: u64 = 0x8000;
@@ -316,6 +317,93 @@ fn configuration_says_what_is_offered() {
     assert_eq!(config[60..], [0; 4]);
     rig.block.read_config(u64::MAX, &mut config);
     assert_eq!(config, [0; 64]);
+}
+
+#[test]
+fn a_grown_image_is_told_and_a_shrunk_one_bounds_what_is_asked() {
+    let mut rig = rig(false);
+    assert_eq!(rig.request(0, 64, &[Buffer::write(DATA, 512)]), (1, 1));
+    rig.file.set_len(96 * 512).expect("space");
+    assert_eq!(
+        rig.request(0, 64, &[Buffer::write(DATA, 512)]),
+        (1, 1),
+        "not yet"
+    );
+    rig.block.change(&DeviceChange::Resized).expect("a file");
+    assert_eq!(rig.driver.interrupts.config_changes(), 1);
+    assert_eq!(rig.block.status().size, 96 * 512);
+    assert_eq!(rig.request(0, 64, &[Buffer::write(DATA, 512)]), (0, 513));
+    rig.block.change(&DeviceChange::Resized).expect("a file");
+    assert_eq!(rig.driver.interrupts.config_changes(), 1, "nothing changed");
+    rig.file.set_len(32 * 512).expect("a file");
+    rig.block.change(&DeviceChange::Resized).expect("a file");
+    assert_eq!(rig.request(0, 40, &[Buffer::write(DATA, 512)]), (1, 1));
+    assert!(rig.block.change(&DeviceChange::Balloon(1)).is_err());
+}
+
+#[test]
+fn limits_hold_and_are_changed_while_it_runs() {
+    let mut rig = rig(false);
+    let rate = |per_second| {
+        Some(Rate {
+            per_second,
+            burst: 1,
+        })
+    };
+    let slow = Limits {
+        bytes: None,
+        operations: rate(100),
+    };
+    rig.block
+        .change(&DeviceChange::Limits(slow))
+        .expect("usable");
+    for n in 0..3 {
+        rig.driver.put(HEAD + n * 64, &header(4, 0));
+        let (head, status) = (HEAD + n * 64, STATUS + n);
+        rig.driver.offer(
+            0,
+            &[Buffer::read(head, &header(4, 0)), Buffer::write(status, 1)],
+        );
+    }
+    rig.block.queue_event(0);
+    assert!(rig.driver.used(0).is_some() && rig.driver.used(0).is_none());
+    assert_eq!(rig.block.poll_fds().len(), 1, "the timer");
+    rig.block.queue_event(0);
+    assert!(rig.driver.used(0).is_none(), "asking again does not help");
+    std::thread::sleep(std::time::Duration::from_millis(12));
+    rig.block.fd_event(0);
+    assert!(rig.driver.used(0).is_some() && rig.driver.used(0).is_none());
+    let none = Limits::default();
+    rig.block
+        .change(&DeviceChange::Limits(none))
+        .expect("usable");
+    rig.block.queue_event(0);
+    assert!(rig.driver.used(0).is_some(), "no limit any more");
+    assert!(rig.block.poll_fds().is_empty());
+    rig.driver.interrupts.take();
+    let bytes = Limits {
+        bytes: rate(1),
+        operations: None,
+    };
+    rig.block
+        .change(&DeviceChange::Limits(bytes))
+        .expect("usable");
+    assert_eq!(
+        rig.request(0, 1, &[Buffer::write(DATA, 512)]),
+        (0, 513),
+        "once"
+    );
+    rig.driver.offer(
+        0,
+        &[Buffer::read(HEAD, &header(4, 0)), Buffer::write(STATUS, 1)],
+    );
+    rig.block.queue_event(0);
+    assert!(rig.driver.used(0).is_none(), "529 bytes at one a second");
+    let useless = Limits {
+        bytes: rate(0),
+        operations: None,
+    };
+    assert!(rig.block.change(&DeviceChange::Limits(useless)).is_err());
 }
 
 fn any_buffer() -> impl Strategy<Value = Buffer> {

@@ -1,10 +1,11 @@
 //! The virtio network card (specification section 5.1) on a tap: one receive and one transmit queue.
 //!
-//! Neither side is believed. The guest may send only from its own address, and the header it puts before a frame
-//! never reaches the host's kernel; what arrives from the tap goes into guest memory only as far as it fits. No
-//! offload is offered: the kernel hands over finished frames and is handed finished frames.
+//! Neither side is believed. The guest may send only from its own address, also in ARP; the header it puts before a
+//! frame reaches the host's kernel only as far as it asks for what was agreed and points into the frame; what arrives
+//! from the tap goes into guest memory only as far as it fits.
 
 mod frame;
+mod offload;
 mod tap;
 
 use std::io;
@@ -20,8 +21,11 @@ use virtio_bindings::virtio_net::{VIRTIO_NET_F_MAC, VIRTIO_NET_F_STATUS, VIRTIO_
 use virtio_queue::Queue;
 
 use self::frame::{FRAME_MAX, FRAME_MIN, HEADER, Mac};
+use self::offload::Offloads;
+use super::limit::Limiter;
 use super::ring::{Active, Chain, RING_FEATURES};
 use super::{Activation, RestoreError, VirtioDevice, saved};
+use crate::machine::plan::devices::{DeviceChange, Limits};
 
 /// A virtio network card.
 ///
@@ -31,6 +35,11 @@ pub struct Net {
     tap: OwnedFd,
     mac: Mac,
     announce: Vec<Ipv4Addr>,
+    /// What of a frame's work the tap can leave to others: nothing if it is no tap.
+    offered: u64,
+    offloads: Offloads,
+    /// One for each direction, so that a guest that sends without end can still be reached.
+    limiters: [Limiter; 2],
     active: Option<Active>,
     held: bool,
     /// The guest has no receive buffers: the tap is not polled until it offers some.
@@ -65,7 +74,11 @@ impl Net {
     /// If the descriptor is not such a tap, or `mac` is a multicast address.
     pub fn new(tap: OwnedFd, mac: [u8; 6], announce: Vec<Ipv4Addr>) -> io::Result<Net> {
         tap::configure(&tap, HEADER)?;
-        Net::over(tap, mac, announce)
+        let card = Net::over(tap, mac, announce)?;
+        Ok(Net {
+            offered: offload::OFFERED,
+            ..card
+        })
     }
 
     /// A card on any descriptor that keeps frames apart, each behind a virtio header of 12 bytes.
@@ -86,6 +99,12 @@ impl Net {
             tap,
             mac,
             announce,
+            offered: 0,
+            offloads: Offloads::default(),
+            limiters: [
+                Limiter::new(Limits::default())?,
+                Limiter::new(Limits::default())?,
+            ],
             active: None,
             held: false,
             starved: false,
@@ -94,6 +113,15 @@ impl Net {
             counters: Counters::default(),
             faults_before: 0,
         })
+    }
+
+    /// How much it may send, and as much receive; to be said before the guest runs.
+    #[must_use]
+    pub fn with_limits(mut self, limits: Limits) -> Net {
+        self.limiters
+            .iter_mut()
+            .for_each(|limiter| limiter.set(limits));
+        self
     }
 
     /// What happened to frames so far.
@@ -110,7 +138,11 @@ impl Net {
         let Some(ring) = active.rings.get_mut(RX) else {
             return;
         };
+        let [limiter, _] = &mut self.limiters;
         for _ in 0..BURST {
+            if !limiter.admits() {
+                break;
+            }
             let Some(chain) = ring.pop(&ram, CHAIN_MAX) else {
                 self.starved = !ring.listen(&ram);
                 if self.starved {
@@ -124,16 +156,19 @@ impl Net {
                 continue;
             }
             match unistd::read(&self.tap, &mut self.buffer) {
-                Ok(count @ 1..) => match deliver(&chain, self.buffer.get_mut(..count)) {
-                    Some(written) => {
-                        self.counters.received += 1;
-                        ring.push(&ram, &chain, written);
+                Ok(count @ 1..) => {
+                    match deliver(&chain, self.buffer.get_mut(..count), self.offloads) {
+                        Some(written) => {
+                            self.counters.received += 1;
+                            limiter.charge(u64::from(written));
+                            ring.push(&ram, &chain, written);
+                        }
+                        None => {
+                            self.counters.dropped += 1;
+                            ring.unpop();
+                        }
                     }
-                    None => {
-                        self.counters.dropped += 1;
-                        ring.unpop();
-                    }
-                },
+                }
                 Err(Errno::EINTR) => ring.unpop(),
                 Err(Errno::EAGAIN) => {
                     ring.unpop();
@@ -162,9 +197,14 @@ impl Net {
         let Some(ring) = active.rings.get_mut(TX) else {
             return;
         };
+        let [_, limiter] = &mut self.limiters;
         loop {
-            while let Some(chain) = ring.pop(&ram, CHAIN_MAX) {
-                match collect(&chain, &mut self.buffer) {
+            while limiter.admits() {
+                let Some(chain) = ring.pop(&ram, CHAIN_MAX) else {
+                    break;
+                };
+                limiter.charge(chain.readable.len() as u64);
+                match collect(&chain, &mut self.buffer, self.offloads) {
                     // Counted by the queue.
                     _ if chain.broken => {}
                     Some(packet) => forward(&self.tap, self.mac, packet, &mut self.counters),
@@ -176,9 +216,18 @@ impl Net {
                 ring.push(&ram, &chain, 0);
             }
             ring.signal(&ram, active.interrupt.as_ref());
-            if !ring.listen(&ram) {
+            if limiter.poll_fd().is_some() || !ring.listen(&ram) {
                 break;
             }
+        }
+    }
+
+    /// Tells the tap what the driver can do itself. A tap that refuses finishes frames, which any driver takes.
+    fn tell_tap(&self) {
+        if self.offered != 0
+            && let Err(error) = tap::leave_undone(&self.tap, self.offloads.for_tap())
+        {
+            tracing::warn!(%error, "the tap refuses offloads");
         }
     }
 
@@ -202,24 +251,21 @@ fn forward(tap: &OwnedFd, mac: Mac, packet: &[u8], counters: &mut Counters) {
 }
 
 /// Puts header and frame into the guest's buffers; nothing if they do not fit.
-fn deliver(chain: &Chain<'_>, read: Option<&mut [u8]>) -> Option<u32> {
+fn deliver(chain: &Chain<'_>, read: Option<&mut [u8]>, offloads: Offloads) -> Option<u32> {
     let packet = read.filter(|packet| packet.len() >= HEADER + FRAME_MIN)?;
     if chain.writable.len() < packet.len() {
         return None;
     }
-    // Nothing was negotiated that would give the guest a use for the kernel's header.
-    packet
-        .iter_mut()
-        .zip(frame::RECEIVED)
-        .for_each(|(to, from)| *to = from);
+    let header = packet.first_chunk_mut::<HEADER>()?;
+    *header = offloads.inward(*header);
     let written = chain.writable.write_at(0, packet);
     u32::try_from(written)
         .ok()
         .filter(|_| written == packet.len())
 }
 
-/// Copies a frame out of guest memory, where the guest could still change it, behind an empty header.
-fn collect<'b>(chain: &Chain<'_>, buffer: &'b mut [u8]) -> Option<&'b [u8]> {
+/// Copies a frame out of guest memory, where the guest could still change it, behind a header that was looked at.
+fn collect<'b>(chain: &Chain<'_>, buffer: &'b mut [u8], offloads: Offloads) -> Option<&'b [u8]> {
     let len = chain.readable.len();
     if !(HEADER + FRAME_MIN..=HEADER + FRAME_MAX).contains(&len) {
         return None;
@@ -228,12 +274,8 @@ fn collect<'b>(chain: &Chain<'_>, buffer: &'b mut [u8]) -> Option<&'b [u8]> {
     if chain.readable.read_at(0, packet) != len {
         return None;
     }
-    let header = packet.get_mut(..HEADER)?;
-    // Flags and segmentation ask for offloads that were not offered.
-    if header.iter().take(2).any(|field| *field != 0) {
-        return None;
-    }
-    header.fill(0);
+    let header = packet.first_chunk_mut::<HEADER>()?;
+    *header = offloads.outward(*header, len - HEADER)?;
     Some(packet)
 }
 
@@ -243,7 +285,7 @@ impl VirtioDevice for Net {
     }
 
     fn features(&self) -> u64 {
-        RING_FEATURES | 1 << VIRTIO_NET_F_MAC | 1 << VIRTIO_NET_F_STATUS
+        RING_FEATURES | 1 << VIRTIO_NET_F_MAC | 1 << VIRTIO_NET_F_STATUS | self.offered
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -257,6 +299,8 @@ impl VirtioDevice for Net {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn activate(&mut self, activation: Activation) {
+        self.offloads = Offloads::agreed(activation.features, self.offered);
+        self.tell_tap();
         self.active = Some(Active::new(activation));
         self.starved = false;
     }
@@ -264,13 +308,18 @@ impl VirtioDevice for Net {
     fn reset(&mut self) {
         self.faults_before = self.faults();
         self.active = None;
+        self.offloads = Offloads::default();
+        self.tell_tap();
     }
 
     fn poll_fds(&self) -> Vec<(RawFd, u32)> {
-        match self.active.is_some() && self.held && !self.starved && !self.dead {
-            true => vec![(self.tap.as_raw_fd(), 0)],
-            false => Vec::new(),
-        }
+        let [inward, outward] = self.limiters.each_ref().map(Limiter::poll_fd);
+        let ready = self.active.is_some() && self.held && !self.starved && !self.dead;
+        let tap = (ready && inward.is_none()).then(|| self.tap.as_raw_fd());
+        [(tap, TAP), (inward, INWARD), (outward, OUTWARD)]
+            .into_iter()
+            .filter_map(|(fd, token)| Some((fd?, token)))
+            .collect()
     }
 
     fn queue_event(&mut self, index: u16) {
@@ -281,8 +330,19 @@ impl VirtioDevice for Net {
         }
     }
 
-    fn fd_event(&mut self, _token: u32) {
-        self.receive();
+    fn fd_event(&mut self, token: u32) {
+        let [inward, outward] = &mut self.limiters;
+        match token {
+            OUTWARD => {
+                outward.expired();
+                self.transmit();
+            }
+            INWARD => {
+                inward.expired();
+                self.receive();
+            }
+            _ => self.receive(),
+        }
     }
 
     fn queues(&self) -> Vec<Queue> {
@@ -345,6 +405,18 @@ impl VirtioDevice for Net {
     fn faults(&self) -> u64 {
         self.faults_before + self.active.as_ref().map_or(0, Active::faults)
     }
+
+    fn change(&mut self, change: &DeviceChange) -> Result<(), String> {
+        match change {
+            DeviceChange::Limits(limits) if limits.are_usable() => {
+                self.limiters
+                    .iter_mut()
+                    .for_each(|limiter| limiter.set(*limits));
+                Ok(())
+            }
+            other => Err(super::not_for("network card", other)),
+        }
+    }
 }
 
 /// What must be the same at both ends of a move. Version 1.
@@ -354,6 +426,10 @@ struct State {
 }
 
 const STATE_VERSION: u8 = 1;
+// what is polled
+const TAP: u32 = 0;
+const INWARD: u32 = 1;
+const OUTWARD: u32 = 2;
 const RX: usize = 0;
 const TX: usize = 1;
 const QUEUE_SIZES: [u16; 2] = [256, 256];

@@ -8,13 +8,18 @@ use std::os::fd::{AsRawFd, OwnedFd};
 nix::ioctl_write_ptr!(tun_set_vnet_header_size, b'T', 216, c_int);
 nix::ioctl_write_int!(tun_set_offload, b'T', 208);
 
-/// Sets the header size and refuses offloads: the kernel finishes checksums and segments before it hands frames over.
+/// Sets the header size and, until a driver says otherwise, refuses offloads: the kernel finishes checksums and segments
+/// before it hands frames over.
 pub(super) fn configure(tap: &OwnedFd, header: usize) -> io::Result<()> {
     let size = c_int::try_from(header).map_err(io::Error::other)?;
     // SAFETY: the descriptor is open, and the kernel reads one `c_int` from a reference that outlives the call.
     unsafe { tun_set_vnet_header_size(tap.as_raw_fd(), &size) }?;
-    let none: c_ulong = 0;
+    leave_undone(tap, 0)
+}
+
+/// What the kernel may leave undone in the frames it hands over (`TUN_F_*`).
+pub(super) fn leave_undone(tap: &OwnedFd, flags: c_ulong) -> io::Result<()> {
     // SAFETY: the descriptor is open, and the argument is a number.
-    unsafe { tun_set_offload(tap.as_raw_fd(), none) }?;
+    unsafe { tun_set_offload(tap.as_raw_fd(), flags) }?;
     Ok(())
 }

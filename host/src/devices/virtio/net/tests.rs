@@ -5,6 +5,7 @@ use proptest::prelude::*;
 
 use super::super::driver::{Buffer, Driver};
 use super::*;
+use crate::machine::plan::devices::Rate;
 
 const MAC: [u8; 6] = [0x52, 0x54, 0, 1, 2, 3];
 const PEER: [u8; 6] = [0x52, 0x54, 0, 9, 9, 9];
@@ -122,6 +123,78 @@ fn drops_what_the_guest_may_not_send() {
         rig.on_wire().map(|packet| packet.len()),
         Some(HEADER + FRAME_MAX)
     );
+}
+
+#[test]
+fn nobody_elses_address_leaves_in_arp_either() {
+    let mut rig = rig();
+    let arp = |sender: [u8; 6], tags: &[u8], kind: u8| {
+        let kind = if kind == 6 { [8, 6] } else { [0x80, 0x35] };
+        let body = [&[0, 1, 8, 0, 6, 4, 0, 2][..], &sender, &[0; 20]].concat();
+        [&PEER[..], &MAC, tags, &kind, &body].concat()
+    };
+    let vlan = [0x81, 0, 0, 5];
+    let double = [0x88, 0xa8, 0, 5, 0x81, 0, 0, 5];
+    let triple = [&double[..], &vlan].concat();
+    for tags in [&[][..], &vlan, &double] {
+        for kind in [6, 35] {
+            rig.send(&[0; 12], &arp(PEER, tags, kind));
+            assert_eq!(rig.on_wire(), None, "{tags:x?} {kind}");
+            rig.send(&[0; 12], &arp(MAC, tags, kind));
+            assert!(rig.on_wire().is_some(), "{tags:x?} {kind}");
+        }
+    }
+    rig.send(&[0; 12], &arp(MAC, &triple, 6));
+    rig.send(&[0; 12], &arp(MAC, &[], 6)[..27]);
+    let mut other_shape = arp(MAC, &[], 6);
+    other_shape[18] = 8;
+    rig.send(&[0; 12], &other_shape);
+    assert_eq!(rig.on_wire(), None);
+    let counters = rig.net.counters();
+    assert_eq!((counters.spoofed, counters.sent), (9, 6));
+}
+
+#[test]
+fn limits_hold_frames_back_in_each_direction_for_itself() {
+    let mut rig = rig();
+    let operations = Some(Rate {
+        per_second: 100,
+        burst: 1,
+    });
+    let slow = Limits {
+        bytes: None,
+        operations,
+    };
+    rig.net.change(&DeviceChange::Limits(slow)).expect("usable");
+    let frame = frame_from(MAC, b"payload");
+    for n in 0..2 {
+        let at = BUFFERS + n * 0x2000;
+        rig.driver.offer(
+            1,
+            &[Buffer::read(at, &[0; 12]), Buffer::read(at + 64, &frame)],
+        );
+        rig.driver
+            .offer(0, &[Buffer::write(BUFFERS + 0x8000 + n * 0x2000, 2000)]);
+        rig.arrive(&frame_from(PEER, b"answer"));
+    }
+    rig.net.queue_event(1);
+    rig.net.queue_event(0);
+    rig.net.fd_event(TAP);
+    assert!(rig.on_wire().is_some() && rig.on_wire().is_none());
+    assert!(rig.driver.used(0).is_some() && rig.driver.used(0).is_none());
+    let tokens: Vec<_> = rig.net.poll_fds().iter().map(|(_, token)| *token).collect();
+    assert_eq!(tokens, [INWARD, OUTWARD], "the timers, not the tap");
+    std::thread::sleep(std::time::Duration::from_millis(12));
+    rig.net.fd_event(OUTWARD);
+    assert!(rig.on_wire().is_some());
+    rig.net.fd_event(INWARD);
+    assert!(rig.driver.used(0).is_some());
+    rig.net
+        .change(&DeviceChange::Limits(Limits::default()))
+        .expect("none");
+    rig.net.queue_event(0);
+    assert_eq!(rig.net.poll_fds().len(), 0, "starved, and no timer");
+    assert!(rig.net.change(&DeviceChange::Resized).is_err());
 }
 
 #[test]

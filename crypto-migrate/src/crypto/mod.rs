@@ -1,21 +1,18 @@
-//! The one place that names a crypto provider (ring).
+//! The one place that names a crypto provider.
 //!
+//! [`Provider`] says who does the bulk: TLS and the seals. The rest is ring's.
 //! Everything else speaks of seals, MACs, digests and agreements. Keys have neither `Debug` output nor
 //! `Clone`; intermediate secrets are wiped. ring does not wipe its own expanded keys on drop: they live as
 //! long as one session, in the mover process, which ends with it.
 
-use std::sync::Arc;
+mod aead;
+mod provider;
 
-use ring::{
-    aead, agreement, digest, hkdf, hmac, rand::SecureRandom, rand::SystemRandom, signature,
-};
-use rustls::crypto::CryptoProvider;
+use ring::{agreement, digest, hkdf, hmac, rand::SecureRandom, rand::SystemRandom, signature};
 use zeroize::Zeroizing;
 
-/// Size of an AES-256-GCM tag in bytes.
-pub const TAG_SIZE: usize = 16;
-/// Seals one key may make; a session ends long before AES-GCM's own bounds.
-pub const MAX_SEALS: u64 = 1 << 32;
+pub(crate) use aead::{AeadKey, TAG_SIZE};
+pub use provider::Provider;
 
 /// A primitive refused its input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -37,13 +34,6 @@ pub enum CryptoError {
     SigningKey,
 }
 
-/// The TLS primitives: AES-256-GCM only, ring's key exchange groups.
-pub(crate) fn tls_provider() -> Arc<CryptoProvider> {
-    let mut provider = rustls::crypto::ring::default_provider();
-    provider.cipher_suites = vec![rustls::crypto::ring::cipher_suite::TLS13_AES_256_GCM_SHA384];
-    Arc::new(provider)
-}
-
 /// `N` bytes from the system's generator.
 pub(crate) fn random<const N: usize>() -> Result<[u8; N], CryptoError> {
     let mut bytes = [0; N];
@@ -61,6 +51,26 @@ pub(crate) fn sha256(parts: &[&[u8]]) -> [u8; 32] {
 /// SHA-384 over the concatenation of `parts`.
 pub(crate) fn sha384(parts: &[&[u8]]) -> [u8; 48] {
     hash(&digest::SHA384, parts)
+}
+
+/// SHA-256 over what comes, piece by piece.
+pub(crate) struct RunningSha256(digest::Context);
+
+impl Default for RunningSha256 {
+    fn default() -> Self {
+        Self(digest::Context::new(&digest::SHA256))
+    }
+}
+
+impl RunningSha256 {
+    pub(crate) fn update(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
+    }
+
+    /// The digest of what came so far.
+    pub(crate) fn digest(&self) -> [u8; 32] {
+        finish(self.0.clone())
+    }
 }
 
 /// An ephemeral X25519 key, used once.
@@ -108,11 +118,8 @@ impl KeySchedule {
         Self(hkdf::Salt::new(hkdf::HKDF_SHA384, salt).extract(secret))
     }
 
-    pub(crate) fn aead(&self, info: &[u8]) -> Result<AeadKey, CryptoError> {
-        let key = self.expand(info)?;
-        let key = aead::UnboundKey::new(&aead::AES_256_GCM, key.as_ref())
-            .map_err(|_| CryptoError::Agreement)?;
-        Ok(AeadKey(aead::LessSafeKey::new(key)))
+    pub(crate) fn aead(&self, provider: Provider, info: &[u8]) -> Result<AeadKey, CryptoError> {
+        AeadKey::new(provider, &self.expand(info)?)
     }
 
     pub(crate) fn mac(&self, info: &[u8]) -> Result<MacKey, CryptoError> {
@@ -129,42 +136,6 @@ impl KeySchedule {
             .and_then(|okm| okm.fill(out.as_mut()))
             .map_err(|_| CryptoError::Agreement)?;
         Ok(out)
-    }
-}
-
-/// AES-256-GCM with counter nonces that never travel.
-pub(crate) struct AeadKey(aead::LessSafeKey);
-
-impl AeadKey {
-    /// Encrypts in place; the counter must never repeat under this key.
-    pub(crate) fn seal(
-        &self,
-        counter: u64,
-        aad: &[u8],
-        data: &mut [u8],
-    ) -> Result<[u8; TAG_SIZE], CryptoError> {
-        if counter >= MAX_SEALS {
-            return Err(CryptoError::SealLimit);
-        }
-        let tag = self
-            .0
-            .seal_in_place_separate_tag(nonce(counter), aead::Aad::from(aad), data)
-            .map_err(|_| CryptoError::SealLimit)?;
-        tag.as_ref()
-            .try_into()
-            .map_err(|_| CryptoError::Authentication)
-    }
-
-    /// Decrypts `data` (ciphertext and tag) in place and returns the plaintext.
-    pub(crate) fn open<'a>(
-        &self,
-        counter: u64,
-        aad: &[u8],
-        data: &'a mut [u8],
-    ) -> Result<&'a mut [u8], CryptoError> {
-        self.0
-            .open_in_place(nonce(counter), aead::Aad::from(aad), data)
-            .map_err(|_| CryptoError::Authentication)
     }
 }
 
@@ -219,6 +190,10 @@ pub(crate) fn verify_p256(
 fn hash<const N: usize>(algorithm: &'static digest::Algorithm, parts: &[&[u8]]) -> [u8; N] {
     let mut context = digest::Context::new(algorithm);
     parts.iter().for_each(|part| context.update(part));
+    finish(context)
+}
+
+fn finish<const N: usize>(context: digest::Context) -> [u8; N] {
     let mut out = [0; N];
     out.iter_mut()
         .zip(context.finish().as_ref())
@@ -226,31 +201,9 @@ fn hash<const N: usize>(algorithm: &'static digest::Algorithm, parts: &[&[u8]]) 
     out
 }
 
-fn nonce(counter: u64) -> aead::Nonce {
-    let mut bytes = [0; 12];
-    bytes
-        .iter_mut()
-        .skip(4)
-        .zip(counter.to_be_bytes())
-        .for_each(|(n, c)| *n = c);
-    aead::Nonce::assume_unique_for_key(bytes)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn seal_limit_is_hard() {
-        let key = KeySchedule::extract(b"salt", b"secret")
-            .aead(b"info")
-            .unwrap();
-        assert!(key.seal(MAX_SEALS - 1, b"", &mut [0; 8]).is_ok());
-        assert_eq!(
-            key.seal(MAX_SEALS, b"", &mut [0; 8]),
-            Err(CryptoError::SealLimit)
-        );
-    }
 
     #[test]
     fn agreement_refuses_low_order_points() {

@@ -1,0 +1,98 @@
+//! Memory that never changes, as the guest of the migration engine.
+
+use casemate_crypto_migrate::guest::{
+    Admission, DestinationGuest, Gpn, GuestError, GuestOffer, PAGE_SIZE, PageContent, PageRange,
+    Refusal, SourceGuest,
+};
+use casemate_crypto_migrate::identity::PeerIdentity;
+use casemate_crypto_migrate::pages::PageSet;
+
+use super::memory::BenchMemory;
+use crate::confidential::shared::SharedError;
+use crate::mover::source::read_clear;
+use crate::vmm::protocol::EXCHANGE_PAGES;
+
+/// A guest at the source.
+pub struct Leaving<'a>(pub &'a BenchMemory);
+
+/// The same at the destination.
+pub struct Arriving<'a>(pub &'a BenchMemory);
+
+impl SourceGuest for Leaving<'_> {
+    fn memory(&self) -> Vec<PageRange> {
+        self.0.ranges()
+    }
+    fn begin(&mut self, _: &[u8]) -> Result<Vec<u8>, GuestError> {
+        Ok(Vec::new())
+    }
+    fn start_tracking(&mut self) -> Result<PageSet, GuestError> {
+        Ok(PageSet::all(&self.0.ranges()))
+    }
+    fn take_dirty(&mut self) -> Result<PageSet, GuestError> {
+        Ok(PageSet::empty(&self.0.ranges()))
+    }
+    fn read_pages(
+        &mut self,
+        pages: &[Gpn],
+        emit: &mut dyn FnMut(Gpn, PageContent<'_>),
+    ) -> Result<(), GuestError> {
+        read_clear(&self.0.guest, pages, emit).map_err(|e| GuestError(e.to_string()))
+    }
+    fn batch_pages(&self) -> usize {
+        EXCHANGE_PAGES
+    }
+    fn pause(&mut self) -> Result<(), GuestError> {
+        Ok(())
+    }
+    fn state(&mut self) -> Result<Vec<u8>, GuestError> {
+        Ok(vec![0; STATE_SIZE])
+    }
+    fn release(&mut self) -> Result<(), GuestError> {
+        Ok(())
+    }
+    fn resume(&mut self) -> Result<(), GuestError> {
+        Ok(())
+    }
+    fn destroy(&mut self) -> Result<(), GuestError> {
+        Ok(())
+    }
+}
+
+impl DestinationGuest for Arriving<'_> {
+    fn admit(&mut self, offer: &GuestOffer, _: &PeerIdentity) -> Result<Admission, Refusal> {
+        if offer.memory == self.0.ranges() {
+            return Ok(Admission {
+                evidence: Vec::new(),
+            });
+        }
+        Err(Refusal {
+            code: "OFFER_MISMATCH".to_owned(),
+            reason: "another size of memory".to_owned(),
+        })
+    }
+    fn begin(&mut self, _: &[u8]) -> Result<(), GuestError> {
+        Ok(())
+    }
+    fn write_pages(&mut self, page: Gpn, content: PageContent<'_>) -> Result<(), GuestError> {
+        let at = page.0.saturating_mul(PAGE_SIZE as u64);
+        let failed = |e: SharedError| GuestError(e.to_string());
+        match content {
+            PageContent::Data(bytes) => self.0.guest.write(at, bytes).map_err(failed),
+            PageContent::Zero => self.0.guest.write(at, &[0; PAGE_SIZE]).map_err(failed),
+            PageContent::Firmware { .. } => Err(GuestError("a packet for plain memory".to_owned())),
+        }
+    }
+    fn flush(&mut self) -> Result<(), GuestError> {
+        Ok(())
+    }
+    fn restore(&mut self, _: &[u8]) -> Result<(), GuestError> {
+        Ok(())
+    }
+    fn activate(&mut self, _: u64) -> Result<(), GuestError> {
+        Ok(())
+    }
+    fn abandon(&mut self) {}
+}
+
+/// About what two vCPUs and four devices save.
+const STATE_SIZE: usize = 32 * 1024;

@@ -1,0 +1,179 @@
+//! The keys of devices beyond disks, cards and sockets: limits, random numbers, balloon, console, watchdog.
+
+use serde::Deserialize;
+use toml::Spanned;
+
+use super::{Reader, SpecError};
+use crate::machine::plan::devices::{
+    BalloonPlan, ConsolePlan, Limits, MAX_RATE, Rate, RngPlan, SmallDevices, WatchdogAction,
+    WatchdogPlan,
+};
+
+/// `disk.limit` and `net.limit`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Limit {
+    bytes_per_second: Option<Spanned<String>>,
+    bytes_burst: Option<Spanned<String>>,
+    operations_per_second: Option<Spanned<u64>>,
+    operations_burst: Option<Spanned<u64>>,
+}
+
+/// `[rng]`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Rng {
+    bytes_per_second: Option<Spanned<String>>,
+}
+
+/// `[balloon]`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Balloon {
+    #[serde(default = "yes")]
+    free_page_reporting: bool,
+    #[serde(default = "yes")]
+    deflate_on_oom: bool,
+}
+
+/// `[console]`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Console {
+    #[serde(default)]
+    columns: u16,
+    #[serde(default)]
+    rows: u16,
+}
+
+/// `[watchdog]`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Watchdog {
+    action: Spanned<String>,
+}
+
+/// The four tables.
+pub(super) struct Small {
+    pub(super) rng: Option<Rng>,
+    pub(super) balloon: Option<Spanned<Balloon>>,
+    pub(super) console: Option<Console>,
+    pub(super) watchdog: Option<Watchdog>,
+}
+
+impl Reader<'_> {
+    pub(super) fn limits(&self, kind: &str, limit: Option<Limit>) -> Result<Limits, SpecError> {
+        let Some(limit) = limit else {
+            return Ok(Limits::default());
+        };
+        let key = |name: &str| format!("{kind}.limit.{name}");
+        let per_second = self.size(&key("bytes_per_second"), limit.bytes_per_second)?;
+        let burst = self.size(&key("bytes_burst"), limit.bytes_burst)?;
+        let bytes = self.rate(&key("bytes"), per_second, burst)?;
+        let per_second = self.number(&key("operations_per_second"), limit.operations_per_second)?;
+        let burst = self.number(&key("operations_burst"), limit.operations_burst)?;
+        let operations = self.rate(&key("operations"), per_second, burst)?;
+        Ok(Limits { bytes, operations })
+    }
+
+    pub(super) fn small(
+        &self,
+        small: Small,
+        confidential: bool,
+    ) -> Result<SmallDevices, SpecError> {
+        let rng = small.rng.map(|rng| self.rng(rng)).transpose()?;
+        if let Some(balloon) = &small.balloon
+            && confidential
+        {
+            let problem = "`balloon` is not for confidential guests: their host cannot take pages back; leave it out";
+            return Err(self.at(balloon.span(), problem.to_owned()));
+        }
+        let balloon = small.balloon.map(|b| b.into_inner()).map(|b| BalloonPlan {
+            free_page_reporting: b.free_page_reporting,
+            deflate_on_oom: b.deflate_on_oom,
+        });
+        let console = small.console.map(|c| ConsolePlan {
+            columns: c.columns,
+            rows: c.rows,
+        });
+        let watchdog = small.watchdog.map(|w| self.watchdog(&w)).transpose()?;
+        Ok(SmallDevices {
+            rng,
+            balloon,
+            console,
+            watchdog,
+        })
+    }
+
+    fn rng(&self, rng: Rng) -> Result<RngPlan, SpecError> {
+        let given = self.size("rng.bytes_per_second", rng.bytes_per_second)?;
+        let per_second = given.map_or(RNG_RATE, |(rate, _)| rate);
+        let burst = per_second;
+        Ok(RngPlan {
+            bytes: Rate { per_second, burst },
+        })
+    }
+
+    fn watchdog(&self, watchdog: &Watchdog) -> Result<WatchdogPlan, SpecError> {
+        let action = match watchdog.action.get_ref().as_str() {
+            "stop" => WatchdogAction::Stop,
+            "report" => WatchdogAction::Report,
+            other => {
+                let problem =
+                    format!("`watchdog.action` is {other:?}; want \"stop\" or \"report\"");
+                return Err(self.at(watchdog.action.span(), problem));
+            }
+        };
+        Ok(WatchdogPlan { action })
+    }
+
+    /// A rate whose burst, unless it is given, is a second's worth.
+    fn rate(&self, key: &str, per_second: Given, burst: Given) -> Result<Option<Rate>, SpecError> {
+        match (per_second, burst) {
+            (None, Some((_, span))) => {
+                let problem =
+                    format!("`{key}_burst` without `{key}_per_second` limits nothing; give both");
+                Err(self.at(span, problem))
+            }
+            (None, None) => Ok(None),
+            (Some((per_second, _)), burst) => Ok(Some(Rate {
+                per_second,
+                burst: burst.map_or(per_second, |(burst, _)| burst),
+            })),
+        }
+    }
+
+    fn size(&self, key: &str, value: Option<Spanned<String>>) -> Result<Given, SpecError> {
+        let Some(value) = value else { return Ok(None) };
+        match super::parse_size(value.get_ref()).filter(|n| (1..=MAX_RATE).contains(n)) {
+            Some(number) => Ok(Some((number, value.span()))),
+            None => {
+                let problem = format!(
+                    "`{key}` is {:?}; want a size such as \"10 MiB\", at most 1024 GiB",
+                    value.get_ref()
+                );
+                Err(self.at(value.span(), problem))
+            }
+        }
+    }
+
+    fn number(&self, key: &str, value: Option<Spanned<u64>>) -> Result<Given, SpecError> {
+        match value {
+            Some(value) if !(1..=MAX_RATE).contains(value.get_ref()) => {
+                let problem = format!("`{key}` is {}; want 1 to {MAX_RATE}", value.get_ref());
+                Err(self.at(value.span(), problem))
+            }
+            value => Ok(value.map(|value| (*value.get_ref(), value.span()))),
+        }
+    }
+}
+
+/// A number and where it stands, if it does.
+type Given = Option<(u64, std::ops::Range<usize>)>;
+
+fn yes() -> bool {
+    true
+}
+
+/// Random bytes a second where the description does not say.
+const RNG_RATE: u64 = 1 << 20;

@@ -1,0 +1,83 @@
+//! The ACPI tables as ACPICA reads them: its compiler takes each apart and puts the DSDT together again, without an
+//! error or a warning. Needs `iasl`, in `PATH`, in `CASEMATE_IASL`, or where `cargo lab fetch --to target/lab/acpica
+//! acpica-tools` puts it; says which it used, or that it found none.
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "tests end where they fail"
+)]
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use casemate::vmm::boot::acpi::tables;
+
+#[test]
+fn acpica_reads_every_table_without_a_warning() {
+    let Some(iasl) = iasl() else {
+        eprintln!("skipped: no iasl here");
+        return;
+    };
+    eprintln!("with {}", iasl.display());
+    for (vcpus, generation) in [(1, true), (64, false)] {
+        let folder = tempfile::tempdir().unwrap();
+        let blob = tables(vcpus, generation, BASE);
+        for (name, table) in found(&blob) {
+            std::fs::write(folder.path().join(format!("{name}.dat")), table).unwrap();
+            let said = run(&iasl, folder.path(), &["-d", &format!("{name}.dat")]);
+            assert!(
+                !said.contains("Invalid") && !said.contains("Error"),
+                "{name}: {said}"
+            );
+            let text = std::fs::read_to_string(folder.path().join(format!("{name}.dsl"))).unwrap();
+            assert!(
+                !text.contains("Unknown") && !text.contains("Incorrect"),
+                "{text}"
+            );
+        }
+        let said = run(&iasl, folder.path(), &["-we", "-vw", "3133", "DSDT.dsl"]);
+        assert!(said.contains("0 Errors, 0 Warnings"), "{said}");
+        let text = std::fs::read_to_string(folder.path().join("DSDT.dsl")).unwrap();
+        for device in ["PCI0", "PWRB", "GED", "COM1"] {
+            assert!(text.contains(&format!("Device (\\_SB.{device}")), "{text}");
+        }
+        assert_eq!(text.contains("VM_Gen_Counter"), generation);
+    }
+}
+
+/// Name and bytes of the tables, found as an operating system finds them.
+fn found(blob: &[u8]) -> Vec<(String, &[u8])> {
+    let at = |address: &[u8]| {
+        let start = (u64::from_le_bytes(address.try_into().unwrap()) - BASE) as usize;
+        let length = u32::from_le_bytes(blob[start + 4..start + 8].try_into().unwrap());
+        &blob[start..start + length as usize]
+    };
+    let xsdt = at(&blob[24..32]);
+    let mut tables: Vec<&[u8]> = xsdt[36..].chunks(8).map(at).collect();
+    let fadt = tables.iter().find(|table| table.starts_with(b"FACP"));
+    tables.push(at(&fadt.unwrap()[140..148]));
+    let name = |table: &[u8]| String::from_utf8(table[..4].to_vec()).unwrap();
+    tables.iter().map(|table| (name(table), *table)).collect()
+}
+
+fn run(iasl: &Path, folder: &Path, arguments: &[&str]) -> String {
+    let output = Command::new(iasl)
+        .current_dir(folder)
+        .args(arguments)
+        .output()
+        .unwrap();
+    let said = [output.stdout, output.stderr].concat();
+    String::from_utf8_lossy(&said).into_owned()
+}
+
+fn iasl() -> Option<PathBuf> {
+    let fetched = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/lab/acpica/usr/bin/iasl");
+    let named = std::env::var_os("CASEMATE_IASL").map(PathBuf::from);
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let installed = std::env::split_paths(&path).map(|folder| folder.join("iasl"));
+    let mut all = named.into_iter().chain(installed).chain([fetched]);
+    all.find(|path| path.exists())
+        .map(|path| std::path::absolute(path).unwrap())
+}
+
+const BASE: u64 = 0xe_0000;

@@ -1,0 +1,174 @@
+//! Every device used from inside a Linux guest: disks (qcow2 and read-only), card, vsock, random numbers, balloon,
+//! terminal, watchdog.
+#![expect(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "a test fails by panicking"
+)]
+
+mod common;
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use casemate_e2e::answers::GuestInfo;
+use casemate_e2e::guest_watch::{GuestWatch, ask, verify};
+use casemate_e2e::network::{BRIDGE, GUEST};
+use casemate_e2e::owner::text;
+use casemate_e2e::world::{BOOT, Extent, Host, World};
+use common::*;
+use serde::Deserialize;
+
+#[test]
+fn a_linux_guest_uses_every_device_and_is_stopped_by_its_watchdog() {
+    let world = world("devices", Extent::Direct);
+    let description = describe(&world);
+    let info: GuestInfo = world
+        .site_a
+        .ask(&["run", text(&description).unwrap()])
+        .unwrap();
+    let mut watch = GuestWatch::new(&info.console);
+    watch
+        .wait("the guest's `ready`", BOOT, |w| w.ready)
+        .unwrap();
+    let vsock = info.vsock.clone().unwrap();
+
+    let devices: Devices = ask(&vsock, "devices").unwrap();
+    assert!(
+        devices.ok && devices.rng.starts_with("virtio_rng"),
+        "{devices:?}"
+    );
+    let again: Devices = ask(&vsock, "devices").unwrap();
+    assert_ne!(devices.random, again.random);
+    assert_eq!(
+        (devices.vda_sectors, devices.vda_serial.as_str()),
+        (DISK / 512, "data")
+    );
+    assert!(
+        devices.vdb_read_only && devices.vda_discard > 0,
+        "{devices:?}"
+    );
+
+    the_terminal_answers(info.terminal.as_deref().unwrap());
+    memory_that_is_let_go_comes_back(&info);
+    watch.wait_ticks(20, Duration::from_secs(30)).unwrap();
+    let verified = verify(&vsock).unwrap();
+    assert!(verified.ok && verified.blocks_checked > 0, "{verified:?}");
+
+    let starved: Done = ask(&vsock, "starve 300").unwrap();
+    assert!(starved.ok);
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while world.status(Host::A, "devices").unwrap().state != "stopped" {
+        assert!(Instant::now() < deadline, "the watchdog sleeps");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert_logged(&world.site_a, "Watchdog");
+    world.site_a.done(&["stop", "devices"]).unwrap();
+    assert_ends_clean(world);
+}
+
+fn the_terminal_answers(path: &Path) {
+    let mut terminal = UnixStream::connect(path).unwrap();
+    terminal
+        .set_read_timeout(Some(Duration::from_secs(20)))
+        .unwrap();
+    terminal.write_all(b"hello from the host\n").unwrap();
+    let mut heard = Vec::new();
+    while !String::from_utf8_lossy(&heard).contains("hvc0: hello from the host") {
+        let mut bytes = [0; 256];
+        let count = terminal.read(&mut bytes).unwrap();
+        assert!(
+            count > 0,
+            "hung up after {:?}",
+            String::from_utf8_lossy(&heard)
+        );
+        heard.extend_from_slice(&bytes[..count]);
+    }
+}
+
+/// Free page reporting: what the guest has used and let go goes back to the host.
+fn memory_that_is_let_go_comes_back(info: &GuestInfo) {
+    let used = || {
+        let status = fs::read_to_string(format!("/proc/{}/smaps_rollup", info.pid)).unwrap();
+        let line = status.lines().find_map(|l| l.strip_prefix("Rss:")).unwrap();
+        line.split_whitespace()
+            .next()
+            .unwrap()
+            .parse::<u64>()
+            .unwrap()
+    };
+    let done: Done = ask(info.vsock.as_ref().unwrap(), "use 200").unwrap();
+    assert!(done.ok);
+    let peak = used();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while used() + (150 << 10) > peak {
+        assert!(
+            Instant::now() < deadline,
+            "{} of {peak} KiB are still used",
+            used()
+        );
+        std::thread::sleep(Duration::from_millis(500));
+    }
+}
+
+fn describe(world: &World) -> std::path::PathBuf {
+    let disk = world.folder.join("disk.qcow2");
+    fs::write(&disk, empty_qcow2(DISK)).unwrap();
+    let rom = world.folder.join("rom.raw");
+    fs::write(&rom, vec![0xa5; 1 << 20]).unwrap();
+    let described = format!(
+        "name = \"devices\"\nvcpus = 2\nmemory = \"512 MiB\"\n\n[boot]\nkernel = \"{}\"\ninitrd = \"{}\"\n\
+         cmdline = \"console=ttyS0 quiet panic=-1 reboot=k casemate.ip={GUEST}/24 casemate.dirty_mib=8\"\n\n\
+         [[disk]]\nid = \"data\"\npath = \"{}\"\nformat = \"qcow2\"\n\
+         limit = {{ bytes_per_second = \"100 MiB\", operations_per_second = 2000 }}\n\n\
+         [[disk]]\nid = \"rom\"\npath = \"{}\"\nread_only = true\n\n\
+         [[net]]\nid = \"net0\"\ntap = \"tap0\"\nbridge = \"{BRIDGE}\"\nmac = \"52:54:00:00:00:77\"\n\n\
+         [vsock]\ncid = 30\n[rng]\n[balloon]\n[console]\ncolumns = 80\nrows = 25\n[watchdog]\naction = \"stop\"\n",
+        world.product.kernel.display(),
+        world.product.initrd.display(),
+        disk.display(),
+        rom.display(),
+    );
+    let path = world.folder.join("devices.toml");
+    fs::write(&path, described).unwrap();
+    path
+}
+
+/// An image as `qemu-img create -f qcow2` makes it: header, reference counts, an empty first table.
+fn empty_qcow2(size: u64) -> Vec<u8> {
+    let mut image = vec![0; 4 << 16];
+    let mut set = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
+    set(0, b"QFI\xfb\0\0\0\x03");
+    set(20, &16u32.to_be_bytes());
+    set(24, &size.to_be_bytes());
+    set(36, &1u32.to_be_bytes());
+    set(40, &0x3_0000u64.to_be_bytes());
+    set(48, &0x1_0000u64.to_be_bytes());
+    set(56, &1u32.to_be_bytes());
+    set(96, &4u32.to_be_bytes());
+    set(100, &104u32.to_be_bytes());
+    set(0x1_0000, &0x2_0000u64.to_be_bytes());
+    (0..4).for_each(|n| set(0x2_0000 + n * 2, &[0, 1]));
+    image
+}
+
+#[derive(Debug, Deserialize)]
+struct Devices {
+    ok: bool,
+    rng: String,
+    random: String,
+    vdb_read_only: bool,
+    vda_discard: u64,
+    vda_sectors: u64,
+    vda_serial: String,
+}
+
+#[derive(Debug, Deserialize)]
+struct Done {
+    ok: bool,
+}
+
+const DISK: u64 = 64 << 20;
