@@ -14,6 +14,7 @@ use casemate_crypto_migrate::guest::{
 use casemate_crypto_migrate::identity::Local;
 use casemate_crypto_migrate::identity::{AllowList, AllowedPeer, Path, PeerIdentity, TrustAnchors};
 use casemate_crypto_migrate::pages::PageSet;
+use casemate_crypto_migrate::session::SessionFacts;
 use casemate_crypto_migrate::source::{self, SourceConfig};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -101,6 +102,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 struct Original(Vec<u8>);
 
 impl SourceGuest for Original {
+    fn agreed(&mut self, session: &SessionFacts) -> Result<(), Refusal> {
+        println!("agreed: {}, {}", session.suite, session.group);
+        Ok(())
+    }
     fn memory(&self) -> Vec<PageRange> {
         vec![PageRange {
             start: Gpn(0),
@@ -163,6 +168,9 @@ impl SourceGuest for Original {
 struct Copy(Vec<u8>);
 
 impl DestinationGuest for Copy {
+    fn agreed(&mut self, _: &SessionFacts) -> Result<(), Refusal> {
+        Ok(())
+    }
     fn admit(&mut self, offer: &GuestOffer, peer: &PeerIdentity) -> Result<Admission, Refusal> {
         println!("offer of {} from {:?}", offer.name, peer.san);
         let pages: u64 = offer.memory.iter().map(|range| range.count).sum();

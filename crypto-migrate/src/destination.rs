@@ -17,7 +17,7 @@ use crate::identity::Local;
 use crate::identity::PeerIdentity;
 use crate::page::{OpenError, PageOpener};
 use crate::progress::{Phase, Progress, millis};
-use crate::session::{self, OwnerKey, SessionError};
+use crate::session::{self, OwnerKey, SessionError, SessionFacts};
 use crate::source::Deadlines;
 use crate::tls::{self, TlsError, Transport};
 use crate::transcript::{Manifest, PageTable, StreamEnd, TranscriptError};
@@ -243,9 +243,10 @@ fn run<T: Transport>(
 ) -> Result<DestinationOutcome, DestinationError> {
     progress(Progress::new(Phase::Agree, started));
     let deadline = Instant::now() + config.deadlines.agree;
-    let mut admit = |offer: &GuestOffer, peer: &PeerIdentity| {
+    let mut admit = |offer: &GuestOffer, session: &SessionFacts| {
+        guest.agreed(session)?;
         *admitted = true; // even a refusal may have built something
-        guest.admit(offer, peer)
+        guest.admit(offer, &session.peer)
     };
     let accepted = session::accept(
         channel,

@@ -5,6 +5,7 @@
 //! the order of the methods.
 
 use crate::pages::PageSet;
+use crate::session::SessionFacts;
 
 /// Size of a guest page, in bytes.
 pub const PAGE_SIZE: usize = 4096;
@@ -54,6 +55,8 @@ pub struct GuestError(pub String);
 pub trait SourceGuest {
     /// Memory that may hold pages, ascending, without overlap.
     fn memory(&self) -> Vec<PageRange>;
+    /// Both ends have agreed, and no page has travelled: asks local policy about the session.
+    fn agreed(&mut self, session: &SessionFacts) -> Result<(), Refusal>;
     /// Takes the peer's platform evidence (opaque here; the PDH chain for SEV, empty for a plain guest),
     /// verifies it, and opens the firmware's send context. Returns the blob for [`DestinationGuest::begin`].
     fn begin(&mut self, peer_evidence: &[u8]) -> Result<Vec<u8>, GuestError>;
@@ -120,6 +123,8 @@ pub struct Refusal {
 
 /// The guest that is being built at the destination.
 pub trait DestinationGuest {
+    /// The peer has proven who it is: asks local policy about the session.
+    fn agreed(&mut self, session: &SessionFacts) -> Result<(), Refusal>;
     /// Checks the offer against local policy and, if allowed, builds the machine (memory, devices, no vCPU running).
     fn admit(
         &mut self,

@@ -11,7 +11,7 @@ use crate::guest::*;
 use crate::identity::Local;
 use crate::identity::{AllowList, AllowedPeer, Path, PeerIdentity, TrustAnchors};
 use crate::page::PageSealer;
-use crate::session;
+use crate::session::{self, SessionFacts};
 use crate::tls;
 use crate::transcript::{Manifest, PageTable, StreamEnd};
 use crate::wire::batch::BatchBuilder;
@@ -300,6 +300,9 @@ struct Strict {
 }
 
 impl DestinationGuest for Strict {
+    fn agreed(&mut self, _: &SessionFacts) -> Result<(), Refusal> {
+        Ok(())
+    }
     fn admit(&mut self, _: &GuestOffer, _: &PeerIdentity) -> Result<Admission, Refusal> {
         Ok(Admission { evidence: vec![] })
     }

@@ -162,6 +162,12 @@ impl<T: Transport> TlsStream<T> {
         suite.map_or_else(|| "none".into(), |suite| format!("{:?}", suite.suite()))
     }
 
+    /// Name of the key agreement group.
+    pub fn group(&self) -> String {
+        let group = self.connection.negotiated_key_exchange_group();
+        group.map_or_else(|| "none".into(), |group| format!("{:?}", group.name()))
+    }
+
     /// Keying material of this very TLS connection (RFC 8446, 7.5).
     pub fn exporter(&self, label: &[u8]) -> Result<Zeroizing<[u8; 32]>, TlsError> {
         let out = Zeroizing::new([0; 32]);

@@ -123,6 +123,62 @@ fn policy_refusal_reaches_the_source() {
     assert_eq!(run.codes(), ("POLICY_REFUSED", "POLICY_REFUSED"));
 }
 
+/// Either end's policy may refuse what was agreed on; not a page has travelled then, and the guest runs on.
+#[test]
+fn a_session_that_either_policy_refuses_moves_nothing() {
+    for at_source in [true, false] {
+        let site = Site::new();
+        let mut from = ToySource::new();
+        from.refuse_session = at_source;
+        let to = ToyDestination {
+            refuse_session: !at_source,
+            ..Default::default()
+        };
+        let run = direct(
+            &site.source(Path::Direct),
+            &site.destination(Path::Direct),
+            from,
+            to,
+        );
+        run.assert_stayed();
+        assert_eq!(run.codes(), ("POLICY_SESSION", "POLICY_SESSION"));
+        assert!(!run.destination.begun && run.destination.memory.is_empty());
+    }
+}
+
+#[test]
+fn both_ends_know_the_same_of_their_session() {
+    let site = Site::new();
+    let run = direct(
+        &site.source(Path::Direct),
+        &site.destination(Path::Direct),
+        ToySource::new(),
+        ToyDestination::default(),
+    );
+    let here = run.source.session.unwrap();
+    let there = run.destination.session.unwrap();
+    assert_eq!(
+        (&here.suite, &here.group, here.path, here.exporter_sha256),
+        (
+            &there.suite,
+            &there.group,
+            there.path,
+            there.exporter_sha256
+        )
+    );
+    assert_eq!(here.suite, "TLS13_AES_256_GCM_SHA384");
+    assert_eq!(here.group, "X25519");
+    assert_ne!(here.exporter_sha256, [0; 32]);
+    assert_eq!(
+        (&here.peer.san, &there.peer.san),
+        (
+            &vec!["site-b.test".to_owned()],
+            &vec!["site-a.test".to_owned()]
+        )
+    );
+    assert_eq!((&here.peer, &there.peer), (&here.tls_peer, &there.tls_peer));
+}
+
 #[test]
 fn paths_must_agree() {
     let site = Site::new();

@@ -280,7 +280,7 @@ fn the_ledger_tells_what_happened_and_shows_a_change() {
     for (action, outcome) in [
         ("launch", "allowed"),
         ("launch", "done"),
-        ("inject-secret", "done"),
+        ("secret-release", "done"),
         ("stop", "done"),
     ] {
         assert_eq!(

@@ -20,6 +20,7 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use casemate::vmm::layout::{ECAM, VIRTIO_BARS};
 use support::{Host, small_image};
 
 #[test]
@@ -235,7 +236,7 @@ hostile_code:
 .Lh_device:
     call    .Lh_next
     and     eax, 15
-    mov     r13d, 0xe0000000
+    mov     r13d, {bars}
     mov     edi, eax
     shl     eax, 15
     add     r13, rax
@@ -291,6 +292,7 @@ hostile_code:
 
 .Lh_register_write:
     call    .Lh_register
+.Lh_write:
     call    .Lh_value
     mov     r9, rax
     call    .Lh_next
@@ -315,8 +317,20 @@ hostile_code:
     mov     al, [r8 + 1]
     ret
 
+    // By ports, or by memory, slots that are there more often.
 .Lh_config:
     call    .Lh_next
+    bt      eax, 25
+    jnc     2f
+    mov     r8d, eax
+    and     r8d, 0xffffc
+    bt      eax, 26
+    jc      1f
+    and     r8d, 0x7f0fc
+1:  mov     eax, {ecam}
+    add     r8, rax
+    jmp     .Lh_write
+2:
     and     eax, 0x7ffc
     or      eax, 0x80000000
     mov     dx, 0xcf8
@@ -476,5 +490,7 @@ hostile_code:
     ret
 hostile_code_end:
     .popsection
-"#
+"#,
+    bars = const VIRTIO_BARS,
+    ecam = const ECAM,
 );

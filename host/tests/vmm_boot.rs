@@ -53,10 +53,14 @@ fn memory_above_4_gib_is_the_guests_and_moves_with_it() {
     let mover = vmm.mover();
     let populated = mover.bitmap(MoverRequest::StartTracking);
     assert!(populated.contains(&HIGH_PAGE), "bitmaps follow the file");
+    vmm.ask(VmmRequest::Pause).unwrap();
     // Whatever was written meanwhile; then only the counter's own page.
     mover.bitmap(MoverRequest::TakeDirty);
-    count = counts(&lines, count);
+    vmm.ask(VmmRequest::Resume).unwrap();
+    std::thread::sleep(Duration::from_millis(5));
+    vmm.ask(VmmRequest::Pause).unwrap();
     assert_eq!(mover.bitmap(MoverRequest::TakeDirty), [HIGH_PAGE]);
+    vmm.ask(VmmRequest::Resume).unwrap();
     drop(mover);
     for _ in 0..2 {
         let mut target = Vmm::prepare(&plan, handles(None, &lines)).unwrap();

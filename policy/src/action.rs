@@ -158,6 +158,11 @@ pub enum Action {
     EvidenceRead,
     /// Replace the key that signs the evidence.
     EvidenceKeyRotate,
+    /// Remove records whose time is over.
+    EvidenceRetain {
+        /// The first record that must stay.
+        keep_from: u64,
+    },
 }
 
 impl Action {
@@ -191,6 +196,7 @@ impl Action {
             Self::Approve { .. } => ActionKind::Approve,
             Self::EvidenceRead => ActionKind::EvidenceRead,
             Self::EvidenceKeyRotate => ActionKind::EvidenceKeyRotate,
+            Self::EvidenceRetain { .. } => ActionKind::EvidenceRetain,
         }
     }
 
@@ -348,6 +354,8 @@ kinds! {
     EvidenceRead = "evidence-read",
     /// [`Action::EvidenceKeyRotate`]
     EvidenceKeyRotate = "evidence-key-rotate",
+    /// [`Action::EvidenceRetain`]
+    EvidenceRetain = "evidence-retain",
 }
 
 impl ActionKind {
@@ -375,6 +383,7 @@ impl ActionKind {
                 | Self::Approve
                 | Self::EvidenceRead
                 | Self::EvidenceKeyRotate
+                | Self::EvidenceRetain
         )
     }
 

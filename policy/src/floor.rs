@@ -89,7 +89,8 @@ pub fn check(policy: &HostPolicy, action: &Action) -> Vec<Reason> {
         | Action::PlatformAdmin { .. }
         | Action::Approve { .. }
         | Action::EvidenceRead
-        | Action::EvidenceKeyRotate => Vec::new(),
+        | Action::EvidenceKeyRotate
+        | Action::EvidenceRetain { .. } => Vec::new(),
     }
 }
 

@@ -19,6 +19,7 @@
 //! A gateway that policy names sees the offer and the accept (name, size, description, platform evidence), the
 //! clear headers of pages, sizes and times; nothing else.
 
+mod facts;
 mod keys;
 
 use std::time::Instant;
@@ -26,6 +27,7 @@ use std::time::Instant;
 use rustls_pki_types::CertificateDer;
 use serde_bytes::ByteBuf;
 
+pub use self::facts::SessionFacts;
 pub use self::keys::OwnerKey;
 use self::keys::{Facts, Keys, Role, Transcript, secret};
 use crate::channel::{Channel, ChannelError, ControlKeys};
@@ -229,7 +231,7 @@ pub(crate) fn accept<T: Transport>(
     local: &Local,
     owner_key: Option<&OwnerKey>,
     deadline: Instant,
-    admit: &mut dyn FnMut(&GuestOffer, &PeerIdentity) -> Result<Admission, Refusal>,
+    admit: &mut dyn FnMut(&GuestOffer, &SessionFacts) -> Result<Admission, Refusal>,
 ) -> Result<Accepted, SessionError> {
     let payload = match channel.receive(deadline)? {
         (FrameKind::Offer, payload) => payload.to_vec(),
@@ -255,7 +257,8 @@ pub(crate) fn accept<T: Transport>(
         return Err(SessionError::Confirmation);
     }
 
-    let Admission { evidence } = admit(&offer.guest, &peer).map_err(SessionError::Refused)?;
+    let session = SessionFacts::of(channel.tls(), &peer, path)?;
+    let Admission { evidence } = admit(&offer.guest, &session).map_err(SessionError::Refused)?;
     if evidence.len() > MAX_EVIDENCE {
         return Err(SessionError::Offer("platform evidence"));
     }

@@ -16,12 +16,12 @@ use serde::Serialize;
 use self::stream::{EndOfStream, Stream, Totals, at, on};
 use crate::channel::{Channel, ChannelError};
 use crate::code::Code;
-use crate::guest::{GuestError, GuestOffer, SourceGuest};
+use crate::guest::{GuestError, GuestOffer, Refusal, SourceGuest};
 use crate::identity::Local;
 use crate::page::{PageError, PageSealer};
 use crate::precopy::{Convergence, Limits};
 use crate::progress::{Phase, Progress};
-use crate::session::{self, OwnerKey, SessionError};
+use crate::session::{self, OwnerKey, SessionError, SessionFacts};
 use crate::tls::{self, TlsError, Transport};
 use crate::transcript::{PageTable, TranscriptError};
 use crate::wire::FrameKind;
@@ -126,6 +126,9 @@ pub enum SourceError {
     /// The agreement.
     #[error("agreeing with the destination: {0}")]
     Agree(#[source] SessionError),
+    /// Local policy refuses the session that was agreed on.
+    #[error("session refused: {0}")]
+    Refused(#[source] Refusal),
     /// The stream, or the destination's abort.
     #[error("in phase {phase}: {error}")]
     Stream {
@@ -198,6 +201,7 @@ impl SourceError {
         match self {
             SourceError::Connect(error) => error.code().as_str(),
             SourceError::Agree(error) => error.code(),
+            SourceError::Refused(refusal) => &refusal.code,
             SourceError::Stream { error, .. } => error.code(),
             SourceError::Guest { .. } | SourceError::Destroy(_) => Code::GuestFailed.as_str(),
             SourceError::Page(error) => error.code().as_str(),
@@ -277,6 +281,9 @@ fn run<T: Transport>(
         deadline,
     )
     .map_err(SourceError::Agree)?;
+    let facts =
+        SessionFacts::of(channel.tls(), &session.peer, session.path).map_err(SourceError::Agree)?;
+    guest.agreed(&facts).map_err(SourceError::Refused)?;
     progress(Progress::new(Phase::Begin, started));
     let start = guest.begin(&session.evidence).map_err(at(Phase::Begin))?;
     channel.send(&Begin { start }).map_err(on(Phase::Begin))?;

@@ -18,6 +18,7 @@ use casemate_crypto_migrate::identity::{AllowList, AllowedPeer, Path, PeerIdenti
 use casemate_crypto_migrate::pages::PageSet;
 use casemate_crypto_migrate::precopy::Limits;
 use casemate_crypto_migrate::progress::Progress;
+use casemate_crypto_migrate::session::SessionFacts;
 use casemate_crypto_migrate::source::{self, Deadlines, SourceConfig, SourceError, SourceOutcome};
 use casemate_crypto_migrate::wire::Frame;
 
@@ -121,6 +122,8 @@ pub struct ToySource {
     pub released: bool,
     pub steps: u64,
     pub fail_at: Option<&'static str>,
+    pub session: Option<SessionFacts>,
+    pub refuse_session: bool,
 }
 
 impl ToySource {
@@ -139,6 +142,8 @@ impl ToySource {
             released: false,
             steps: 0,
             fail_at: None,
+            session: None,
+            refuse_session: false,
         }
     }
 
@@ -182,6 +187,16 @@ impl ToySource {
 }
 
 impl SourceGuest for ToySource {
+    fn agreed(&mut self, session: &SessionFacts) -> Result<(), Refusal> {
+        self.session = Some(session.clone());
+        match self.refuse_session {
+            true => Err(Refusal {
+                code: "POLICY_SESSION".into(),
+                reason: "not by this suite".into(),
+            }),
+            false => Ok(()),
+        }
+    }
     fn memory(&self) -> Vec<PageRange> {
         [0, 10_000]
             .map(|start| PageRange {
@@ -288,6 +303,8 @@ pub struct ToyDestination {
     pub abandoned: bool,
     pub refuse: bool,
     pub fail_at: Option<&'static str>,
+    pub session: Option<SessionFacts>,
+    pub refuse_session: bool,
 }
 
 impl ToyDestination {
@@ -312,6 +329,16 @@ impl ToyDestination {
 }
 
 impl DestinationGuest for ToyDestination {
+    fn agreed(&mut self, session: &SessionFacts) -> Result<(), Refusal> {
+        self.session = Some(session.clone());
+        match self.refuse_session {
+            true => Err(Refusal {
+                code: "POLICY_SESSION".into(),
+                reason: "not by this suite".into(),
+            }),
+            false => Ok(()),
+        }
+    }
     fn admit(&mut self, offer: &GuestOffer, peer: &PeerIdentity) -> Result<Admission, Refusal> {
         assert_eq!(offer.description, b"description");
         assert!(!peer.san.is_empty());

@@ -147,6 +147,13 @@ pub enum Request {
         /// The id that the refusal named.
         id: String,
     },
+    /// Gives the ledger another key.
+    EvidenceRotate {},
+    /// Removes full files of the ledger, whose records nobody needs any more.
+    EvidenceRetain {
+        /// The first record that must stay.
+        keep_from: u64,
+    },
     /// The tasks under way, and the last that ended.
     Tasks {},
     /// One task.
@@ -269,6 +276,18 @@ pub enum Answer {
         digest: String,
         /// Who of the trusted signed it.
         signers: Vec<String>,
+    },
+    /// The ledger's new key.
+    EvidenceKey {
+        /// C2SP verifier key.
+        key: String,
+        /// The one before.
+        old_key: String,
+    },
+    /// What is left of the ledger.
+    EvidenceRetained {
+        /// The first record that is left; 0 if nothing could be removed.
+        removed_to: u64,
     },
     /// A task.
     Task(TaskInfo),

@@ -271,7 +271,8 @@ impl PolicyText {
         })
     }
 
-    fn candidate(&self) -> Candidate<'_> {
+    /// As it is to be admitted.
+    pub fn candidate(&self) -> Candidate<'_> {
         Candidate {
             file: &self.file,
             text: &self.text,

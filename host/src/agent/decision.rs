@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::SystemTime;
 
-use casemate_policy::claims::{Firmware, GuestClaims, HostClaims, SandboxLevel};
+use casemate_policy::claims::{Firmware, GuestClaims, HostClaims, SandboxLevel, SessionClaims};
 use casemate_policy::ledger::{Entry, Outcome};
 use casemate_policy::{
     Action, ActionKind, Code, Decision, HostPolicy, Inquiry, Timestamp, decide, history, may_ask,
@@ -34,6 +34,13 @@ impl Request {
             Self::Migrate { name, .. } => Asked::First(ActionKind::MigrateOut, Some(name)),
             Self::PolicyLoad { .. } => Asked::First(ActionKind::PolicyLoad, None),
             Self::Approve { .. } => Asked::First(ActionKind::Approve, None),
+            Self::EvidenceRotate {} => Asked::Whole(Action::EvidenceKeyRotate, EVIDENCE),
+            Self::EvidenceRetain { keep_from } => Asked::Whole(
+                Action::EvidenceRetain {
+                    keep_from: *keep_from,
+                },
+                EVIDENCE,
+            ),
             Self::List {} | Self::Tasks {} | Self::Metrics {} => Asked::Whole(Action::List, ""),
             Self::Task { .. } | Self::TaskEvents { .. } => Asked::First(ActionKind::Status, None),
             Self::TaskCancel { .. } => Asked::First(ActionKind::Cancel, None),
@@ -55,6 +62,20 @@ impl Request {
             Self::Restore { .. } => Asked::First(ActionKind::Launch, None),
             Self::Nmi { name } => Asked::Whole(Action::Nmi, name),
             Self::Cancel { name } => Asked::Whole(Action::Cancel, name),
+        }
+    }
+}
+
+impl Request {
+    /// What the gate decides whole and what changes something: nothing else records that it did not come about.
+    pub(super) fn undone_by_nobody(&self) -> Option<(&'static str, String)> {
+        match self.asked() {
+            Asked::Whole(Action::PlatformAdmin { .. }, _) | Asked::First(..) => None,
+            Asked::Whole(action, _) if action.kind().reads() => None,
+            Asked::Whole(action, object) => {
+                let object = object.chars().take(MAX_OBJECT).collect();
+                Some((action.name(), object))
+            }
         }
     }
 }
@@ -104,11 +125,24 @@ impl Agent {
         action: &Action,
         claims: GuestClaims,
     ) -> Result<(), Failure> {
+        self.decide_all(caller, object, action, claims, None)
+    }
+
+    /// [`Agent::decide_on`], with the session of a move.
+    pub(super) fn decide_all(
+        &self,
+        caller: &Caller,
+        object: &str,
+        action: &Action,
+        claims: GuestClaims,
+        session: Option<SessionClaims>,
+    ) -> Result<(), Failure> {
         let policy = self.policy();
         let clock = Timestamp::of(SystemTime::now());
         let object: String = object.chars().take(MAX_OBJECT).collect();
         let mut inquiry = Inquiry::new(caller.actor().clone(), &object, action.clone(), clock);
         inquiry.guest = claims;
+        inquiry.session = session;
         inquiry.host = self.host_claims(&policy, action);
         inquiry.approvals = self.authority.approvals(&inquiry);
         let decision = decide(&policy, &inquiry);
@@ -258,6 +292,8 @@ impl Agent {
     }
 }
 
+/// The ledger, as an object.
+const EVIDENCE: &str = "ledger";
 /// The longest object in an inquiry, in characters; guests' names are shorter.
 const MAX_OBJECT: usize = 128;
 

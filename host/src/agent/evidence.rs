@@ -4,11 +4,11 @@ use std::fmt;
 use std::fs::{self, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use casemate_policy::ledger::events::Start;
-use casemate_policy::ledger::{Entry, Ledger, Nodes as _, Signer};
+use casemate_policy::ledger::{Entry, Ledger, Nodes as _, Signer, SystemClock};
 use ring::digest;
 use ring::rand::SystemRandom;
 use ring::signature::Ed25519KeyPair;
@@ -19,20 +19,87 @@ use crate::agent::vmm_process::lock;
 /// The open ledger of this host.
 pub struct Evidence {
     ledger: Mutex<Ledger>,
+    origin: String,
+    files: KeyFiles,
+}
+
+/// Where the ledger's keys are.
+struct KeyFiles {
+    key: PathBuf,
+    /// A key that the log is about to go over to.
+    next: PathBuf,
+    public: PathBuf,
+}
+
+impl KeyFiles {
+    fn below(state_dir: &Path) -> Self {
+        Self {
+            key: state_dir.join("ledger.key"),
+            next: state_dir.join("ledger.key.next"),
+            public: state_dir.join("ledger.pub"),
+        }
+    }
+
+    /// The next key is the key.
+    fn change(&self) -> Result<(), Failure> {
+        let folder = self.key.parent().unwrap_or(Path::new("."));
+        fs::rename(&self.next, &self.key)
+            .and_then(|()| fs::File::open(folder)?.sync_all())
+            .map_err(|e| failed(&e))
+    }
+
+    fn publish(&self, ledger: &Ledger) -> Result<(), Failure> {
+        let public = format!("{}\n", ledger.verifying_key());
+        fs::write(&self.public, public).map_err(|e| failed(&e))
+    }
 }
 
 impl Evidence {
     /// Opens the ledger in `state_dir`, or begins one: `ledger.key` (secret), `ledger.pub`, `ledger`.
     pub fn open(state_dir: &Path, host: &str) -> Result<Self, Failure> {
-        let pkcs8 = signing_key(&state_dir.join("ledger.key"))?;
-        let signer =
-            Signer::from_pkcs8(&format!("{host}/casemate"), &pkcs8).map_err(|e| failed(&e))?;
-        let public = format!("{}\n", signer.verifying_key());
-        fs::write(state_dir.join("ledger.pub"), public).map_err(|e| failed(&e))?;
-        let ledger = Ledger::open(&state_dir.join("ledger"), signer).map_err(|e| failed(&e))?;
+        let origin = format!("{host}/casemate");
+        let files = KeyFiles::below(state_dir);
+        let signer = |pkcs8: &[u8]| Signer::from_pkcs8(&origin, pkcs8).map_err(|e| failed(&e));
+        let mut signers = vec![signer(&signing_key(&files.key)?)?];
+        // A crash may have come between the log's change of keys and the files'.
+        if let Ok(next) = fs::read(&files.next) {
+            signers.push(signer(&next)?);
+        }
+        let next = signers.get(1).map(Signer::verifying_key);
+        let path = state_dir.join("ledger");
+        let ledger = Ledger::open_with_keys(&path, signers, Box::new(SystemClock))
+            .map_err(|e| failed(&e))?;
+        if next.is_some_and(|next| next == ledger.verifying_key()) {
+            files.change()?;
+        }
+        files.publish(&ledger)?;
         Ok(Self {
             ledger: Mutex::new(ledger),
+            origin,
+            files,
         })
+    }
+
+    /// Lets the log go on under a new key; the old one and the new one, as verifier keys.
+    pub fn rotate_key(&self) -> Result<(String, String), Failure> {
+        let mut ledger = lock(&self.ledger);
+        let old = ledger.verifying_key().to_string();
+        let pkcs8 = Ed25519KeyPair::generate_pkcs8(&SystemRandom::new()).map_err(|e| failed(&e))?;
+        let signer = Signer::from_pkcs8(&self.origin, pkcs8.as_ref()).map_err(|e| failed(&e))?;
+        // The new key is on the disk before the log names it, and the old one until it has.
+        replace_secret(&self.files.next, pkcs8.as_ref()).map_err(|e| failed(&e))?;
+        ledger.rotate_key(signer).map_err(|e| failed(&e))?;
+        self.files.change()?;
+        self.files.publish(&ledger)?;
+        Ok((old, ledger.verifying_key().to_string()))
+    }
+
+    /// Removes full files with nothing but records before `keep_from`; the first record that is left.
+    pub fn retain(&self, keep_from: u64) -> Result<u64, Failure> {
+        let mut ledger = lock(&self.ledger);
+        // The file that is written to is not full; what is in it goes on in another first.
+        ledger.rotate_file().map_err(|e| failed(&e))?;
+        ledger.retain(keep_from).map_err(|e| failed(&e))
     }
 
     /// Records what begins here: the program by its hash, what holds its roles, and the policy it goes by.
@@ -45,6 +112,15 @@ impl Evidence {
             policy,
             sandbox: crate::doctor::sandbox(),
         }))
+    }
+
+    /// Appends what belongs together with one wait for the disk; the last record is signed over.
+    pub fn record_all(&self, before: Vec<Entry>, last: Entry) -> Result<(), Failure> {
+        if !before.is_empty() {
+            let mut ledger = lock(&self.ledger);
+            ledger.append_all(before).map_err(|e| failed(&e))?;
+        }
+        self.record(last)
     }
 
     /// Appends a record and signs the tree over it. What cannot be recorded must not be done.

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use casemate_crypto_migrate::guest::GuestOffer;
+use casemate_policy::claims::GuestClaims;
 use casemate_policy::ledger::{Entry, Outcome};
 use casemate_policy::{Action, Fingerprint, Identity};
 
@@ -13,6 +14,7 @@ use crate::agent::Agent;
 use crate::agent::api::Failure;
 use crate::agent::authority::Caller;
 use crate::agent::guest::{Guest, Resources, TapChoice};
+use crate::agent::move_records::MoveRecords;
 use crate::agent::record::{Ownership, OwnershipState};
 use crate::agent::transfer::{peer_entries, role_error};
 use crate::agent::vmm_process::lock;
@@ -58,9 +60,16 @@ impl Agent {
             peer: "unknown".to_owned(),
             epoch: 0,
         };
+        let records = MoveRecords::arriving(self);
         let outcome = mover.serve(
-            &mut |request| self.serve_arrival(&mut arrival, request),
-            &mut |_| {},
+            &mut |request| self.serve_arrival(&mut arrival, &records, request),
+            &mut |event| {
+                if let Err(failure) = records.see(event) {
+                    tracing::error!(code = failure.code, "{}", failure.error);
+                    // Too late is too late: the outcome will say what became of the guest.
+                    let _ = mover.cancel();
+                }
+            },
         );
         let name = arrival
             .guest
@@ -75,20 +84,21 @@ impl Agent {
             entry.emulated(emulated).with("address", address.as_str())
         };
         match outcome {
-            Some(MoveOutcome::Moved(_)) => {
+            Some(MoveOutcome::Moved(report)) => {
+                let done = entry(Outcome::Done).with("epoch", arrival.epoch);
                 self.evidence
-                    .record(entry(Outcome::Done).with("epoch", arrival.epoch))?;
+                    .record_all(records.kept(), records.outcome(done, Some(&report)))?;
                 if let Some(guest) = arrival.guest {
                     lock(&self.guests).insert(name, guest);
                 }
                 Ok(())
             }
             Some(MoveOutcome::Failed { code, reason, .. }) => {
-                self.evidence.record(
-                    entry(Outcome::Failed)
-                        .code(&code)
-                        .with("reason", reason.as_str()),
-                )?;
+                let failed = entry(Outcome::Failed)
+                    .code(&code)
+                    .with("reason", reason.as_str());
+                self.evidence
+                    .record_all(records.kept(), records.outcome(failed, None))?;
                 // Should it have been recorded as this host's already: its activation failed, and the source was told.
                 self.give_back(&arrival)?;
                 Err(Failure {
@@ -97,8 +107,9 @@ impl Agent {
                 })
             }
             None => {
+                let failed = entry(Outcome::Failed).code("MOVER_DIED");
                 self.evidence
-                    .record(entry(Outcome::Failed).code("MOVER_DIED"))?;
+                    .record_all(records.kept(), records.outcome(failed, None))?;
                 self.settle(arrival)?;
                 Err(Failure::new("MOVER_DIED", "the mover process died"))
             }
@@ -141,12 +152,18 @@ impl Agent {
     fn serve_arrival(
         &self,
         arrival: &mut Arrival,
+        records: &MoveRecords<'_>,
         request: MoverRequestToAgent,
     ) -> Result<(AgentAnswer, Option<OwnedFd>), RoleError> {
         match request {
+            // What it comes to is decided with the offer, which comes next.
+            MoverRequestToAgent::Session(session) => {
+                records.agreed(*session);
+                Ok((AgentAnswer::Admitted, None))
+            }
             MoverRequestToAgent::Sign { message } => Ok((self.host_sign(&message)?, None)),
             MoverRequestToAgent::Admit { offer, peer } => {
-                Ok(match self.admit(arrival, &offer, &peer) {
+                Ok(match self.admit(arrival, records, &offer, &peer) {
                     Ok(channel) => (AgentAnswer::Admitted, Some(channel.into_fd())),
                     Err(failure) => (
                         AgentAnswer::Refused {
@@ -173,6 +190,7 @@ impl Agent {
     fn admit(
         &self,
         arrival: &mut Arrival,
+        records: &MoveRecords<'_>,
         offer: &GuestOffer,
         peer: &PeerName,
     ) -> Result<Channel, Failure> {
@@ -185,9 +203,21 @@ impl Agent {
         let known = policy.peer_with(&identity);
         arrival.peer = known.map_or_else(|| identity.to_string(), |p| p.name.clone());
         let emulated = plan.technology.emulated();
+        records.is(&plan.name, &arrival.peer, emulated);
+        let session = records.claims(&policy).ok_or_else(|| {
+            Failure::new(
+                "ROLE_PROTOCOL",
+                "a mover agrees on a session before it admits",
+            )
+        })?;
+        if session.peer != identity {
+            return Err(Failure::new(
+                "ROLE_PROTOCOL",
+                "the offer is of another peer than the session",
+            ));
+        }
         let action = Action::MigrateIn {
-            // The mover let nobody through but whom the peer's path names.
-            tls: known.map_or_else(|| identity.clone(), |p| p.tls_identity().clone()),
+            tls: session.tls.clone(),
             peer: identity,
             technology: plan.technology.in_policy(),
             emulated,
@@ -196,7 +226,13 @@ impl Agent {
             disks: plan.disks.iter().map(|d| d.id.clone()).collect(),
             nets: plan.nets.iter().map(|n| n.id.clone()).collect(),
         };
-        self.decide(&Caller::peer(&arrival.peer), &plan.name, &action)?;
+        self.decide_all(
+            &Caller::peer(&arrival.peer),
+            &plan.name,
+            &action,
+            GuestClaims::default(),
+            Some(session),
+        )?;
         self.fence(&plan.name, offer.epoch)?;
         let guest = self.build_arrival(&plan, offer.epoch)?;
         guest.vmm.call(&VmmRequest::Incoming, &[])?;

@@ -16,6 +16,7 @@ use crate::agent::Agent;
 use crate::agent::api::{Answer, Failure, MeasurementInfo, SessionText};
 use crate::agent::authority::Caller;
 use crate::agent::guest::{Guest, Resources, TapChoice, cpu_baseline};
+use crate::agent::launch_inputs::{LaunchInputs, sha256};
 use crate::agent::record::{Ownership, OwnershipState};
 use crate::agent::vmm_process::lock;
 use crate::machine::plan::MachinePlan;
@@ -65,24 +66,20 @@ impl Agent {
         let _reserved = self.reserve(&plan.name)?;
         let mut plan = plan.clone();
         plan.cpu.baseline = Some(cpu_baseline(plan.cpu.model)?);
+        let inputs = LaunchInputs::begin(spec, &plan);
         let guest = self.build(spec, &plan)?;
         let VmmReply::Launched(measurement) =
             guest.vmm.call(&VmmRequest::Launch { binding }, &[])?
         else {
             return Err(Failure::new("VMM_GONE", "the VMM answered something else"));
         };
-        self.evidence.record(
-            Entry::new(caller.name(), "launch", &plan.name, Outcome::Done)
-                .emulated(plan.technology.emulated())
-                .with("vm_id", hex::encode(plan.vm_id))
-                .with(
-                    "measurement",
-                    measurement
-                        .as_ref()
-                        .map(|m| hex::encode(&m.blob))
-                        .unwrap_or_default(),
-                ),
-        )?;
+        let blob = measurement.as_ref().map(|m| hex::encode(&m.blob));
+        let entry = Entry::launched(caller.name(), &plan.name, &blob.unwrap_or_default(), &[]);
+        let entry = entry
+            .emulated(plan.technology.emulated())
+            .with("technology", plan.technology.name())
+            .with("vm_id", hex::encode(plan.vm_id));
+        self.evidence.record(inputs.describe(entry)?)?;
         let state = if spec.confidential.secret() {
             *lock(&guest.measurement) = measurement;
             MachineState::Measured
@@ -134,11 +131,18 @@ impl Agent {
             header: bytes(header)?,
             ciphertext: bytes(ciphertext)?,
         };
+        let packet = match &request {
+            VmmRequest::InjectSecret { ciphertext, .. } => sha256(ciphertext),
+            _ => String::new(),
+        };
         if let Err(failure) = guest.vmm.call(&request, &[]) {
             self.record_failure("owner", "inject-secret", &guest.plan, &failure);
             return Err(failure);
         }
-        let entry = Entry::new("owner", "inject-secret", name, Outcome::Done);
+        // Sealed to this launch: what is in it only the owner and the guest know.
+        let entry = Entry::secret_released("owner", name, "launch-secret")
+            .with("asked_by", caller.name())
+            .with("packet_sha256", packet);
         self.evidence
             .record(entry.emulated(guest.plan.technology.emulated()))?;
         self.first_run(&guest)?;

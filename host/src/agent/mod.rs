@@ -12,7 +12,9 @@ pub mod evidence;
 mod guest;
 mod incoming;
 mod launch;
+mod launch_inputs;
 mod metrics;
+mod move_records;
 mod mover_process;
 mod outgoing;
 mod platform;
@@ -26,6 +28,7 @@ mod snapshot_keys;
 mod tap;
 mod tasks;
 mod transfer;
+mod upkeep;
 mod vmm_process;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -182,7 +185,11 @@ impl Agent {
         progress: &mut dyn FnMut(serde_json::Value),
     ) -> Result<Answer, Failure> {
         let operation = request.operation();
+        let undone = request.undone_by_nobody();
         let result = self.dispatch(caller, request, progress);
+        if let (Err(failure), Some((action, object))) = (&result, undone) {
+            self.record_undone(caller.name(), action, &object, failure);
+        }
         self.metrics.ended(operation, result.as_ref());
         result
     }
@@ -241,6 +248,8 @@ impl Agent {
             Request::SandboxReport { name } => self.sandbox_report(&name),
             Request::PolicyLoad { policy } => self.load_policy(caller, &policy),
             Request::Approve { id } => self.approve(caller, &id),
+            Request::EvidenceRotate {} => self.rotate_evidence_key(caller),
+            Request::EvidenceRetain { keep_from } => self.retain_evidence(caller, keep_from),
             Request::Tasks {} => Ok(Answer::Tasks {
                 tasks: self.tasks.infos(),
             }),

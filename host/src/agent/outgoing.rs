@@ -12,6 +12,7 @@ use crate::agent::Agent;
 use crate::agent::api::{Answer, Failure};
 use crate::agent::authority::Caller;
 use crate::agent::guest::Guest;
+use crate::agent::move_records::MoveRecords;
 use crate::agent::mover_process::MoverProcess;
 use crate::agent::record::{Ownership, OwnershipState};
 use crate::agent::transfer::{peer_entry, role_error};
@@ -22,6 +23,15 @@ use crate::mover::protocol::{
     OwnershipStep, SourceStart,
 };
 use crate::vmm::protocol::{RoleError, VmmRequest};
+
+/// A guest on its way out.
+#[derive(Clone, Copy)]
+struct Leaving<'a> {
+    guest: &'a Guest,
+    to: &'a str,
+    caller: &'a Caller,
+    records: &'a MoveRecords<'a>,
+}
 
 impl Agent {
     /// `casemate migrate`.
@@ -48,17 +58,33 @@ impl Agent {
                 format!("{name} waits for its owner's secret; it cannot move yet"),
             ));
         }
-        let start = self.source_start(&guest, to, downtime_limit_ms)?;
-        let socket = connect(to, self.config.peers.get(to).copied())?;
-        let mover = self.start_mover(&guest, start, socket)?;
+        let started = self
+            .source_start(&guest, to, downtime_limit_ms)
+            .and_then(|start| Ok((start, connect(to, self.config.peers.get(to).copied())?)))
+            .and_then(|(start, socket)| self.start_mover(&guest, start, socket));
+        let mover = started.inspect_err(|failure| {
+            self.record_undone(caller.name(), "migrate-out", name, failure);
+        })?;
+        let records = MoveRecords::leaving(self, name, to, emulated);
+        let leaving = Leaving {
+            guest: &guest,
+            to,
+            caller,
+            records: &records,
+        };
         let outcome = mover.serve(
-            &mut |request| self.serve_source(&guest, to, request),
+            &mut |request| self.serve_source(&leaving, request),
             &mut |event| {
+                if let Err(failure) = records.see(event) {
+                    tracing::error!(code = failure.code, "{}", failure.error);
+                    // Too late is too late: the outcome will say what became of the guest.
+                    let _ = mover.cancel();
+                }
                 progress(event_json(event));
             },
         );
         *lock(&guest.mover) = None;
-        self.conclude(&guest, to, outcome)
+        self.conclude(&leaving, outcome)
     }
 
     /// Cancels a migration under way.
@@ -133,11 +159,26 @@ impl Agent {
 
     fn serve_source(
         &self,
-        guest: &Guest,
-        to: &str,
+        leaving: &Leaving<'_>,
         request: MoverRequestToAgent,
     ) -> Result<(AgentAnswer, Option<OwnedFd>), RoleError> {
+        let Leaving {
+            guest,
+            to,
+            caller,
+            records,
+        } = *leaving;
         let answer = match request {
+            MoverRequestToAgent::Session(session) => {
+                records.agreed(*session);
+                match self.decide_session(caller, guest, to, records) {
+                    Ok(()) => AgentAnswer::Admitted,
+                    Err(Failure { code, error }) => AgentAnswer::Refused {
+                        code,
+                        reason: error,
+                    },
+                }
+            }
             MoverRequestToAgent::Sign { message } => self.host_sign(&message)?,
             MoverRequestToAgent::Record(step) => self.record_departure(guest, to, step)?,
             _ => {
@@ -175,21 +216,25 @@ impl Agent {
 
     fn conclude(
         &self,
-        guest: &Guest,
-        to: &str,
+        leaving: &Leaving<'_>,
         outcome: Option<MoveOutcome>,
     ) -> Result<Answer, Failure> {
+        let Leaving {
+            guest,
+            to,
+            caller,
+            records,
+        } = *leaving;
         let name = &guest.plan.name;
         let entry = |outcome| {
-            Entry::new("operator", "migrate-out", name, outcome)
+            Entry::new(caller.name(), "migrate-out", name, outcome)
                 .emulated(guest.plan.technology.emulated())
-                .with("peer", to)
         };
         match outcome.unwrap_or_else(|| self.orphaned(guest)) {
             MoveOutcome::Moved(report) => {
-                self.evidence.record(
-                    entry(Outcome::Done).with("manifest_root", report.manifest_root.as_str()),
-                )?;
+                let done = entry(Outcome::Done).with("epoch", report.epoch);
+                self.evidence
+                    .record_all(records.kept(), records.outcome(done, Some(&report)))?;
                 lock(&self.guests).remove(name);
                 let outcome = serde_json::to_value(&report)
                     .map_err(|e| Failure::new("INTERNAL", e.to_string()))?;
@@ -200,11 +245,11 @@ impl Agent {
                 reason,
                 guest: here,
             } => {
-                self.evidence.record(
-                    entry(Outcome::Failed)
-                        .code(&code)
-                        .with("reason", reason.as_str()),
-                )?;
+                let failed = entry(Outcome::Failed)
+                    .code(&code)
+                    .with("reason", reason.as_str());
+                self.evidence
+                    .record_all(records.kept(), records.outcome(failed, None))?;
                 if here == GuestHere::Elsewhere {
                     lock(&self.guests).remove(name);
                 }

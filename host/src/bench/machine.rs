@@ -6,6 +6,7 @@ use casemate_crypto_migrate::guest::{
 };
 use casemate_crypto_migrate::identity::PeerIdentity;
 use casemate_crypto_migrate::pages::PageSet;
+use casemate_crypto_migrate::session::SessionFacts;
 
 use super::memory::BenchMemory;
 use crate::confidential::shared::SharedError;
@@ -19,6 +20,11 @@ pub struct Leaving<'a>(pub &'a BenchMemory);
 pub struct Arriving<'a>(pub &'a BenchMemory);
 
 impl SourceGuest for Leaving<'_> {
+    fn agreed(&mut self, _: &SessionFacts) -> Result<(), Refusal> {
+        // No policy: both ends are this program's own.
+        Ok(())
+    }
+
     fn memory(&self) -> Vec<PageRange> {
         self.0.ranges()
     }
@@ -59,6 +65,11 @@ impl SourceGuest for Leaving<'_> {
 }
 
 impl DestinationGuest for Arriving<'_> {
+    fn agreed(&mut self, _: &SessionFacts) -> Result<(), Refusal> {
+        // No policy: both ends are this program's own.
+        Ok(())
+    }
+
     fn admit(&mut self, offer: &GuestOffer, _: &PeerIdentity) -> Result<Admission, Refusal> {
         if offer.memory == self.0.ranges() {
             return Ok(Admission {

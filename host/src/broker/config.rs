@@ -7,12 +7,14 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use casemate_attest::broker::{Limits, ResourcePath};
+use casemate_policy::sign::Trust;
 use serde::Deserialize;
 
 /// What a broker is told at its start.
 ///
 /// ```toml
-/// state_dir = "state"                  # the epoch, and how far the store has come
+/// state_dir = "state"                  # the epoch, how far the store has come, the ledger
+/// policy = "host-policy.toml"          # asked before each release; signed with policy_trust
 /// listen = ["tcp:0.0.0.0:8080", "vsock:8080"]
 /// references = ["reference.toml"]        # for policies with reference_signers; signatures in FILE.sig
 ///
@@ -33,8 +35,15 @@ use serde::Deserialize;
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BrokerConfig {
-    /// Folder for what must survive a restart.
+    /// Name of this broker in records, and of its ledger's key.
+    #[serde(default = "default_name")]
+    pub name: String,
+    /// Folder for what must survive a restart: the epoch, and the ledger of every decision.
     pub state_dir: PathBuf,
+    /// The host policy, which is asked before each acceptance and each release, and may only refuse.
+    pub policy: Option<PathBuf>,
+    /// Whose signatures that policy needs; they are read from beside it.
+    pub policy_trust: Option<Trust>,
     /// Where guests connect.
     pub listen: Vec<Listen>,
     /// Signed reference values, each with its signatures in FILE.sig. They count for the policies whose
@@ -239,6 +248,7 @@ impl BrokerConfig {
         let certificates = leaves.iter_mut().chain(chain).chain(crls);
         let paths = [&mut self.state_dir, &mut self.session.policy].into_iter();
         let paths = paths
+            .chain(&mut self.policy)
             .chain(&mut self.references)
             .chain(self.resources.values_mut())
             .chain(tls)
@@ -339,6 +349,10 @@ impl TryFrom<String> for ResourceName {
             .map(Self)
             .map_err(|e| format!("`{text}`: {e}"))
     }
+}
+
+fn default_name() -> String {
+    "broker".to_owned()
 }
 
 fn default_mount() -> String {

@@ -7,6 +7,7 @@ mod appraise;
 pub mod config;
 mod epoch;
 mod files;
+mod governed;
 pub mod sealed;
 mod server;
 #[cfg(test)]
@@ -18,13 +19,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use casemate_attest::broker::{
-    Broker, Clock, DecisionLog, EphemeralIssuer, LogOnly, Parts, ResourceStore, StoreError,
+    Broker, Clock, Decision, DecisionLog, EphemeralIssuer, LogOnly, NotRecorded, Parts,
+    ResourceStore, StoreError,
 };
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 
 use admin::StoreAdmin;
 use config::{BrokerConfig, TlsFiles};
+use governed::{Governed, Government};
 
 pub use appraise::{OwnerPolicies, PoliciesError};
 pub use epoch::{State, StateError};
@@ -61,6 +64,9 @@ pub enum BrokerError {
     /// The operating system.
     #[error("broker: {0}")]
     System(#[from] std::io::Error),
+    /// The host policy, or the ledger.
+    #[error("broker: {0}")]
+    Governed(String),
     /// No randomness.
     #[error("broker: the operating system gives no randomness")]
     Random,
@@ -80,14 +86,17 @@ pub fn open(config: &mut BrokerConfig) -> Result<Opened, BrokerError> {
     open_with(config, Arc::new(SystemClock::new()), Arc::new(LogOnly))
 }
 
-/// The same with another clock, and with a ledger that takes every decision before it takes effect.
+/// The same with another clock, and with somebody more who takes every decision before it takes effect.
 pub fn open_with(
     config: &mut BrokerConfig,
     clock: Arc<dyn Clock>,
     log: Arc<dyn DecisionLog>,
 ) -> Result<Opened, BrokerError> {
-    let appraiser = Arc::new(OwnerPolicies::load(config, clock.wall())?);
+    let owner = Arc::new(OwnerPolicies::load(config, clock.wall())?);
     let state = State::open(&config.state_dir)?;
+    let government = Arc::new(Government::open(config, clock.wall())?);
+    let log = Arc::new(Both(government.clone(), log));
+    let appraiser = Arc::new(Governed::new(owner, government, config.limits.sessions));
     let store = open_store(config)?;
     if let Err(error) = store.list() {
         // Vault may come later, and its token need not allow lists.
@@ -107,6 +116,16 @@ pub fn open_with(
         broker: Arc::new(broker),
         state,
     })
+}
+
+/// The ledger first: what it does not take has no effect.
+struct Both(Arc<Government>, Arc<dyn DecisionLog>);
+
+impl DecisionLog for Both {
+    fn record(&self, decision: &Decision) -> Result<(), NotRecorded> {
+        DecisionLog::record(&*self.0, decision)?;
+        self.1.record(decision)
+    }
 }
 
 /// The store of a configuration. Takes its part of the configuration out.

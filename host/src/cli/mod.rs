@@ -125,7 +125,7 @@ fn run(cli: Cli) -> Result<u8, Failure> {
         Command::Sandbox {
             command: SandboxCommand::Report { name },
         } => show(agent, &Request::SandboxReport { name }, json),
-        Command::Evidence { command } => evidence::run(command, json),
+        Command::Evidence { command } => evidence::run(agent, command, json),
         Command::Bench { command } => bench::run(command, json),
         Command::Task { command } => show(agent, &command.request(), json),
         Command::Metrics => show(agent, &Request::Metrics {}, json),

@@ -46,6 +46,12 @@ pub fn answer(answer: &Answer) -> String {
             info.pause_ms,
             if info.stopped { ", guest ended" } else { "" }
         ),
+        Answer::EvidenceKey { key, old_key } => format!(
+            "the ledger goes on under another key; auditors who have the old one need not act\n  new  {key}\n  old  {old_key}\n"
+        ),
+        Answer::EvidenceRetained { removed_to } => {
+            format!("records from {removed_to} on are kept; proofs of the others stay\n")
+        }
         Answer::Task(task) => one_task(task),
         Answer::Tasks { tasks } => task_table(tasks),
         Answer::Metrics { text } => text.clone(),

@@ -6,7 +6,7 @@ use std::net::Ipv4Addr;
 
 use serde::{Deserialize, Serialize};
 
-use self::devices::{DeviceName, Limits, SmallDevices};
+use self::devices::{DeviceChange, DeviceName, Limits, SmallDevices};
 use crate::machine::cpu::CpuPlan;
 
 /// The plan of one machine. The same at the source and, from the offer, at the destination.
@@ -112,6 +112,25 @@ impl MachinePlan {
         match rules.iter().find(|(kept, _)| !kept) {
             Some((_, problem)) => Err(format!("has {problem}")),
             None => Ok(()),
+        }
+    }
+
+    /// A device was changed: the plan is what the machine is now.
+    pub fn note_change(&mut self, name: &DeviceName, change: &DeviceChange) {
+        match (name, change) {
+            (DeviceName::Disk(id), DeviceChange::Limits(limits)) => {
+                let disks = self.disks.iter_mut().filter(|d| d.id == *id);
+                disks.for_each(|d| d.limits = *limits);
+            }
+            (DeviceName::Net(id), DeviceChange::Limits(limits)) => {
+                let nets = self.nets.iter_mut().filter(|n| n.id == *id);
+                nets.for_each(|n| n.limits = *limits);
+            }
+            (DeviceName::Console, DeviceChange::Terminal(size)) => {
+                self.small.console = self.small.console.map(|_| *size);
+            }
+            // Size and balloon are state, not plan.
+            _ => {}
         }
     }
 

@@ -5,11 +5,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
+use casemate_crypto_migrate::guest::Refusal;
 use casemate_crypto_migrate::identity::{HostSigner, IdentityError};
+use casemate_crypto_migrate::session::SessionFacts;
 
 use crate::ipc::{Channel, IpcError, Received};
 use crate::mover::protocol::{
     AgentAnswer, MoverCommand, MoverEvent, MoverMessage, MoverRequestToAgent, OwnershipStep,
+    SessionText,
 };
 use crate::role::Cell;
 use crate::vmm::protocol::RoleError;
@@ -75,6 +78,18 @@ impl AgentLink {
         match self.ask(MoverRequestToAgent::Record(step))?.0 {
             AgentAnswer::Recorded => Ok(()),
             _ => Err(unexpected()),
+        }
+    }
+
+    /// Asks the agent's policy about an agreed session.
+    pub fn agreed(&self, session: &SessionFacts) -> Result<(), Refusal> {
+        let request = MoverRequestToAgent::Session(Box::new(SessionText::of(session)));
+        let refused = |code: String, reason: String| Err(Refusal { code, reason });
+        match self.ask(request) {
+            Ok((AgentAnswer::Admitted, _)) => Ok(()),
+            Ok((AgentAnswer::Refused { code, reason }, _)) => refused(code, reason),
+            Ok(_) => refused("ROLE_PROTOCOL".into(), "the agent did not decide".into()),
+            Err(error) => refused(error.code, error.text),
         }
     }
 

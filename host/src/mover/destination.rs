@@ -10,6 +10,7 @@ use casemate_crypto_migrate::guest::{
     PageContent, Refusal,
 };
 use casemate_crypto_migrate::identity::PeerIdentity;
+use casemate_crypto_migrate::session::SessionFacts;
 
 use crate::confidential::protocol::PlatformEvidence;
 use crate::confidential::shared::Access;
@@ -48,10 +49,7 @@ impl DestinationMachine {
     fn build(&mut self, offer: &GuestOffer, peer: &PeerIdentity) -> Result<Admission, RoleError> {
         let request = MoverRequestToAgent::Admit {
             offer: Box::new(offer.clone()),
-            peer: PeerName {
-                san: peer.san.clone(),
-                spki_sha256: peer.spki_sha256,
-            },
+            peer: PeerName::of(peer),
         };
         let (answer, handles) = self.agent.ask(request)?;
         match answer {
@@ -93,6 +91,10 @@ impl DestinationMachine {
 }
 
 impl DestinationGuest for DestinationMachine {
+    fn agreed(&mut self, session: &SessionFacts) -> Result<(), Refusal> {
+        self.agent.agreed(session)
+    }
+
     fn admit(&mut self, offer: &GuestOffer, peer: &PeerIdentity) -> Result<Admission, Refusal> {
         self.build(offer, peer).map_err(|error| Refusal {
             code: error.code,

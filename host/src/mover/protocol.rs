@@ -6,6 +6,8 @@
 use serde::{Deserialize, Serialize};
 
 use casemate_crypto_migrate::guest::GuestOffer;
+use casemate_crypto_migrate::identity::PeerIdentity;
+use casemate_crypto_migrate::session::SessionFacts;
 
 use crate::sandbox::report::{ProbeReport, SandboxReport};
 use crate::vmm::protocol::RoleError;
@@ -53,6 +55,8 @@ pub enum MoverRequestToAgent {
         #[serde(with = "serde_bytes")]
         message: Vec<u8>,
     },
+    /// May the move go on over the session that both ends agreed on? No page has travelled.
+    Session(Box<SessionText>),
     /// Destination: may this guest come in, from this peer?
     Admit {
         /// The offer, parsed and bounded.
@@ -171,6 +175,47 @@ pub struct PeerName {
     pub spki_sha256: [u8; 32],
 }
 
+impl PeerName {
+    /// Of a verified identity.
+    pub fn of(peer: &PeerIdentity) -> Self {
+        Self {
+            san: peer.san.clone(),
+            spki_sha256: peer.spki_sha256,
+        }
+    }
+}
+
+/// An agreed session, as the mover saw it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SessionText {
+    /// Who signed the agreement.
+    pub peer: PeerName,
+    /// Who terminates the TLS.
+    pub tls: PeerName,
+    /// `direct` or `gateway`.
+    pub path: String,
+    /// TLS cipher suite.
+    pub suite: String,
+    /// Key agreement group.
+    pub group: String,
+    /// Hash of the TLS exporter.
+    pub exporter_sha256: [u8; 32],
+}
+
+impl SessionText {
+    /// In the engine's words.
+    pub fn of(facts: &SessionFacts) -> Self {
+        Self {
+            peer: PeerName::of(&facts.peer),
+            tls: PeerName::of(&facts.tls_peer),
+            path: format!("{:?}", facts.path).to_lowercase(),
+            suite: facts.suite.clone(),
+            group: facts.group.clone(),
+            exporter_sha256: facts.exporter_sha256,
+        }
+    }
+}
+
 /// The host's certificates and whom it trusts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Credentials {
@@ -256,6 +301,15 @@ pub enum MoverEvent {
         emulated: bool,
         /// SHA-256 of the target's PDH certificate, hexadecimal.
         pdh: String,
+        /// SHA-256 of what was verified, hexadecimal.
+        evidence_sha256: String,
+    },
+    /// The target's evidence was refused; nothing travels.
+    TargetRefused {
+        /// Stable code.
+        code: String,
+        /// SHA-256 of what was refused, hexadecimal.
+        evidence_sha256: String,
     },
     /// Progress.
     Progress(MoveProgress),

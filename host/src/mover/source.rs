@@ -3,9 +3,11 @@
 use std::sync::Arc;
 
 use casemate_crypto_migrate::guest::{
-    EXTENT_PAGES, Gpn, GuestError, PAGE_SIZE, PageContent, PageRange, SourceGuest,
+    EXTENT_PAGES, Gpn, GuestError, PAGE_SIZE, PageContent, PageRange, Refusal, SourceGuest,
 };
 use casemate_crypto_migrate::pages::PageSet;
+use casemate_crypto_migrate::session::SessionFacts;
+use ring::digest::{SHA256, digest};
 
 use crate::confidential::shared::GuestMemory;
 use crate::machine::plan::Technology;
@@ -35,10 +37,22 @@ impl SourceMachine {
     }
 
     fn open_send(&mut self, peer_evidence: &[u8], emulated: bool) -> Result<Vec<u8>, RoleError> {
-        let target = verify_target(peer_evidence, &self.emulated_roots, emulated)?;
+        let evidence_sha256 = hex::encode(digest(&SHA256, peer_evidence));
+        let target = match verify_target(peer_evidence, &self.emulated_roots, emulated) {
+            Ok(target) => target,
+            Err(error) => {
+                let code = error.code.clone();
+                self.agent.tell(MoverEvent::TargetRefused {
+                    code,
+                    evidence_sha256,
+                });
+                return Err(error);
+            }
+        };
         self.agent.tell(MoverEvent::TargetVerified {
             emulated: target.emulated,
             pdh: hex::encode(target.pdh),
+            evidence_sha256,
         });
         let request = MoverRequest::SendStart {
             target_pdh: target.evidence.pdh,
@@ -86,6 +100,10 @@ impl SourceMachine {
 impl SourceGuest for SourceMachine {
     fn memory(&self) -> Vec<PageRange> {
         self.vmm.ranges()
+    }
+
+    fn agreed(&mut self, session: &SessionFacts) -> Result<(), Refusal> {
+        self.agent.agreed(session)
     }
 
     fn begin(&mut self, peer_evidence: &[u8]) -> Result<Vec<u8>, GuestError> {

@@ -329,6 +329,10 @@ impl ToyAgent {
                     signature: self.signer.sign(&message).unwrap(),
                 }
             }
+            MoverRequestToAgent::Session(session) => {
+                assert_eq!(session.path, "direct");
+                AgentAnswer::Admitted
+            }
             MoverRequestToAgent::Admit { offer, peer } => {
                 assert_eq!(peer.san, ["a.test"]);
                 assert_eq!((offer.epoch, &offer.description[..]), (5, &b"shape"[..]));

@@ -298,15 +298,17 @@ impl Machine {
         Ok(self.devices.announce()?)
     }
 
-    /// Changes a device, of a guest that may be running.
+    /// Changes a device, of a guest that may be running. What the plan says of it changes too, and goes along in a move.
     pub fn change_device(
-        &self,
+        &mut self,
         name: &DeviceName,
         change: &DeviceChange,
     ) -> Result<DeviceStatus, MachineError> {
         let function = self.device(name)?;
         function.change(change).map_err(MachineError::Change)?;
-        Ok(function.device_status())
+        let status = function.device_status();
+        self.plan.note_change(name, change);
+        Ok(status)
     }
 
     /// What a device says of itself.

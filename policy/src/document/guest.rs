@@ -204,11 +204,16 @@ impl FromStr for NamePattern {
         };
         match text.strip_suffix('*') {
             Some("") => Ok(Self::Prefix(String::new())),
-            Some(start) if parse::is_label(start) => Ok(Self::Prefix(start.to_owned())),
-            None if parse::is_label(text) => Ok(Self::Exact(text.to_owned())),
+            Some(start) if is_name(start) => Ok(Self::Prefix(start.to_owned())),
+            None if is_name(text) => Ok(Self::Exact(text.to_owned())),
             _ => Err(wrong()),
         }
     }
+}
+
+/// A guest's name, or the path of a broker's resource: up to three labels.
+fn is_name(text: &str) -> bool {
+    text.split('/').count() <= 3 && text.split('/').all(parse::is_label)
 }
 
 impl fmt::Display for NamePattern {

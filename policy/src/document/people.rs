@@ -191,9 +191,10 @@ impl Role {
             | Kind::Attest
             | Kind::ReleaseSecret
             | Kind::InjectSecret => matches!(self, Self::Operator),
-            Kind::PolicyLoad | Kind::PlatformAdmin | Kind::EvidenceKeyRotate => {
-                matches!(self, Self::SecurityOfficer)
-            }
+            Kind::PolicyLoad
+            | Kind::PlatformAdmin
+            | Kind::EvidenceKeyRotate
+            | Kind::EvidenceRetain => matches!(self, Self::SecurityOfficer),
             Kind::Approve => matches!(self, Self::Operator | Self::SecurityOfficer),
             // A host's own and a peer's business, never a person's.
             Kind::MigrateIn | Kind::MigrateSession => false,

@@ -31,8 +31,13 @@ pub(super) fn asking(
         return stranger_rule(actor).into_iter().collect();
     };
     let person = people.find(actor);
-    // By its schedule a host replicates; everything else has a person behind it.
-    let scheduled = *actor == Actor::Host && kind == ActionKind::Replicate;
+    // By its schedule a host replicates, and a guest that proves itself asks a broker; all else has a person behind it.
+    let by_itself = [
+        ActionKind::Replicate,
+        ActionKind::Attest,
+        ActionKind::ReleaseSecret,
+    ];
+    let scheduled = *actor == Actor::Host && by_itself.contains(&kind);
     let mut reasons = vec![Reason {
         rule: "person",
         wanted: "a [[person]] of this policy".to_owned(),

@@ -67,6 +67,12 @@ pub const ROUTES: &[Route] = &[
     post("platform-order", "/v1/platform/order", "ordered"),
     post("policy-load", "/v1/policy", "policy"),
     post("approve", "/v1/approvals/{id}", "done"),
+    post("evidence-rotate", "/v1/evidence/key", "evidence-key"),
+    post(
+        "evidence-retain",
+        "/v1/evidence/retention",
+        "evidence-retained",
+    ),
     get("tasks", "/v1/tasks", "tasks"),
     get("task", "/v1/tasks/{id}", "task"),
     Route {

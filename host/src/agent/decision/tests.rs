@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use casemate_policy::ledger::{Detail, Record, VerifyingKey, verify};
 use casemate_policy::sign::{Signatures, SigningKey};
+use ring::rand::SystemRandom;
+use ring::signature::Ed25519KeyPair;
 
 use super::*;
 use crate::agent::config::AgentConfig;
@@ -136,6 +138,8 @@ pub fn every_request() -> Vec<Request> {
         Request::TaskEvents { id: name() },
         Request::TaskCancel { id: name() },
         Request::Metrics {},
+        Request::EvidenceRotate {},
+        Request::EvidenceRetain { keep_from: 3 },
     ];
     let mut kinds: Vec<usize> = all.iter().map(kind).collect();
     kinds.dedup();
@@ -143,7 +147,7 @@ pub fn every_request() -> Vec<Request> {
     all
 }
 
-const LAST: usize = 24;
+const LAST: usize = 26;
 
 fn kind(request: &Request) -> usize {
     match request {
@@ -171,7 +175,9 @@ fn kind(request: &Request) -> usize {
         Request::Task { .. } => 21,
         Request::TaskEvents { .. } => 22,
         Request::TaskCancel { .. } => 23,
-        Request::Metrics {} => LAST,
+        Request::Metrics {} => 24,
+        Request::EvidenceRotate {} => 25,
+        Request::EvidenceRetain { .. } => LAST,
     }
 }
 
@@ -222,7 +228,13 @@ fn every_request_that_changes_something_is_refused_to_a_viewer_and_recorded_for_
             .find(|r| matches!(r.asked(), Asked::Whole(a, _) if a.name() == action));
         assert_eq!(host.code(1000, request.unwrap()), "NO_SUCH_GUEST");
         let records = host.records();
-        let last = records.last().unwrap();
+        let [.., last, undone] = records.as_slice() else {
+            panic!("{action} left no two records");
+        };
+        assert_eq!(
+            (undone.action.as_str(), undone.outcome, undone.code.as_str()),
+            (action, Outcome::Failed, "NO_SUCH_GUEST")
+        );
         assert_eq!(
             (last.action.as_str(), last.actor.as_str()),
             (action, "olga")
@@ -244,6 +256,13 @@ fn without_people_the_socket_s_users_are_operators_as_before() {
         "NO_SUCH_GUEST"
     );
     assert_eq!(host.records().last().unwrap().actor, "operator");
+    // What was allowed and could not begin is a record too.
+    let away = Request::Migrate {
+        name: name(),
+        to: name(),
+        downtime_limit_ms: None,
+    };
+    assert_eq!(host.code(0, away), "NO_SUCH_GUEST");
     std::fs::write(host.path("next.toml"), format!("version = 1\n{POLICY}")).unwrap();
     host.load(0, "next.toml").unwrap();
 }
@@ -385,4 +404,68 @@ fn a_host_that_demands_signatures_starts_and_loads_with_nothing_else() {
     // Nor with a mark that somebody damaged.
     std::fs::write(host.path("state/policy.mark"), "{}").unwrap();
     assert_eq!(host.start().unwrap_err().code, "MARK_UNUSABLE");
+}
+
+/// By two, where the policy says so; whoever holds the first key and an early checkpoint verifies what comes after.
+#[test]
+fn the_ledger_changes_its_key_and_forgets_and_old_checkpoints_keep_their_worth() {
+    let people = PEOPLE.replace("['policy-load']", "['evidence-key-rotate']");
+    let mut host = Host::new(&format!("{POLICY}{people}"), "");
+    let key = |host: &Host| -> VerifyingKey {
+        let text = std::fs::read_to_string(host.path("state/ledger.pub")).unwrap();
+        text.trim().parse().unwrap()
+    };
+    let first = key(&host);
+    let audited = |host: &Host, held: &[String]| {
+        let trusted = std::slice::from_ref(&first);
+        casemate_policy::ledger::audit(&host.path("state/ledger"), trusted, held, &mut |_, _| {})
+    };
+    let held = vec![audited(&host, &[]).unwrap().last_note.unwrap()];
+    assert_eq!(
+        host.code(1000, Request::EvidenceRotate {}),
+        "POLICY_ROLE_NOT_ALLOWED"
+    );
+    let alone = host.ask(1002, Request::EvidenceRotate {}).unwrap_err();
+    assert_eq!(alone.code, "POLICY_APPROVAL_MISSING");
+    let id = alone.error.rsplit("approve ").next().unwrap();
+    let id = id.split('`').next().unwrap().to_owned();
+    host.ask(1003, Request::Approve { id }).unwrap();
+    host.ask(1002, Request::EvidenceRotate {}).unwrap();
+    let second = key(&host);
+    assert_ne!(first, second);
+    assert!(!host.path("state/ledger.key.next").exists());
+    let now = audited(&host, &held).unwrap();
+    assert_eq!(now.keys, [first.clone(), second.clone()]);
+    // The agent goes on under the new key; so it does if it was killed before its key files had changed.
+    host.start().unwrap();
+    let (state, next) = (
+        host.path("state/ledger.key"),
+        host.path("state/ledger.key.next"),
+    );
+    host.agent = None;
+    std::fs::copy(&state, &next).unwrap();
+    let other = Ed25519KeyPair::generate_pkcs8(&SystemRandom::new()).unwrap();
+    std::fs::write(&state, other.as_ref()).unwrap();
+    host.start().unwrap();
+    assert_eq!(key(&host), second);
+    assert!(!next.exists());
+    // Retention: what is gone is gone, and the past is still the same past.
+    let kept = Request::EvidenceRetain { keep_from: 4 };
+    assert_eq!(host.code(1001, kept.clone()), "POLICY_ROLE_NOT_ALLOWED");
+    assert!(matches!(
+        host.ask(1002, kept).unwrap(),
+        Answer::EvidenceRetained { removed_to: 0 }
+    ));
+    let all = audited(&host, &held).unwrap().frontier.size();
+    let Answer::EvidenceRetained { removed_to } = host
+        .ask(1002, Request::EvidenceRetain { keep_from: all + 1 })
+        .unwrap()
+    else {
+        panic!("another answer");
+    };
+    assert!(removed_to > 4);
+    let left = audited(&host, &held).unwrap();
+    assert_eq!(left.base.size(), removed_to);
+    assert!(left.frontier.size() > all);
+    assert_eq!(left.rotations.len(), 1);
 }

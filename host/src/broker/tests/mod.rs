@@ -1,6 +1,7 @@
 //! The broker over real HTTP on 127.0.0.1, with reports that an EMULATED processor signed.
 
 mod flow;
+mod governed;
 mod limits;
 mod references;
 mod vault;

@@ -10,7 +10,9 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use crate::agent::api::Failure;
+use crate::agent::api::{Failure, Request};
+use crate::agent::client::Agent;
+use crate::cli::show as ask;
 
 /// What is done with evidence.
 #[derive(Debug, Subcommand)]
@@ -65,6 +67,14 @@ pub enum EvidenceCommand {
     Checkpoint {
         #[command(flatten)]
         source: SourceArgs,
+    },
+    /// Give this host's ledger another key; the old one names it in the log.
+    Rotate,
+    /// Remove full files of this host's ledger in which all records are older than one; proofs stay whole.
+    Retain {
+        /// The first record that must stay, by its number.
+        #[arg(long, value_name = "SEQ")]
+        keep_from: u64,
     },
     /// Keep a checkpoint that witnesses have co-signed; exports then carry it.
     Cosign {
@@ -174,7 +184,7 @@ pub enum ReportFormat {
 }
 
 /// Runs the command.
-pub fn run(command: EvidenceCommand, json: bool) -> Result<u8, Failure> {
+pub fn run(agent: &Agent, command: EvidenceCommand, json: bool) -> Result<u8, Failure> {
     match command {
         EvidenceCommand::Tail {
             ledger,
@@ -194,6 +204,10 @@ pub fn run(command: EvidenceCommand, json: bool) -> Result<u8, Failure> {
             format,
             out,
         } => report::run(&source, format, out.as_deref()),
+        EvidenceCommand::Rotate => ask(agent, &Request::EvidenceRotate {}, json),
+        EvidenceCommand::Retain { keep_from } => {
+            ask(agent, &Request::EvidenceRetain { keep_from }, json)
+        }
         EvidenceCommand::Checkpoint { source } => verify::checkpoint(&source),
         EvidenceCommand::Cosign {
             source,

@@ -180,6 +180,12 @@ impl VirtioDevice for Balloon {
 
     fn restore(&mut self, state: &[u8]) -> Result<(), RestoreError> {
         let State { target, actual } = saved::decode("balloon", STATE_VERSION, state)?;
+        if u64::from(target) * PAGE >= self.memory {
+            return Err(RestoreError {
+                device: "balloon",
+                reason: format!("{target} pages are not less than all there are"),
+            });
+        }
         (self.target, self.actual) = (target, actual);
         Ok(())
     }

@@ -156,4 +156,5 @@ fn the_guest_is_told_its_target_and_tells_what_it_holds() {
     arrived.restore(&rig.balloon.save()).unwrap();
     assert_eq!(arrived.status().held, 0x80 * PAGE);
     assert!(arrived.restore(&[1, 0]).is_err());
+    assert!(arrived.restore(&[1, 0x80, 8, 0]).is_err(), "all there is");
 }

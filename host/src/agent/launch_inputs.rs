@@ -1,0 +1,82 @@
+//! What a guest was launched from, by its hashes, for the record of the launch. Read beside the launch, not before it.
+
+use std::fs::File;
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
+use std::thread::{JoinHandle, spawn};
+
+use casemate_policy::ledger::Entry;
+use ring::digest::{Context, SHA256};
+
+use crate::agent::api::Failure;
+use crate::machine::plan::MachinePlan;
+use crate::machine::spec::MachineSpec;
+
+/// Hashes under way.
+pub struct LaunchInputs {
+    kernel: Hashing,
+    initrd: Hashing,
+    command_line: String,
+}
+
+struct Hashing {
+    path: PathBuf,
+    thread: JoinHandle<std::io::Result<String>>,
+}
+
+impl LaunchInputs {
+    /// Begins to read. There is no firmware: kernels are booted directly.
+    pub fn begin(spec: &MachineSpec, plan: &MachinePlan) -> Self {
+        Self {
+            kernel: Hashing::begin(&spec.kernel),
+            initrd: Hashing::begin(&spec.initrd),
+            command_line: sha256(plan.cmdline.as_bytes()),
+        }
+    }
+
+    /// The record with every input in it.
+    pub fn describe(self, entry: Entry) -> Result<Entry, Failure> {
+        Ok(entry
+            .with("input.kernel", self.kernel.end()?)
+            .with("input.initrd", self.initrd.end()?)
+            .with("input.command_line", self.command_line)
+            .with("input.firmware", "none"))
+    }
+}
+
+impl Hashing {
+    fn begin(path: &Path) -> Self {
+        let path = path.to_owned();
+        let of = path.clone();
+        let thread = spawn(move || hash_of(&of));
+        Self { path, thread }
+    }
+
+    fn end(self) -> Result<String, Failure> {
+        let unusable = |why: String| {
+            let text = format!("{} cannot be hashed: {why}", self.path.display());
+            Failure::new("RESOURCE", text)
+        };
+        match self.thread.join() {
+            Ok(hash) => hash.map_err(|e| unusable(e.to_string())),
+            Err(_) => Err(unusable("its thread ended".to_owned())),
+        }
+    }
+}
+
+/// SHA-256 of bytes, hex.
+pub fn sha256(bytes: &[u8]) -> String {
+    hex::encode(ring::digest::digest(&SHA256, bytes))
+}
+
+fn hash_of(path: &Path) -> std::io::Result<String> {
+    let mut file = File::open(path)?;
+    let mut context = Context::new(&SHA256);
+    let mut block = vec![0; 1 << 20];
+    loop {
+        match file.read(&mut block)? {
+            0 => return Ok(hex::encode(context.finish())),
+            read => context.update(block.get(..read).unwrap_or_default()),
+        }
+    }
+}
