@@ -10,6 +10,7 @@
 //! | [`source::migrate`] | moves a guest away: give it a [`guest::SourceGuest`] |
 //! | [`destination::receive`] | takes a guest in: give it a [`guest::DestinationGuest`] |
 //! | [`identity`] | who this host is, who is allowed, and the way to them |
+//! | [`vault`] | a guest at rest: a file of sealed pages |
 //! | [`dev_ca`] | a site authority for development |
 //! | [`gateway`] | forwards, and sees nothing; the attack drill's tool |
 //! | [`code`] | the stable codes of every refusal |
@@ -36,6 +37,7 @@ pub mod session;
 pub mod source;
 pub mod tls;
 pub mod transcript;
+pub mod vault;
 pub mod wire;
 
 mod channel;

@@ -15,4 +15,5 @@ pub mod machine;
 pub mod mover;
 pub mod role;
 pub mod sandbox;
+pub mod userfault;
 pub mod vmm;

@@ -20,6 +20,7 @@ fn what_is_measured_of_each_vcpu_is_what_kvm_holds() {
         name: "registers".into(),
         vm_id: [0; 16],
         vcpus: 2,
+        cpu: Default::default(),
         memory_bytes: 64 << 20,
         cmdline: String::new(),
         technology: Technology::SevSnp {

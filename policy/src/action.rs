@@ -123,6 +123,10 @@ pub enum Action {
     Pause,
     /// Let a paused guest go on.
     Resume,
+    /// Give a guest a non-maskable interrupt.
+    Nmi,
+    /// Write a guest's memory and state to a sealed file.
+    Snapshot,
     /// Cancel a move.
     Cancel,
     /// See the secure processor's status and certificates.
@@ -183,6 +187,8 @@ impl Action {
             Self::Stop => ActionKind::Stop,
             Self::Pause => ActionKind::Pause,
             Self::Resume => ActionKind::Resume,
+            Self::Nmi => ActionKind::Nmi,
+            Self::Snapshot => ActionKind::Snapshot,
             Self::Cancel => ActionKind::Cancel,
             Self::PlatformShow => ActionKind::PlatformShow,
             Self::PlatformAdmin { .. } => ActionKind::PlatformAdmin,
@@ -330,6 +336,10 @@ kinds! {
     Pause = "pause",
     /// [`Action::Resume`]
     Resume = "resume",
+    /// [`Action::Nmi`]
+    Nmi = "nmi",
+    /// [`Action::Snapshot`]
+    Snapshot = "snapshot",
     /// [`Action::Cancel`]
     Cancel = "cancel",
     /// [`Action::PlatformShow`]

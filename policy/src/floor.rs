@@ -82,6 +82,8 @@ pub fn check(policy: &HostPolicy, action: &Action) -> Vec<Reason> {
         | Action::Stop
         | Action::Pause
         | Action::Resume
+        | Action::Nmi
+        | Action::Snapshot
         | Action::Cancel
         | Action::PlatformShow
         | Action::PlatformAdmin { .. }

@@ -17,6 +17,8 @@ pub use crate::agent::platform_api::{
     OrderedBytes, PlatformInfo, PlatformOrderText, ProcessorKind, SnpCertificatesText, SnpInfo,
     TcbInfo,
 };
+pub use crate::agent::snapshot::{MemoryMode, SnapshotInfo};
+use crate::machine::cpu::CpuModel;
 use crate::sandbox::report::{ProbeReport, SandboxReport};
 use crate::vmm::protocol::MachineState;
 
@@ -53,6 +55,11 @@ pub enum Request {
         /// Its name.
         name: String,
     },
+    /// A non-maskable interrupt: the guest says what it does, or dumps and panics, as it is set up.
+    Nmi {
+        /// Its name.
+        name: String,
+    },
     /// The measurement of a guest that waits for its owner.
     Measurement {
         /// Its name.
@@ -75,6 +82,28 @@ pub enum Request {
         to: String,
         /// Longest acceptable pause in milliseconds.
         downtime_limit_ms: Option<u32>,
+    },
+    /// Writes a guest's memory and state to a sealed file.
+    Snapshot {
+        /// Its name.
+        name: String,
+        /// Absolute path of the file; it must not exist.
+        file: PathBuf,
+        /// Whether the guest ends with it.
+        stop: bool,
+    },
+    /// Makes a guest from a sealed file.
+    Restore {
+        /// Absolute path of the file.
+        file: PathBuf,
+        /// Another name for the guest.
+        name: Option<String>,
+        /// When its memory comes.
+        memory: MemoryMode,
+        /// Whether a snapshot may be older than the guest's newest.
+        allow_older: bool,
+        /// Whether its disks may have changed since.
+        allow_changed_disks: bool,
     },
     /// Cancels the migration of a guest.
     Cancel {
@@ -227,6 +256,8 @@ pub enum Answer {
         /// Totals.
         outcome: serde_json::Value,
     },
+    /// A snapshot was written.
+    Snapshotted(SnapshotInfo),
     /// Results of a probe, a process each.
     Probe {
         /// By role.
@@ -289,6 +320,11 @@ pub struct GuestInfo {
     pub emulated: bool,
     /// vCPUs.
     pub vcpus: u8,
+    /// The processor model that they are.
+    pub cpu: CpuModel,
+    /// Why the guest stopped itself: `shutdown`, `reset`, `panic`, `triple-fault`, or what KVM said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stopped: Option<String>,
     /// Memory in MiB.
     pub memory_mib: u64,
     /// Ownership epoch: raised by one with each move.

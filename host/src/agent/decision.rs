@@ -58,6 +58,9 @@ impl Request {
             Self::Stop { name } => Asked::Whole(Action::Stop, name),
             Self::Pause { name } => Asked::Whole(Action::Pause, name),
             Self::Resume { name } => Asked::Whole(Action::Resume, name),
+            Self::Snapshot { name, .. } => Asked::Whole(Action::Snapshot, name),
+            Self::Restore { .. } => Asked::First(ActionKind::Launch, None),
+            Self::Nmi { name } => Asked::Whole(Action::Nmi, name),
             Self::Cancel { name } => Asked::Whole(Action::Cancel, name),
         }
     }

@@ -7,12 +7,17 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
+use kvm_ioctls::Kvm;
+use serde::{Deserialize, Serialize};
+
 use crate::agent::api::{Failure, GuestInfo};
 use crate::agent::mover_process::MoverProcess;
 use crate::agent::tap;
 use crate::agent::vmm_process::{VmmProcess, lock};
+use crate::machine::cpu::{CpuBaseline, CpuModel};
 use crate::machine::plan::MachinePlan;
 use crate::vmm::protocol::{HandleKind, MachineState, Measurement, VmmReply, VmmRequest};
+use crate::vmm::vcpu::model;
 
 /// A guest whose VMM runs.
 pub struct Guest {
@@ -30,6 +35,8 @@ pub struct Guest {
     pub console: PathBuf,
     /// The vsock device's Unix socket; removed with the guest.
     pub vsock: Option<PathBuf>,
+    /// What it was given of this host.
+    pub local: Local,
     /// The virtio console's Unix socket; removed with the guest.
     pub terminal: Option<PathBuf>,
     /// From the request to the running (or measured) guest.
@@ -41,6 +48,7 @@ impl Guest {
     pub fn info(&self) -> Result<GuestInfo, Failure> {
         match self.vmm.call(&VmmRequest::Status, &[]) {
             Ok(VmmReply::Status(status)) => Ok(GuestInfo {
+                stopped: status.stopped,
                 device_faults: status.device_faults,
                 ..self.info_in(status.state)
             }),
@@ -62,6 +70,8 @@ impl Guest {
             technology: self.plan.technology.name().to_owned(),
             emulated: self.plan.technology.emulated(),
             vcpus: self.plan.vcpus,
+            cpu: self.plan.cpu.model,
+            stopped: None,
             memory_mib: self.plan.memory_bytes >> 20,
             epoch: *lock(&self.epoch),
             pid: self.vmm.pid(),
@@ -84,9 +94,19 @@ impl Drop for Guest {
     }
 }
 
+/// Names of the local resources a guest was given.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Local {
+    /// Images of its disks.
+    pub disks: Vec<PathBuf>,
+    /// Taps of its cards.
+    pub taps: Vec<TapChoice>,
+}
+
 /// The local resources a guest is given; opened by the agent, handed over as descriptors.
 pub struct Resources {
     handles: Vec<(HandleKind, OwnedFd)>,
+    local: Local,
     /// Where the console's output goes.
     pub console: PathBuf,
     /// The vsock device's Unix socket.
@@ -96,6 +116,7 @@ pub struct Resources {
 }
 
 /// A local tap for one network card.
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct TapChoice {
     /// Name of the tap device.
     pub tap: String,
@@ -140,8 +161,13 @@ impl Resources {
             handles.push((HandleKind::ConsoleListener, listen(path)?));
         }
         handles.extend(processor);
+        let local = Local {
+            disks: disks.iter().map(|path| path.to_path_buf()).collect(),
+            taps: taps.to_vec(),
+        };
         Ok(Self {
             handles,
+            local,
             console,
             vsock,
             terminal,
@@ -159,35 +185,65 @@ impl Resources {
         Ok(self)
     }
 
+    /// Adds the way to let it run before its memory is there.
+    pub fn with_faults(mut self) -> Result<Self, Failure> {
+        let path = Path::new("/dev/userfaultfd");
+        let device = OpenOptions::new().read(true).write(true).open(path);
+        let device = device.map_err(|e| {
+            let remedy = "restore with `--memory at-once`, or use Linux 6.1 or newer";
+            Failure::new(
+                "USERFAULT",
+                format!("{} cannot be used: {e}; {remedy}", path.display()),
+            )
+        })?;
+        self.handles.push((HandleKind::Userfault, device.into()));
+        Ok(self)
+    }
+
     /// Hands everything to a VMM that was just spawned.
     pub fn prepare(
         self,
         vmm: VmmProcess,
-        plan: MachinePlan,
+        mut plan: MachinePlan,
         epoch: u64,
     ) -> Result<Arc<Guest>, Failure> {
         let kinds = self.handles.iter().map(|(kind, _)| *kind).collect();
         let fds: Vec<BorrowedFd<'_>> = self.handles.iter().map(|(_, fd)| fd.as_fd()).collect();
+        let request = VmmRequest::Prepare {
+            plan: Box::new(plan.clone()),
+            handles: kinds,
+        };
+        let VmmReply::Prepared { tsc_khz } = vmm.call(&request, &fds)? else {
+            return Err(Failure::new("VMM_GONE", "the VMM answered something else"));
+        };
+        // From here on the guest's clock is part of what another host must have.
+        if let Some(baseline) = plan.cpu.baseline.as_mut().filter(|b| b.tsc_khz == 0) {
+            baseline.tsc_khz = tsc_khz;
+        }
         let guest = Guest {
-            plan: plan.clone(),
+            plan,
             vmm,
             epoch: Mutex::new(epoch),
             measurement: Mutex::new(None),
             mover: Mutex::new(None),
             console: self.console,
             vsock: self.vsock,
+            local: self.local,
             terminal: self.terminal,
             launch_us: Mutex::new(None),
         };
-        guest.vmm.call(
-            &VmmRequest::Prepare {
-                plan: Box::new(plan),
-                handles: kinds,
-            },
-            &fds,
-        )?;
         Ok(Arc::new(guest))
     }
+}
+
+/// What a guest of this model is given on this host.
+pub fn cpu_baseline(model: CpuModel) -> Result<CpuBaseline, Failure> {
+    let refused = |e: kvm_ioctls::Error| Failure::new("KVM_UNAVAILABLE", format!("/dev/kvm: {e}"));
+    let kvm = open_kvm().and_then(|_| Kvm::new().map_err(refused))?;
+    let supported = kvm
+        .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
+        .map_err(refused)?;
+    model::baseline(model, &supported).map_err(|e| Failure::new("CPU_UNSUPPORTED", e.to_string()))
 }
 
 fn open_kvm() -> Result<OwnedFd, Failure> {

@@ -179,7 +179,7 @@ impl Agent {
                     .map_err(|e| role_error(&e.code, e.error))?;
                 Ok((AgentAnswer::Recorded, None))
             }
-            MoverRequestToAgent::Record(_) => Err(role_error(
+            _ => Err(role_error(
                 "ROLE_PROTOCOL",
                 "a destination gives nothing away",
             )),

@@ -15,7 +15,7 @@ use casemate_policy::ledger::{Entry, Outcome};
 use crate::agent::Agent;
 use crate::agent::api::{Answer, Failure, MeasurementInfo, SessionText};
 use crate::agent::authority::Caller;
-use crate::agent::guest::{Guest, Resources, TapChoice};
+use crate::agent::guest::{Guest, Resources, TapChoice, cpu_baseline};
 use crate::agent::launch_inputs::{LaunchInputs, sha256};
 use crate::agent::record::{Ownership, OwnershipState};
 use crate::agent::vmm_process::lock;
@@ -64,8 +64,10 @@ impl Agent {
         begun: Instant,
     ) -> Result<Answer, Failure> {
         let _reserved = self.reserve(&plan.name)?;
-        let inputs = LaunchInputs::begin(spec, plan);
-        let guest = self.build(spec, plan)?;
+        let mut plan = plan.clone();
+        plan.cpu.baseline = Some(cpu_baseline(plan.cpu.model)?);
+        let inputs = LaunchInputs::begin(spec, &plan);
+        let guest = self.build(spec, &plan)?;
         let VmmReply::Launched(measurement) =
             guest.vmm.call(&VmmRequest::Launch { binding }, &[])?
         else {
@@ -315,7 +317,7 @@ fn bytes(text: &str) -> Result<Vec<u8>, Failure> {
     })
 }
 
-fn random_id() -> Result<[u8; 16], Failure> {
+pub(super) fn random_id() -> Result<[u8; 16], Failure> {
     use ring::rand::SecureRandom as _;
     let mut id = [0u8; 16];
     ring::rand::SystemRandom::new()

@@ -23,6 +23,8 @@ mod processor;
 mod record;
 mod server;
 mod sev;
+pub mod snapshot;
+mod snapshot_keys;
 mod tap;
 mod tasks;
 mod transfer;
@@ -208,6 +210,7 @@ impl Agent {
             Request::Stop { name } => self.stop(caller, &name),
             Request::Pause { name } => self.order(caller, &name, &VmmRequest::Pause, "pause"),
             Request::Resume { name } => self.order(caller, &name, &VmmRequest::Resume, "resume"),
+            Request::Nmi { name } => self.order(caller, &name, &VmmRequest::InjectNmi, "nmi"),
             Request::Measurement { name } => self.measurement(&name),
             Request::InjectSecret {
                 name,
@@ -219,6 +222,22 @@ impl Agent {
                 to,
                 downtime_limit_ms,
             } => self.migrate(caller, &name, &to, downtime_limit_ms, progress),
+            Request::Snapshot { name, file, stop } => self.snapshot(caller, &name, &file, stop),
+            Request::Restore {
+                file,
+                name,
+                memory,
+                allow_older,
+                allow_changed_disks,
+            } => {
+                let wanted = snapshot::Wanted {
+                    name,
+                    memory,
+                    allow_older,
+                    allow_changed_disks,
+                };
+                self.restore(caller, &file, wanted, progress)
+            }
             Request::Cancel { name } => self.cancel(&name),
             Request::Platform { processor } => self.platform(processor),
             Request::SnpCertificates { processor } => self.snp_certificates(processor),

@@ -93,7 +93,10 @@ impl<'a> MoveRecords<'a> {
                 code,
                 evidence_sha256,
             } => self.judged(evidence_sha256, Err(code), false),
-            MoverEvent::Ready | MoverEvent::Outcome(_) => Ok(()),
+            MoverEvent::Ready
+            | MoverEvent::Outcome(_)
+            | MoverEvent::Running { .. }
+            | MoverEvent::PageLost { .. } => Ok(()),
         }
     }
 

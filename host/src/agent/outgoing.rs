@@ -181,7 +181,7 @@ impl Agent {
             }
             MoverRequestToAgent::Sign { message } => self.host_sign(&message)?,
             MoverRequestToAgent::Record(step) => self.record_departure(guest, to, step)?,
-            MoverRequestToAgent::Admit { .. } => {
+            _ => {
                 return Err(role_error("ROLE_PROTOCOL", "a source admits nobody"));
             }
         };

@@ -13,6 +13,7 @@ use super::broker::BrokerArgs;
 use super::evidence::EvidenceCommand;
 use super::platform::PlatformArgs;
 use super::policy::PolicyCommand;
+use crate::agent::api::MemoryMode;
 
 /// Casemate: a security-hardened confidential VM host.
 ///
@@ -121,6 +122,11 @@ pub enum Command {
         /// Its name.
         name: String,
     },
+    /// Give a guest a non-maskable interrupt; Linux says what it does or, told so, panics and dumps.
+    Nmi {
+        /// Its name.
+        name: String,
+    },
     /// Move a running guest to a peer; with --json a line an event, the outcome last.
     Migrate {
         /// Its name.
@@ -131,6 +137,33 @@ pub enum Command {
         /// Longest acceptable pause in milliseconds (default: the policy's).
         #[arg(long, value_name = "MS")]
         downtime_limit: Option<u32>,
+    },
+    /// Write a guest's memory and state to a sealed file that only this host opens; its disks stay where they are.
+    Snapshot {
+        /// Its name.
+        name: String,
+        /// The file; it must not exist.
+        file: PathBuf,
+        /// End the guest with it, so that its disks stay as the snapshot knows them.
+        #[arg(long)]
+        stop: bool,
+    },
+    /// Make a guest from a sealed file, on the disks that it had.
+    Restore {
+        /// The file.
+        file: PathBuf,
+        /// Another name for the guest.
+        #[arg(long)]
+        name: Option<String>,
+        /// When its memory comes: all of it before it runs, or each page when it is asked for.
+        #[arg(long, value_enum, default_value_t = MemoryMode::AtOnce)]
+        memory: MemoryMode,
+        /// Take a snapshot although the guest has a newer one.
+        #[arg(long)]
+        allow_older: bool,
+        /// Take the disks although they have changed since: the guest may find its file systems broken.
+        #[arg(long)]
+        allow_changed_disks: bool,
     },
     /// Cancel the migration of a guest; it goes on running here.
     Cancel {

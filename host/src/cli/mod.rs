@@ -79,6 +79,7 @@ fn run(cli: Cli) -> Result<u8, Failure> {
         Command::Stop { name } => show(agent, &Request::Stop { name }, json),
         Command::Pause { name } => show(agent, &Request::Pause { name }, json),
         Command::Resume { name } => show(agent, &Request::Resume { name }, json),
+        Command::Nmi { name } => show(agent, &Request::Nmi { name }, json),
         Command::Migrate {
             name,
             to,
@@ -92,6 +93,26 @@ fn run(cli: Cli) -> Result<u8, Failure> {
             },
             json,
         ),
+        Command::Snapshot { name, file, stop } => {
+            let file = absolute(&file)?;
+            show(agent, &Request::Snapshot { name, file, stop }, json)
+        }
+        Command::Restore {
+            file,
+            name,
+            memory,
+            allow_older,
+            allow_changed_disks,
+        } => {
+            let request = Request::Restore {
+                file: absolute(&file)?,
+                name,
+                memory,
+                allow_older,
+                allow_changed_disks,
+            };
+            show(agent, &request, json)
+        }
         Command::Cancel { name } => show(agent, &Request::Cancel { name }, json),
         Command::Owner { command } => owner::run(agent, command, json),
         Command::Attest { command } => attest::run(command, json),
@@ -122,6 +143,10 @@ fn run(cli: Cli) -> Result<u8, Failure> {
             print_bytes(&text)
         }
     }
+}
+
+fn absolute(file: &Path) -> Result<std::path::PathBuf, Failure> {
+    std::path::absolute(file).map_err(|e| Failure::new("USAGE", format!("{}: {e}", file.display())))
 }
 
 /// The page of a command, and behind it those of its own commands, as `man` shows several.

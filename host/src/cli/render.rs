@@ -37,6 +37,15 @@ pub fn answer(answer: &Answer) -> String {
             "policy version {version} is in force\n  sha256    {digest}\n  signers   {}\n",
             signers.join(", ")
         ),
+        Answer::Snapshotted(info) => format!(
+            "snapshot {} of generation {}: {} MiB in {}, {:.0} ms{}\n",
+            info.snapshot_id,
+            info.generation,
+            (info.pages - info.zero_pages) >> 8,
+            info.file.display(),
+            info.pause_ms,
+            if info.stopped { ", guest ended" } else { "" }
+        ),
         Answer::EvidenceKey { key, old_key } => format!(
             "the ledger goes on under another key; auditors who have the old one need not act\n  new  {key}\n  old  {old_key}\n"
         ),
@@ -171,6 +180,9 @@ fn outcome_text(outcome: &serde_json::Value) -> String {
 fn one_guest(guest: &GuestInfo) -> String {
     let mut text = String::new();
     let _ = writeln!(text, "{} ({})", guest.name, state(guest));
+    if let Some(reason) = &guest.stopped {
+        let _ = writeln!(text, "  stopped by  {reason}");
+    }
     let _ = writeln!(
         text,
         "  technology  {}{}",
@@ -179,8 +191,10 @@ fn one_guest(guest: &GuestInfo) -> String {
     );
     let _ = writeln!(
         text,
-        "  size        {} vCPU, {} MiB",
-        guest.vcpus, guest.memory_mib
+        "  size        {} vCPU ({}), {} MiB",
+        guest.vcpus,
+        guest.cpu.name(),
+        guest.memory_mib
     );
     let _ = writeln!(text, "  identity    {} epoch {}", guest.vm_id, guest.epoch);
     let _ = writeln!(text, "  console     {}", guest.console.display());

@@ -53,6 +53,7 @@ impl Guest {
     fn new(psp: &ProcessorLink, technology: Technology) -> Self {
         let plan = MachinePlan {
             vcpus: 3,
+            cpu: Default::default(),
             memory_bytes: MEMORY,
             ..plan(technology)
         };

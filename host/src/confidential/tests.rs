@@ -51,6 +51,7 @@ pub(crate) fn plan(technology: Technology) -> MachinePlan {
         name: "toy".into(),
         vm_id: [7; 16],
         vcpus: 1,
+        cpu: Default::default(),
         memory_bytes: PAGES * PAGE,
         cmdline: String::new(),
         technology,

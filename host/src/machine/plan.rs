@@ -7,6 +7,7 @@ use std::net::Ipv4Addr;
 use serde::{Deserialize, Serialize};
 
 use self::devices::{DeviceChange, DeviceName, Limits, SmallDevices};
+use crate::machine::cpu::CpuPlan;
 
 /// The plan of one machine. The same at the source and, from the offer, at the destination.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -17,6 +18,8 @@ pub struct MachinePlan {
     pub vm_id: [u8; 16],
     /// Number of vCPUs, 1 to 64.
     pub vcpus: u8,
+    /// The processor that each of them is.
+    pub cpu: CpuPlan,
     /// Guest memory in bytes, a multiple of 2 MiB, at most 64 GiB; of a confidential guest 3 GiB (all below the PCI hole).
     pub memory_bytes: u64,
     /// Kernel command line, without what the VMM appends.
@@ -44,6 +47,10 @@ impl MachinePlan {
             (
                 (1..=MAX_VCPUS).contains(&self.vcpus),
                 "a number of vCPUs that is not 1 to 64",
+            ),
+            (
+                self.cpu.check(self.vcpus),
+                "sockets, cores and threads that do not make its vCPUs",
             ),
             (
                 self.memory_bytes.is_multiple_of(2 << 20)
@@ -292,12 +299,14 @@ pub const MAX_ANNOUNCE: usize = 8;
 mod tests {
     use super::devices::{BalloonPlan, ConsolePlan, Rate, RngPlan};
     use super::*;
+    use crate::machine::cpu::Topology;
 
     fn plan() -> MachinePlan {
         MachinePlan {
             name: "vault".into(),
             vm_id: [1; 16],
             vcpus: 2,
+            cpu: Default::default(),
             memory_bytes: 512 << 20,
             cmdline: "console=ttyS0".into(),
             technology: Technology::None,
@@ -342,9 +351,16 @@ mod tests {
     fn what_a_peer_may_not_ask_for_is_refused() {
         plan().check().unwrap();
         type Spoil = fn(&mut MachinePlan);
-        let spoil: [(&str, Spoil); 11] = [
+        let spoil: [(&str, Spoil); 12] = [
             ("name", |p| p.name = "../vault".into()),
             ("vCPUs", |p| p.vcpus = 65),
+            ("threads", |p| {
+                p.cpu.topology = Some(Topology {
+                    sockets: 1,
+                    cores: 3,
+                    threads: 1,
+                });
+            }),
             ("memory", |p| p.memory_bytes = 1 << 40),
             ("confidential", |p| {
                 p.technology = Technology::Sev {

@@ -18,6 +18,7 @@ use toml::Spanned;
 
 use self::confidential::Confidential;
 pub use self::confidential::{ConfidentialSpec, IdFiles, Offer, SevSpec, SnpSpec, Strongest};
+use crate::machine::cpu::{CpuModel, CpuPlan, Topology};
 use crate::machine::plan::devices::{Limits, SmallDevices};
 use crate::machine::plan::{
     DiskFormat, DiskPlan, MAX_ANNOUNCE, MAX_CMDLINE, MAX_DEVICES, MAX_DISK_ID, MAX_LOW_MEMORY,
@@ -31,6 +32,8 @@ pub struct MachineSpec {
     pub name: String,
     /// Number of vCPUs.
     pub vcpus: u8,
+    /// What processor they are.
+    pub cpu: CpuPlan,
     /// Memory in bytes.
     pub memory_bytes: u64,
     /// Kernel image: a bzImage, or an ELF file with a PVH entry.
@@ -131,6 +134,7 @@ impl MachineSpec {
             name: self.name.clone(),
             vm_id,
             vcpus: self.vcpus,
+            cpu: self.cpu.clone(),
             memory_bytes: self.memory_bytes,
             cmdline: self.cmdline.clone(),
             technology: self.confidential.technology(offer),
@@ -213,6 +217,7 @@ pub fn parse_mac(text: &str) -> Option<[u8; 6]> {
 struct Document {
     name: Spanned<String>,
     vcpus: Spanned<u64>,
+    cpu: Option<Cpu>,
     memory: Spanned<String>,
     boot: Boot,
     confidential: Option<Confidential>,
@@ -225,6 +230,15 @@ struct Document {
     balloon: Option<Spanned<devices::Balloon>>,
     console: Option<devices::Console>,
     watchdog: Option<devices::Watchdog>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Cpu {
+    model: Option<Spanned<String>>,
+    sockets: Option<u8>,
+    cores: Option<Spanned<u8>>,
+    threads: Option<u8>,
 }
 
 #[derive(Deserialize)]
@@ -275,6 +289,9 @@ impl Reader<'_> {
     fn spec(&self, document: Document) -> Result<MachineSpec, SpecError> {
         let name = self.name("name", document.name)?;
         let vcpus = self.vcpus(document.vcpus)?;
+        let cpu = document
+            .cpu
+            .map_or(Ok(CpuPlan::default()), |cpu| self.cpu(cpu, vcpus))?;
         let memory_span = document.memory.span();
         let memory_bytes = self.memory(document.memory)?;
         let kernel = self.file("boot.kernel", document.boot.kernel)?;
@@ -311,6 +328,7 @@ impl Reader<'_> {
         Ok(MachineSpec {
             name,
             vcpus,
+            cpu,
             memory_bytes,
             kernel,
             initrd,
@@ -344,6 +362,44 @@ impl Reader<'_> {
                     format!("`vcpus` is {}; want 1 to {MAX_VCPUS}", value.get_ref()),
                 )
             })
+    }
+
+    fn cpu(&self, value: Cpu, vcpus: u8) -> Result<CpuPlan, SpecError> {
+        let model = match &value.model {
+            None => CpuModel::default(),
+            Some(name) => CpuModel::named(name.get_ref()).ok_or_else(|| {
+                let names: Vec<&str> = CpuModel::ALL.iter().map(|m| m.name()).collect();
+                let problem = format!(
+                    "`cpu.model` is {:?}; want one of {}",
+                    name.get_ref(),
+                    names.join(", ")
+                );
+                self.at(name.span(), problem)
+            })?,
+        };
+        let topology = match &value.cores {
+            None if value.sockets.is_none() && value.threads.is_none() => None,
+            None => {
+                let problem = "`cpu.cores` is missing; it stands beside `sockets` and `threads`";
+                return Err(SpecError::whole(self.path, problem.to_owned()));
+            }
+            Some(cores) => {
+                let topology = Topology {
+                    sockets: value.sockets.unwrap_or(1),
+                    cores: *cores.get_ref(),
+                    threads: value.threads.unwrap_or(1),
+                };
+                if let Some(problem) = topology.problem(vcpus) {
+                    return Err(self.at(cores.span(), format!("`cpu`: {problem}")));
+                }
+                Some(topology)
+            }
+        };
+        Ok(CpuPlan {
+            model,
+            topology,
+            baseline: None,
+        })
     }
 
     fn memory(&self, value: Spanned<String>) -> Result<u64, SpecError> {

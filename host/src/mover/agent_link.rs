@@ -103,6 +103,16 @@ impl AgentLink {
         }
     }
 
+    /// Whether the agent has cancelled, or ended.
+    pub fn cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Relaxed)
+    }
+
+    /// Nothing is to be gone on with.
+    pub fn give_up(&self) {
+        self.cancelled.store(true, Ordering::Relaxed);
+    }
+
     /// The flag that the engine watches.
     pub fn cancel_flag(&self) -> Arc<AtomicBool> {
         self.cancelled.clone()
@@ -127,7 +137,11 @@ impl AgentLink {
     }
 
     fn drain(&self) -> Result<(), RoleError> {
-        let inner = self.lock()?;
+        // Whoever holds it waits for an answer, and takes what comes before. To wait for them could be for ever: the
+        // answer may depend on a page that this thread is to give.
+        let Ok(inner) = self.inner.try_lock() else {
+            return Ok(());
+        };
         loop {
             match inner.channel.recv::<MoverCommand>(Some(Duration::ZERO)) {
                 Ok(received) => match inner.serve(received.body)? {

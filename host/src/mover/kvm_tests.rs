@@ -75,7 +75,10 @@ impl Vmm {
         let deadline = Some(Duration::from_secs(20));
         let reply = self.agent.recv::<VmmMessage>(deadline).unwrap().body;
         assert!(
-            matches!(reply, VmmMessage::Reply(Ok(VmmReply::Done))),
+            matches!(
+                reply,
+                VmmMessage::Reply(Ok(VmmReply::Done | VmmReply::Prepared { .. }))
+            ),
             "{reply:?}"
         );
     }

@@ -1,13 +1,16 @@
 //! The migration role: a guest's memory and a peer's socket in, the protected stream between them.
 //!
-//! One process a move, one thread. The cell closes before the first byte of the peer is read. The host's key,
+//! One process a move, or a snapshot, or a restore. The cell closes before the first byte of the peer is read. The host's key,
 //! the decision to admit and the record of who owns the guest stay with the agent.
 
 pub mod agent_link;
 pub mod destination;
 pub mod engine;
 pub mod evidence;
+pub mod pager;
 pub mod protocol;
+pub mod restore;
+pub mod snapshot;
 pub mod source;
 pub mod vmm_link;
 
@@ -38,6 +41,8 @@ pub fn run(channel: Channel, mut cell: Box<dyn Cell + Send>) -> Result<(), RoleE
         (MoverCommand::Destination(start), handles) => {
             engine::run_destination(&agent, *start, handles)
         }
+        (MoverCommand::Snapshot(start), handles) => snapshot::run(&agent, *start, handles),
+        (MoverCommand::Restore(start), handles) => restore::run(&agent, start, handles),
         _ => {
             return Err(RoleError::new(
                 "ROLE_PROTOCOL",

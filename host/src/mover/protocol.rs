@@ -19,6 +19,10 @@ pub enum MoverCommand {
     Source(Box<SourceStart>),
     /// Takes a guest in. Descriptor beside it: the accepted socket.
     Destination(Box<DestinationStart>),
+    /// Writes a guest to a sealed file. Descriptors beside it: the VMM's mover channel, the empty file.
+    Snapshot(Box<SnapshotStart>),
+    /// Makes a guest from a sealed file. Descriptor beside it: the file, for reading.
+    Restore(RestoreStart),
     /// The answer to the oldest [`MoverRequestToAgent`] without one.
     Answer(Result<AgentAnswer, RoleError>),
     /// Give up, if it is not too late; honoured between batches.
@@ -62,6 +66,16 @@ pub enum MoverRequestToAgent {
     },
     /// A step of ownership, to be durable before the answer.
     Record(OwnershipStep),
+    /// Snapshot: the guest stands still; what shall be kept of its description, and how its disks are now?
+    DescribeSnapshot,
+    /// Restore: the secret of the snapshot that the file claims to be.
+    SnapshotKey(SnapshotClaim),
+    /// Restore: may this guest, whose description has opened, run here?
+    AdmitSnapshot {
+        /// As the agent wrote it.
+        #[serde(with = "serde_bytes")]
+        description: Vec<u8>,
+    },
 }
 
 /// A step in who owns the guest.
@@ -100,6 +114,56 @@ pub enum AgentAnswer {
     },
     /// Durable.
     Recorded,
+    /// What a snapshot keeps of the guest's description.
+    Description {
+        /// For the agent that restores it.
+        #[serde(with = "serde_bytes")]
+        description: Vec<u8>,
+    },
+    /// The secret of one snapshot.
+    SnapshotKey {
+        /// 32 bytes.
+        #[serde(with = "serde_bytes")]
+        secret: Vec<u8>,
+    },
+}
+
+/// What a file says of itself before any seal has opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotClaim {
+    /// Its id.
+    pub snapshot_id: [u8; 16],
+    /// The guest's identity.
+    pub vm_id: [u8; 16],
+    /// Its generation.
+    pub generation: u64,
+}
+
+/// Start of a snapshot.
+#[derive(Serialize, Deserialize)]
+pub struct SnapshotStart {
+    /// Its id.
+    pub snapshot_id: [u8; 16],
+    /// Its generation.
+    pub generation: u64,
+    /// Its secret, 32 bytes; good for it alone.
+    #[serde(with = "serde_bytes")]
+    pub secret: Vec<u8>,
+    /// Whether the guest stays stopped afterwards.
+    pub stop: bool,
+}
+
+impl std::fmt::Debug for SnapshotStart {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SnapshotStart").finish_non_exhaustive()
+    }
+}
+
+/// Start of a restore.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct RestoreStart {
+    /// Whether the guest runs before its pages are there.
+    pub on_demand: bool,
 }
 
 /// A verified peer, as the agent knows it.
@@ -249,6 +313,16 @@ pub enum MoverEvent {
     },
     /// Progress.
     Progress(MoveProgress),
+    /// A restored guest runs.
+    Running {
+        /// Since the start, in microseconds.
+        after_us: u64,
+    },
+    /// A page that a running guest may need cannot be had: its VMM must end.
+    PageLost {
+        /// Why, as a stable code.
+        code: String,
+    },
     /// The end.
     Outcome(MoveOutcome),
 }

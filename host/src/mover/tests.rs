@@ -113,6 +113,7 @@ impl ToyVmm {
             self.log.lock().unwrap().push(name);
             if matches!(received.body, MoverRequest::Attach) {
                 let reply: Result<_, RoleError> = Ok(MoverReply::Attached {
+                    fault_base: None,
                     plan: Box::new(self.plan.clone()),
                     memory: vec![(0, PAGES * PAGE)],
                 });
@@ -351,6 +352,7 @@ impl ToyAgent {
                 self.steps.lock().unwrap().push(step);
                 AgentAnswer::Recorded
             }
+            other => panic!("{other:?}"),
         };
         let handles: Vec<_> = handle.iter().map(AsFd::as_fd).collect();
         self.channel

@@ -11,6 +11,7 @@ use casemate_crypto_migrate::pages::PageSet;
 use crate::confidential::shared::{Access, Exchange, GuestMemory, MemoryLayout};
 use crate::ipc::Channel;
 use crate::machine::plan::{MachinePlan, Technology};
+use crate::userfault::Faults;
 use crate::vmm::protocol::{EXCHANGE_SIZE, MoverReply, MoverRequest, RoleError};
 
 /// A VMM, attached.
@@ -21,6 +22,8 @@ pub struct VmmLink {
     pub memory: GuestMemory,
     /// The exchange memory.
     pub exchange: Exchange,
+    /// Faults of a guest that runs before its memory is there.
+    pub faults: Option<Faults>,
 }
 
 impl VmmLink {
@@ -28,16 +31,29 @@ impl VmmLink {
     pub fn attach(channel: Channel, access: Access) -> Result<Self, RoleError> {
         channel.send(&MoverRequest::Attach)?;
         let received = channel.recv::<Result<MoverReply, RoleError>>(Some(VMM_DEADLINE))?;
-        let MoverReply::Attached { plan, memory } = received.body? else {
+        let MoverReply::Attached {
+            plan,
+            memory,
+            fault_base,
+        } = received.body?
+        else {
             return Err(unexpected());
         };
-        let [guest, exchange] = <[_; 2]>::try_from(received.handles)
-            .map_err(|_| RoleError::new("ROLE_PROTOCOL", "the VMM attached without its memory"))?;
+        let mut handles = received.handles.into_iter();
+        let (Some(guest), Some(exchange)) = (handles.next(), handles.next()) else {
+            return Err(RoleError::new(
+                "ROLE_PROTOCOL",
+                "the VMM attached without its memory",
+            ));
+        };
         let layout = MemoryLayout::packed(&memory)?;
+        let faults = fault_base.zip(handles.next());
+        let faults = faults.map(|(base, fd)| Faults::received(fd, base, layout.length()));
         Ok(Self {
             memory: GuestMemory::map(guest.as_fd(), layout, access)?,
             exchange: Exchange::map(exchange.as_fd())?,
             plan: *plan,
+            faults,
             channel,
         })
     }
@@ -77,6 +93,28 @@ impl VmmLink {
         self.channel
             .recv::<Result<MoverReply, RoleError>>(Some(VMM_DEADLINE))?
             .body
+    }
+
+    /// Address of a page of the memory file, in which the runs are packed: how a snapshot counts pages.
+    pub fn address_of(&self, index: u64) -> Result<u64, RoleError> {
+        let offset = index.saturating_mul(PAGE_SIZE as u64);
+        let runs = self.memory.layout().runs().iter();
+        runs.filter_map(|run| Some((run, offset.checked_sub(run.offset)?)))
+            .find(|(run, within)| *within < run.length)
+            .map(|(run, within)| run.gpa + within)
+            .ok_or_else(|| {
+                let text = format!("no memory behind page {index} of the file");
+                RoleError::new("BAD_MEMORY", text)
+            })
+    }
+
+    /// The page of the memory file that an address lies in.
+    pub fn index_of(&self, page: Gpn) -> Result<u64, RoleError> {
+        let size = PAGE_SIZE as u64;
+        let at = page.0.checked_mul(size);
+        at.and_then(|at| self.memory.layout().offset(at, size))
+            .map(|offset| offset / size)
+            .ok_or_else(|| RoleError::new("BAD_MEMORY", format!("no memory at page {}", page.0)))
     }
 
     /// One request that is answered by a bitmap; the pages in it.

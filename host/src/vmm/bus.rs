@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::layout::{
-    COM1, ECAM, ECAM_SIZE, EVENTS, I8042_COMMAND, PCI_CONFIG_ADDRESS, PCI_CONFIG_DATA, RESET_VALUE,
-    S5_SLEEP_TYPE, SLEEP_CONTROL, SLEEP_STATUS, VIRTIO_BAR_SIZE, VIRTIO_BARS,
+    COM1, ECAM, ECAM_SIZE, EVENTS, I8042_COMMAND, PCI_CONFIG_ADDRESS, PCI_CONFIG_DATA, PVPANIC,
+    RESET_VALUE, S5_SLEEP_TYPE, SLEEP_CONTROL, SLEEP_STATUS, VIRTIO_BAR_SIZE, VIRTIO_BARS,
 };
 use super::page_sharing::PageSharing;
 use super::pci::PciBus;
@@ -104,6 +104,7 @@ impl GuestBus for MachineBus {
                 .for_each(|byte| *byte = self.events.take()),
             // No command pending, nothing to read; ready for the reset command.
             I8042_COMMAND | SLEEP_CONTROL | SLEEP_STATUS => data.fill(0),
+            PVPANIC => data.fill(PANICKED | CRASH_LOADED),
             _ => {}
         }
     }
@@ -119,6 +120,8 @@ impl GuestBus for MachineBus {
             }
             (I8042_COMMAND, [RESET_VALUE, ..]) => self.stop.stop("reset"),
             (SLEEP_CONTROL, [SLEEP_NOW, ..]) => self.stop.stop("shutdown"),
+            // A guest with a crash kernel goes on into that, and says only CRASH_LOADED.
+            (PVPANIC, [events, ..]) if events & PANICKED != 0 => self.stop.stop("panic"),
             _ => {}
         }
     }
@@ -207,6 +210,9 @@ impl StopNotice {
 
 const COM1_LAST: u16 = COM1 + 7;
 const PCI_CONFIG_LAST: u16 = PCI_CONFIG_DATA + 3;
+/// Events of the panic device (QEMU's `docs/specs/pvpanic.rst`).
+const PANICKED: u8 = 1;
+const CRASH_LOADED: u8 = 1 << 1;
 const SLEEP_ENABLE: u8 = 1 << 5;
 const SLEEP_NOW: u8 = (S5_SLEEP_TYPE << 2) | SLEEP_ENABLE;
 /// `-KVM_ENOSYS`.

@@ -99,6 +99,11 @@ impl Vm {
         self.encrypted
     }
 
+    /// Whether a vCPU's TSC can run at another frequency than the host's.
+    pub fn scales_tsc(&self) -> bool {
+        self.kvm.check_extension(Cap::TscControl)
+    }
+
     /// Makes vCPU `id`.
     pub fn create_vcpu(&self, id: u8) -> Result<VcpuFd, KvmError> {
         self.fd

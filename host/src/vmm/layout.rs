@@ -81,6 +81,8 @@ pub const SLEEP_CONTROL: u16 = 0x600;
 pub const SLEEP_STATUS: u16 = 0x604;
 /// Sleep type of S5 in the DSDT's `_S5_`.
 pub const S5_SLEEP_TYPE: u8 = 5;
+/// The panic device: one byte of events.
+pub const PVPANIC: u16 = 0x505;
 /// PCI configuration address port, 4 bytes; the data port follows.
 pub const PCI_CONFIG_ADDRESS: u16 = 0xcf8;
 /// PCI configuration data port, 4 bytes.

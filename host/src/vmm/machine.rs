@@ -3,6 +3,7 @@
 mod launch;
 
 use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VcpuFd};
@@ -24,6 +25,7 @@ use super::pci::{PciBus, PciFunction};
 use super::protocol::{HandleKind, RoleError};
 use super::state::{MachineStateV1, StateFormatError};
 use super::vcpu::entry::power_on_msrs;
+use super::vcpu::model::{self, CpuError};
 use super::vcpu::state::{StateContext, StateError};
 use super::vcpu::{Vcpu, VcpuError, cpuid};
 use crate::confidential::kvm::real_kind;
@@ -35,6 +37,7 @@ use crate::devices::virtio::transport::{Placement, TransportStateError, VirtioPc
 use crate::devices::watchdog::Watchdog;
 use crate::machine::plan::devices::{DeviceChange, DeviceName, DeviceStatus};
 use crate::machine::plan::{MAX_LOW_MEMORY, MAX_VCPUS, MachinePlan, Technology};
+use crate::userfault::{FaultError, Faults};
 
 /// A machine with all its threads. Dropping it ends them.
 pub struct Machine {
@@ -50,6 +53,8 @@ pub struct Machine {
     vm: Vm,
     memory: Arc<GuestMemory>,
     exchange: ExchangeMemory,
+    // kept to the end: without it who waits for a page would get zeros
+    faults: Option<Faults>,
     stop: Arc<StopNotice>,
     kernel: Option<File>,
     initrd: Option<File>,
@@ -72,6 +77,10 @@ impl Machine {
         memory.set_reader(reader);
         let memory = Arc::new(memory);
         let exchange = ExchangeMemory::new()?;
+        let faults = match handles.take(HandleKind::Userfault) {
+            Some(device) => Some(register_faults(device, &memory)?),
+            None => None,
+        };
         let kvm = handles.require(HandleKind::Kvm)?;
         let kind = real_kind(plan.technology);
         let vm = Vm::new(kvm, Arc::clone(&memory), kind)?;
@@ -84,6 +93,9 @@ impl Machine {
         };
         let protection = (hooks.protection)(&plan, handles, &bare)?;
         let context = Arc::new(StateContext::new(vm.kvm(), vm.fd())?);
+        if let Some(baseline) = &plan.cpu.baseline {
+            model::check(baseline, plan.cpu.model, context.supported())?;
+        }
         let vcpu_fds = make_vcpus(&vm, &context, &plan)?;
         let interrupts = Arc::new(Interrupts::new(Arc::clone(vm.fd())));
         let wake = EventFd::new(EFD_NONBLOCK)?;
@@ -149,6 +161,7 @@ impl Machine {
             vm,
             memory,
             exchange,
+            faults,
             stop,
             kernel,
             initrd,
@@ -264,6 +277,22 @@ impl Machine {
         Ok(())
     }
 
+    /// A non-maskable interrupt to each vCPU, as a front panel's button gives.
+    pub fn inject_nmi(&self) -> Result<(), MachineError> {
+        for vcpu in &self.vcpus {
+            vcpu.call(|fd| fd.nmi())?.map_err(during("KVM_NMI"))?;
+        }
+        Ok(())
+    }
+
+    /// Frequency of the vCPUs' TSC in kHz.
+    pub fn tsc_khz(&self) -> Result<u32, MachineError> {
+        let first = self.vcpus.first().ok_or(VcpuError::Gone)?;
+        Ok(first
+            .call(|fd| fd.get_tsc_khz())?
+            .map_err(during("KVM_GET_TSC_KHZ"))?)
+    }
+
     /// Announces the guest's addresses.
     pub fn announce(&self) -> Result<(), MachineError> {
         Ok(self.devices.announce()?)
@@ -337,6 +366,11 @@ impl Machine {
         &self.exchange
     }
 
+    /// Faults of guest memory, if others answer them.
+    pub fn faults(&self) -> Option<&Faults> {
+        self.faults.as_ref()
+    }
+
     /// The confidential technology, if there is one.
     pub fn protection(&mut self) -> Option<&mut GuestProtection> {
         self.protection.as_mut()
@@ -382,6 +416,12 @@ pub enum MachineError {
     /// A vCPU's state.
     #[error(transparent)]
     VcpuState(#[from] StateError),
+    /// The processor that the guest was given.
+    #[error(transparent)]
+    Cpu(#[from] CpuError),
+    /// Faults of guest memory.
+    #[error(transparent)]
+    Faults(#[from] FaultError),
     /// The device thread.
     #[error(transparent)]
     Devices(#[from] DeviceThreadError),
@@ -431,6 +471,8 @@ impl MachineError {
     pub fn code(&self) -> String {
         match self {
             Self::Plan(_) => "BAD_PLAN",
+            Self::Faults(_) => "USERFAULT",
+            Self::Cpu(_) => "CPU_UNSUPPORTED",
             Self::Memory(_) => "MEMORY",
             Self::Kvm(KvmError::Sev(error)) => error.code(),
             Self::Kvm(_) => "KVM",
@@ -505,12 +547,28 @@ fn make_vcpus(
     (0..plan.vcpus)
         .map(|id| {
             let fd = vm.create_vcpu(id)?;
-            let leaves = cpuid::for_vcpu(context.supported(), id, plan.vcpus, encrypted);
+            let leaves = cpuid::for_vcpu(context.supported(), &plan.cpu, id, plan.vcpus, encrypted);
             context.set_cpuid(id, &fd, &leaves)?;
+            check_clock(vm, &fd, plan)?;
             power_on_msrs(&fd)?;
             Ok((id, fd))
         })
         .collect()
+}
+
+/// Has the guest's pages waited for. One range is enough for what fits below the PCI window.
+fn register_faults(device: OwnedFd, memory: &GuestMemory) -> Result<Faults, MachineError> {
+    match memory.slots().as_slice() {
+        [(_, length, address)] => Ok(Faults::register(device.as_fd(), *address, *length)?),
+        _ => Err(FaultError::Layout.into()),
+    }
+}
+
+/// A guest that ran elsewhere goes on here only if its TSC can.
+fn check_clock(vm: &Vm, vcpu: &VcpuFd, plan: &MachinePlan) -> Result<(), MachineError> {
+    let wanted = plan.cpu.baseline.as_ref().map_or(0, |b| b.tsc_khz);
+    let here = vcpu.get_tsc_khz().map_err(during("KVM_GET_TSC_KHZ"))?;
+    Ok(model::check_tsc(wanted, here, vm.scales_tsc())?)
 }
 
 fn place_functions(

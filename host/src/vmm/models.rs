@@ -108,6 +108,7 @@ mod tests {
             name: "vault".into(),
             vm_id: [1; 16],
             vcpus: 1,
+            cpu: Default::default(),
             memory_bytes: 64 << 20,
             cmdline: String::new(),
             technology: Technology::None,

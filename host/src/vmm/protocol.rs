@@ -34,6 +34,8 @@ pub enum HandleKind {
     /// One end of a `SOCK_SEQPACKET` pair whose other end the software secure processor has: an SNP guest's requests
     /// go there, a packet each, and the replies come back (`casemate_attest::processor::snp::request_frame`).
     GuestMessages,
+    /// `/dev/userfaultfd`, for a guest that is to run before its memory is there.
+    Userfault,
     /// ASK ‖ ARK of the processor behind `/dev/sev`, as AMD publishes them.
     AmdCertificates,
 }
@@ -70,6 +72,8 @@ pub enum VmmRequest {
     Pause,
     /// Goes on after a pause.
     Resume,
+    /// A non-maskable interrupt to each vCPU.
+    InjectNmi,
     /// One descriptor beside it: the channel to a mover. At most one mover at a time; it is gone when its end closes.
     AttachMover,
     /// Asks the guest to shut itself down.
@@ -154,6 +158,11 @@ pub enum VmmMessage {
 pub enum VmmReply {
     /// Nothing more to say.
     Done,
+    /// Built.
+    Prepared {
+        /// Frequency of the vCPUs' TSC in kHz.
+        tsc_khz: u32,
+    },
     /// Loaded; of a SEV or SEV-ES guest the measurement. SEV-SNP guests prove themselves by reports.
     Launched(Option<Measurement>),
     /// The vCPUs run for the first time.
@@ -202,6 +211,8 @@ pub struct MachineStatus {
     pub state: MachineState,
     /// Whether device models saw a guest break the rules of a queue.
     pub device_faults: u64,
+    /// Why the guest stopped itself, if it has.
+    pub stopped: Option<String>,
 }
 
 /// Where a machine is in its life.
@@ -229,7 +240,7 @@ pub enum MachineState {
 pub enum VmmEvent {
     /// The guest switched itself off or reset.
     GuestStopped {
-        /// Why: `shutdown`, `reset`, `triple-fault`, or the KVM exit's name.
+        /// Why: `shutdown`, `reset`, `panic`, `triple-fault`, or the KVM exit's name.
         reason: String,
     },
     /// The guest's watchdog was not fed. If its action is to stop, that follows.
@@ -280,6 +291,8 @@ pub enum MoverRequest {
         /// Page numbers, at most [`EXCHANGE_PAGES`].
         pages: Vec<u64>,
     },
+    /// Bitmap of all pages that hold anything to the exchange memory; the machine is paused.
+    Populated,
     /// Stops vCPUs and devices.
     Pause,
     /// SEND_FINISH for a SEV guest, then the state of devices and vCPUs to the exchange memory.
@@ -302,12 +315,15 @@ pub enum MoverRequest {
 pub enum MoverReply {
     /// Nothing more to say.
     Done,
-    /// Handles: guest memory, exchange memory.
+    /// Handles: guest memory, exchange memory, perhaps faults.
     Attached {
         /// The machine, as built.
         plan: Box<MachinePlan>,
         /// Guest physical start and length of each run of memory; file offsets follow the same order, packed.
         memory: Vec<(u64, u64)>,
+        /// If the guest shall run before its memory is there: where that begins in the VMM. A third handle comes then,
+        /// by which its faults are served.
+        fault_base: Option<u64>,
     },
     /// The send context is open.
     SendStarted {

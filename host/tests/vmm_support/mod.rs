@@ -41,6 +41,14 @@ impl Vmm {
         plan: &MachinePlan,
         handles: Vec<(HandleKind, OwnedFd)>,
     ) -> Result<Self, RoleError> {
+        Self::prepare_reply(plan, handles).map(|(vmm, _)| vmm)
+    }
+
+    /// The same, with what it answered.
+    pub fn prepare_reply(
+        plan: &MachinePlan,
+        handles: Vec<(HandleKind, OwnedFd)>,
+    ) -> Result<(Self, VmmReply), RoleError> {
         let (agent, other) = Channel::pair().unwrap();
         let thread = std::thread::Builder::new()
             .name("control".into())
@@ -58,8 +66,8 @@ impl Vmm {
             handles: kinds,
         };
         vmm.agent.send_with(&request, &borrowed).unwrap();
-        vmm.answer()?;
-        Ok(vmm)
+        let reply = vmm.answer()?;
+        Ok((vmm, reply))
     }
 
     /// One request, one answer.
@@ -262,6 +270,7 @@ pub fn plan(vcpus: u8, memory_bytes: u64, cmdline: &str) -> MachinePlan {
         name: "test".into(),
         vm_id: [7; 16],
         vcpus,
+        cpu: Default::default(),
         memory_bytes,
         cmdline: cmdline.into(),
         technology: Technology::None,

@@ -181,6 +181,8 @@ impl Role {
             | Kind::Stop
             | Kind::Pause
             | Kind::Resume
+            | Kind::Nmi
+            | Kind::Snapshot
             | Kind::MigrateOut
             | Kind::Cancel
             | Kind::Replicate

@@ -169,7 +169,10 @@ impl Host {
             amd: self.amd.clone(),
             uid: self.uid,
         };
-        assert!(matches!(self.ordered(order), Report::Vmm(VmmReply::Done)));
+        assert!(matches!(
+            self.ordered(order),
+            Report::Vmm(VmmReply::Prepared { .. })
+        ));
     }
 
     fn launch(&mut self, kernel: Vec<u8>) {
@@ -350,6 +353,7 @@ fn plan() -> MachinePlan {
         name: "moving".into(),
         vm_id: [7; 16],
         vcpus: 1,
+        cpu: Default::default(),
         memory_bytes: PAGES * 4096,
         cmdline: String::new(),
         technology: Technology::Sev {

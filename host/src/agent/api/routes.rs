@@ -45,6 +45,9 @@ pub const ROUTES: &[Route] = &[
     post("stop", "/v1/guests/{name}/stop", "done"),
     post("pause", "/v1/guests/{name}/pause", "guest"),
     post("resume", "/v1/guests/{name}/resume", "guest"),
+    post("nmi", "/v1/guests/{name}/nmi", "guest"),
+    task("snapshot", "/v1/guests/{name}/snapshot", "snapshotted"),
+    task("restore", "/v1/restore", "guest"),
     get(
         "measurement",
         "/v1/guests/{name}/measurement",

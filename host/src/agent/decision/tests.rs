@@ -120,6 +120,19 @@ pub fn every_request() -> Vec<Request> {
             policy: PathBuf::from("/etc/shadow"),
         },
         Request::Approve { id: name() },
+        Request::Nmi { name: name() },
+        Request::Snapshot {
+            name: name(),
+            file: PathBuf::from("/etc/shadow"),
+            stop: false,
+        },
+        Request::Restore {
+            file: PathBuf::from("/etc/shadow"),
+            name: None,
+            memory: crate::agent::api::MemoryMode::AtOnce,
+            allow_older: false,
+            allow_changed_disks: false,
+        },
         Request::Tasks {},
         Request::Task { id: name() },
         Request::TaskEvents { id: name() },
@@ -134,7 +147,7 @@ pub fn every_request() -> Vec<Request> {
     all
 }
 
-const LAST: usize = 23;
+const LAST: usize = 26;
 
 fn kind(request: &Request) -> usize {
     match request {
@@ -155,12 +168,15 @@ fn kind(request: &Request) -> usize {
         Request::SandboxReport { .. } => 14,
         Request::PolicyLoad { .. } => 15,
         Request::Approve { .. } => 16,
-        Request::Tasks {} => 17,
-        Request::Task { .. } => 18,
-        Request::TaskEvents { .. } => 19,
-        Request::TaskCancel { .. } => 20,
-        Request::Metrics {} => 21,
-        Request::EvidenceRotate {} => 22,
+        Request::Nmi { .. } => 17,
+        Request::Snapshot { .. } => 18,
+        Request::Restore { .. } => 19,
+        Request::Tasks {} => 20,
+        Request::Task { .. } => 21,
+        Request::TaskEvents { .. } => 22,
+        Request::TaskCancel { .. } => 23,
+        Request::Metrics {} => 24,
+        Request::EvidenceRotate {} => 25,
         Request::EvidenceRetain { .. } => LAST,
     }
 }

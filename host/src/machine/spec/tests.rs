@@ -308,3 +308,21 @@ fn what_a_technology_cannot_have_is_refused_with_its_line() {
         assert!(error.to_string().contains(words), "{section}: {error}");
     }
 }
+
+#[test]
+fn a_processor_is_read_and_a_wrong_one_is_named_with_what_is_right() {
+    let with = |cpu: &str| parse(&GOOD.replacen("[boot]", &format!("[cpu]\n{cpu}\n[boot]"), 1));
+    assert_eq!(parse(GOOD).unwrap().cpu, CpuPlan::default());
+    let spec = with("model = \"epyc-rome\"\ncores = 1\nthreads = 2").unwrap();
+    assert_eq!(spec.cpu.model, CpuModel::EpycRome);
+    assert_eq!(spec.plan([7; 16], OFFER).cpu.topology(2).threads, 2);
+    for (cpu, words) in [
+        ("model = \"rome\"", "want one of baseline, epyc-naples"),
+        ("cores = 3", "is not `vcpus`"),
+        ("threads = 2", "`cpu.cores` is missing"),
+        ("moddel = \"host\"", "moddel"),
+    ] {
+        let problem = with(cpu).unwrap_err().to_string();
+        assert!(problem.contains(words), "{cpu}: {problem}");
+    }
+}

@@ -2,6 +2,7 @@
 
 use super::common::{F_DUPFD_CLOEXEC, F_GET_SEALS, F_GETFL, F_SETFL, FIONBIO, SOL_SOCKET};
 use super::rule::{Cond, Rule, permit};
+use crate::userfault::{UFFDIO_COPY, UFFDIO_UNREGISTER, UFFDIO_WAKE};
 
 /// All threads of the mover; the streams' threads inherit it.
 pub(super) const MOVER: &[Rule] = &[
@@ -60,6 +61,14 @@ pub(super) const MOVER: &[Rule] = &[
         SYS_ioctl,
         [Cond::Among(1, &[FIONBIO])],
         "std's way to make a socket non-blocking"
+    ),
+    permit!(
+        SYS_ioctl,
+        [Cond::Among(
+            1,
+            &[UFFDIO_COPY, UFFDIO_WAKE, UFFDIO_UNREGISTER]
+        )],
+        "a guest restored on demand gets the pages that it waits for"
     ),
     permit!(
         SYS_madvise,

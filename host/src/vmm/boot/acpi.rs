@@ -20,8 +20,8 @@ use acpi_tables::xsdt::XSDT;
 use crate::devices::events::Event;
 use crate::vmm::layout::{
     COM1, COM1_GSI, ECAM, ECAM_SIZE, EVENTS, EVENTS_GSI, GENERATION, I8042_COMMAND, IOAPIC, LAPIC,
-    PCI_CONFIG_ADDRESS, PCI_WINDOW, PCI_WINDOW_LAST, RESET_VALUE, S5_SLEEP_TYPE, SLEEP_CONTROL,
-    SLEEP_STATUS,
+    PCI_CONFIG_ADDRESS, PCI_WINDOW, PCI_WINDOW_LAST, PVPANIC, RESET_VALUE, S5_SLEEP_TYPE,
+    SLEEP_CONTROL, SLEEP_STATUS,
 };
 
 /// All tables, to be placed at `base`; the RSDP comes first. `generation` is whether the guest has a VM generation id.
@@ -51,6 +51,7 @@ fn dsdt(generation: bool) -> Vec<u8> {
     let mut body = Vec::new();
     com1(&mut body);
     pci_root(&mut body);
+    panic_device(&mut body);
     board(&mut body);
     power_button(&mut body);
     if generation {
@@ -72,6 +73,22 @@ fn com1(sink: &mut Vec<u8>) {
         vec![
             &Name::new(Path::new("_HID"), &EISAName::new("PNP0501")),
             &Name::new(Path::new("_UID"), &ZERO),
+            &Name::new(Path::new("_CRS"), &resources),
+        ],
+    )
+    .to_aml_bytes(sink);
+}
+
+/// By which a guest says that its kernel panicked; Linux's driver finds it by this name (`pvpanic-mmio`).
+fn panic_device(sink: &mut Vec<u8>) {
+    let ports = IO::new(PVPANIC, PVPANIC, 1, 1);
+    let resources = ResourceTemplate::new(vec![&ports]);
+    Device::new(
+        Path::new("\\_SB_.PEVT"),
+        vec![
+            &Name::new(Path::new("_HID"), &"QEMU0001"),
+            &Name::new(Path::new("_UID"), &ZERO),
+            &Name::new(Path::new("_STA"), &PRESENT),
             &Name::new(Path::new("_CRS"), &resources),
         ],
     )
@@ -241,6 +258,8 @@ fn bytes_of(table: &dyn Aml) -> Vec<u8> {
     bytes
 }
 
+/// Present, enabled, functioning, not shown.
+const PRESENT: u8 = 0xb;
 /// "The button was pressed"; "the generation has changed".
 const NOTIFY: u8 = 0x80;
 const ALIGNMENT: usize = 16;

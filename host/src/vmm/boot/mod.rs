@@ -239,6 +239,7 @@ mod tests {
             name: "t".into(),
             vm_id: [1; 16],
             vcpus: 2,
+            cpu: Default::default(),
             memory_bytes: 128 << 20,
             cmdline: "console=ttyS0".into(),
             technology: Technology::Sev {

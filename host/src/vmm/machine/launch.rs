@@ -59,7 +59,13 @@ impl Machine {
         };
         for (gpa, page) in measured::special_pages(self.plan.technology) {
             if *page == SpecialPage::Cpuid {
-                let leaves = cpuid::for_vcpu(self.context.supported(), 0, self.plan.vcpus, false);
+                let leaves = cpuid::for_vcpu(
+                    self.context.supported(),
+                    &self.plan.cpu,
+                    0,
+                    self.plan.vcpus,
+                    false,
+                );
                 self.memory.write(*gpa, &measured::cpuid_page(&leaves))?;
             }
             protection.launch_special(*gpa, *page)?;

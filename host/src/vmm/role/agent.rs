@@ -41,6 +41,11 @@ impl Control {
                 Ok(VmmReply::Done)
             }
             VmmRequest::Resume => self.resume_by_agent(),
+            VmmRequest::InjectNmi => {
+                self.expect(&[MachineState::Running], "an interrupt")?;
+                self.machine.inject_nmi()?;
+                Ok(VmmReply::Done)
+            }
             VmmRequest::AttachMover => self.attach_mover(handles),
             VmmRequest::PowerButton => {
                 self.expect(&[MachineState::Running], "the power button")?;
@@ -58,6 +63,7 @@ impl Control {
             VmmRequest::Status => Ok(VmmReply::Status(MachineStatus {
                 state: self.state,
                 device_faults: self.machine.device_faults(),
+                stopped: self.machine.stop_notice().reason(),
             })),
             VmmRequest::Device { device, change } => {
                 let status = match change {

@@ -32,11 +32,13 @@ pub fn run(agent: Channel, hooks: Hooks) -> Result<(), VmmError> {
         return Err(VmmError::NotPrepared);
     };
     let built = Handles::new(handles, first.handles).and_then(|mut handles| {
-        Machine::build(*plan, &mut handles, &hooks).map_err(RoleError::from)
+        let machine = Machine::build(*plan, &mut handles, &hooks)?;
+        let tsc_khz = machine.tsc_khz()?;
+        Ok((machine, tsc_khz))
     });
     match built {
-        Ok(machine) => {
-            agent.send(&reply(Ok(VmmReply::Done)))?;
+        Ok((machine, tsc_khz)) => {
+            agent.send(&reply(Ok(VmmReply::Prepared { tsc_khz })))?;
             Control::new(machine, agent, hooks).serve()
         }
         Err(error) => {

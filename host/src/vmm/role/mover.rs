@@ -10,6 +10,7 @@ use super::{Control, Move, not_confidential, wrong_state};
 use crate::confidential::launch::GuestProtection;
 use crate::confidential::protocol::PlatformEvidence;
 use crate::ipc::{Channel, IpcError};
+use crate::userfault::Faults;
 use crate::vmm::kvm::KvmError;
 use crate::vmm::machine::MachineError;
 
@@ -77,11 +78,15 @@ impl Control {
         };
         match memory {
             Ok(memory) => {
+                let incoming = self.state == MachineState::Incoming;
+                let faults = self.machine.faults().filter(|_| incoming);
                 let reply = MoverReply::Attached {
                     plan: Box::new(self.machine.plan().clone()),
                     memory: self.machine.memory().runs(),
+                    fault_base: faults.map(Faults::base),
                 };
-                let handles: [BorrowedFd<'_>; 2] = [memory, self.machine.exchange().file()];
+                let mut handles: Vec<BorrowedFd<'_>> = vec![memory, self.machine.exchange().file()];
+                handles.extend(faults.map(Faults::fd));
                 channel.send_with(&Ok::<_, RoleError>(reply), &handles)
             }
             Err(e) => channel.send(&Err::<MoverReply, _>(RoleError::from(MachineError::from(
@@ -119,6 +124,11 @@ impl Control {
             }
             MoverRequest::StartTracking => self.start_tracking(),
             MoverRequest::TakeDirty => self.take_dirty(),
+            MoverRequest::Populated => {
+                self.expect(&[MachineState::Paused], "listing memory")?;
+                let populated = self.machine.memory().populated();
+                self.put_bitmap(&populated.map_err(MachineError::from)?)
+            }
             MoverRequest::SendPages { pages } => {
                 self.expect(SOURCE, "SEND_UPDATE_DATA")?;
                 let gpas = self.gpas(&pages)?;

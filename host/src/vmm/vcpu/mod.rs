@@ -6,6 +6,8 @@
 
 pub mod cpuid;
 pub mod entry;
+pub mod features;
+pub mod model;
 pub mod state;
 
 use std::ptr::NonNull;

@@ -1,0 +1,78 @@
+//! Linux in a sealed file and out of it again, at once and on demand: its work, its disk and its clock go on.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod common;
+
+use std::time::Duration;
+
+use casemate_e2e::answers::GuestInfo;
+use casemate_e2e::guest_watch::GuestWatch;
+use casemate_e2e::world::{Extent, Host};
+use common::*;
+
+#[test]
+fn linux_goes_on_after_a_snapshot_in_either_way() {
+    let world = world("snapshot", Extent::Direct);
+    let described = std::fs::read_to_string(world.describe("vault").unwrap()).unwrap();
+    let described = described
+        .replace(
+            "technology = \"sev\"\nsecret = true",
+            "technology = \"none\"",
+        )
+        .replace(
+            "\n[boot]",
+            "\n[cpu]\nmodel = \"baseline\"\ncores = 1\nthreads = 2\n\n[boot]",
+        );
+    let description = world.folder.join("plain.toml");
+    std::fs::write(&description, described).unwrap();
+    let info: GuestInfo = world
+        .site_a
+        .ask(&["run", &description.display().to_string()])
+        .unwrap();
+    let mut watch = GuestWatch::new(&info.console);
+    watch
+        .wait("the guest's `ready`", BOOT, |w| w.ready)
+        .unwrap();
+    watch.wait_ticks(10, BOOT).unwrap();
+
+    for memory in ["at-once", "on-demand"] {
+        let file = world.folder.join(format!("{memory}.snap"));
+        let file = file.display().to_string();
+        world
+            .site_a
+            .done(&["snapshot", "vault", &file, "--stop"])
+            .unwrap();
+        std::thread::sleep(AWAY);
+        let restored = world
+            .site_a
+            .done(&["restore", &file, "--memory", memory])
+            .unwrap();
+        eprintln!("{memory}: {restored:?}");
+        watch.wait_ticks(20, BOOT).unwrap();
+        assert_eq!(watch.problems, Vec::<String>::new());
+        assert_intact(&world, Host::A, "vault");
+    }
+    let console = std::fs::read_to_string(&info.console).unwrap();
+    let ticks: Vec<u64> = console
+        .lines()
+        .filter_map(|line| line.split_once("guest: tick ")?.1.split(' ').nth(1))
+        .filter_map(|ms| ms.trim().parse().ok())
+        .collect();
+    assert!(ticks.len() > 50, "{}", ticks.len());
+    for pair in ticks.windows(2) {
+        let step = pair[1].checked_sub(pair[0]).map(Duration::from_millis);
+        assert!(
+            step.is_some_and(|step| step < AWAY),
+            "the guest's clock went from {} to {} ms",
+            pair[0],
+            pair[1]
+        );
+    }
+    world.site_a.done(&["stop", "vault"]).unwrap();
+    assert_ends_clean(world);
+}
+
+/// The lab is slow.
+const BOOT: Duration = Duration::from_secs(90);
+/// How long the guest is no more than a file; its clock shall not show it.
+const AWAY: Duration = Duration::from_secs(6);
