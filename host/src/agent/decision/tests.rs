@@ -127,6 +127,20 @@ pub fn every_request() -> Vec<Request> {
         Request::Metrics {},
         Request::EvidenceRotate {},
         Request::EvidenceRetain { keep_from: 3 },
+        Request::Create {
+            description: PathBuf::from("/etc/shadow"),
+        },
+        Request::Definitions {},
+        Request::Start {
+            name: name(),
+            session: None,
+        },
+        Request::Delete { name: name() },
+        Request::Stats { name: name() },
+        Request::Console {
+            name: name(),
+            from: 7,
+        },
     ];
     let mut kinds: Vec<usize> = all.iter().map(kind).collect();
     kinds.dedup();
@@ -134,7 +148,7 @@ pub fn every_request() -> Vec<Request> {
     all
 }
 
-const LAST: usize = 23;
+const LAST: usize = 29;
 
 fn kind(request: &Request) -> usize {
     match request {
@@ -161,7 +175,13 @@ fn kind(request: &Request) -> usize {
         Request::TaskCancel { .. } => 20,
         Request::Metrics {} => 21,
         Request::EvidenceRotate {} => 22,
-        Request::EvidenceRetain { .. } => LAST,
+        Request::EvidenceRetain { .. } => 23,
+        Request::Create { .. } => 24,
+        Request::Definitions {} => 25,
+        Request::Start { .. } => 26,
+        Request::Delete { .. } => 27,
+        Request::Stats { .. } => 28,
+        Request::Console { .. } => LAST,
     }
 }
 
