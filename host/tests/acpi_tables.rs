@@ -1,6 +1,6 @@
 //! The ACPI tables as ACPICA reads them: its compiler takes each apart and puts the DSDT together again, without an
-//! error or a warning. Needs `iasl`, in `PATH`, in `CASEMATE_IASL`, or where `cargo lab fetch --to target/lab/acpica
-//! acpica-tools` puts it; says which it used, or that it found none.
+//! error or a warning. Needs `iasl`, below `CASEMATE_JUDGES` (as in `cargo verify`) or in `PATH`; says which it used, or that
+//! it found none.
 #![allow(
     clippy::unwrap_used,
     clippy::indexing_slicing,
@@ -71,11 +71,11 @@ fn run(iasl: &Path, folder: &Path, arguments: &[&str]) -> String {
 }
 
 fn iasl() -> Option<PathBuf> {
-    let fetched = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/lab/acpica/usr/bin/iasl");
-    let named = std::env::var_os("CASEMATE_IASL").map(PathBuf::from);
+    let judges = std::env::var_os("CASEMATE_JUDGES").map(PathBuf::from);
+    let fetched = judges.map(|folder| folder.join("usr/bin/iasl"));
     let path = std::env::var_os("PATH").unwrap_or_default();
     let installed = std::env::split_paths(&path).map(|folder| folder.join("iasl"));
-    let mut all = named.into_iter().chain(installed).chain([fetched]);
+    let mut all = fetched.into_iter().chain(installed);
     all.find(|path| path.exists())
         .map(|path| std::path::absolute(path).unwrap())
 }

@@ -33,6 +33,37 @@ pub enum Request {
         /// The owner's session, base64; for a guest that gets a secret.
         session: Option<SessionText>,
     },
+    /// Keeps a description, so that its guest can be started by name.
+    Create {
+        /// Absolute path of the description.
+        description: PathBuf,
+    },
+    /// The descriptions kept here.
+    Definitions {},
+    /// Launches a guest whose description is kept.
+    Start {
+        /// Its name.
+        name: String,
+        /// The owner's session, base64; for a guest that gets a secret.
+        session: Option<SessionText>,
+    },
+    /// Forgets the description of a guest that does not run.
+    Delete {
+        /// Its name.
+        name: String,
+    },
+    /// What a guest takes of the host.
+    Stats {
+        /// Its name.
+        name: String,
+    },
+    /// What a guest has written to its serial console.
+    Console {
+        /// Its name.
+        name: String,
+        /// From which byte on; 0 for the beginning.
+        from: u64,
+    },
     /// All guests.
     List {},
     /// One guest.
@@ -289,6 +320,24 @@ pub enum Answer {
         /// The first record that is left; 0 if nothing could be removed.
         removed_to: u64,
     },
+    /// A description that is kept.
+    Definition(DefinitionInfo),
+    /// Descriptions that are kept.
+    Definitions {
+        /// By name.
+        definitions: Vec<DefinitionInfo>,
+    },
+    /// What a guest takes of the host.
+    Stats(StatsInfo),
+    /// A part of a console's output.
+    Console {
+        /// The bytes, base64; at most 64 KiB.
+        bytes: String,
+        /// From where to go on.
+        next: u64,
+        /// Whether the guest writes no more.
+        ended: bool,
+    },
     /// A task.
     Task(TaskInfo),
     /// Tasks.
@@ -343,6 +392,32 @@ pub struct GuestInfo {
     pub terminal: Option<PathBuf>,
     /// Time from the request to the running (or measured) guest, microseconds; for a guest that arrived, none.
     pub launch_us: Option<u64>,
+}
+
+/// A description that is kept.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+pub struct DefinitionInfo {
+    /// The guest's name.
+    pub name: String,
+    /// The file that it was read from; relative paths in it are still relative to that file's folder.
+    pub description: PathBuf,
+    /// Whether a guest of that name is on this host.
+    pub present: bool,
+}
+
+/// What a guest takes of the host.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+pub struct StatsInfo {
+    /// Its name.
+    pub name: String,
+    /// Processor time of its VMM, milliseconds.
+    pub cpu_ms: u64,
+    /// Resident memory of its VMM in bytes, guest memory included.
+    pub resident_bytes: u64,
+    /// Threads of its VMM.
+    pub threads: u32,
+    /// Bytes of console output that are kept.
+    pub console_bytes: u64,
 }
 
 /// What is known of a task.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::str::FromStr;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use http_body_util::{BodyExt as _, Full};
@@ -121,10 +121,14 @@ impl Connection {
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let (sender, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(Insistent(stream)))
-                .await
-                .map_err(|e| lost(&e))?;
+        let stream = Insistent {
+            stream,
+            asked: false,
+            early: None,
+        };
+        let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(|e| lost(&e))?;
         // Its errors are those of the request that it carries.
         tokio::spawn(connection);
         Ok(Self { sender, host })
@@ -205,8 +209,13 @@ impl Connection {
 }
 
 /// An agent that refuses whoever asks does not read the request: what cannot be written any more is taken for written,
-/// and its answer, which is there all the same, is read.
-struct Insistent<S>(S);
+/// and its answer, which is there all the same, is read; but not before something was asked.
+struct Insistent<S> {
+    stream: S,
+    asked: bool,
+    /// Who wants to read an answer to nothing.
+    early: Option<Waker>,
+}
 
 impl<S: AsyncRead + Unpin> AsyncRead for Insistent<S> {
     fn poll_read(
@@ -214,7 +223,11 @@ impl<S: AsyncRead + Unpin> AsyncRead for Insistent<S> {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.0).poll_read(cx, buffer)
+        if !self.asked {
+            self.early = Some(cx.waker().clone());
+            return Poll::Pending;
+        }
+        Pin::new(&mut self.stream).poll_read(cx, buffer)
     }
 }
 
@@ -224,7 +237,9 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Insistent<S> {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<std::io::Result<usize>> {
-        match Pin::new(&mut self.0).poll_write(cx, bytes) {
+        self.asked = true;
+        self.early.take().into_iter().for_each(Waker::wake);
+        match Pin::new(&mut self.stream).poll_write(cx, bytes) {
             Poll::Ready(Err(e)) if e.kind() == std::io::ErrorKind::BrokenPipe => {
                 Poll::Ready(Ok(bytes.len()))
             }
@@ -233,11 +248,11 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Insistent<S> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.0).poll_flush(cx)
+        Pin::new(&mut self.stream).poll_flush(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.0).poll_shutdown(cx)
+        Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }
 

@@ -41,7 +41,13 @@ impl Request {
                 },
                 EVIDENCE,
             ),
-            Self::List {} | Self::Tasks {} | Self::Metrics {} => Asked::Whole(Action::List, ""),
+            Self::Create { .. } => Asked::First(ActionKind::Launch, None),
+            Self::Start { name, .. } | Self::Delete { name } => {
+                Asked::First(ActionKind::Launch, Some(name))
+            }
+            Self::List {} | Self::Tasks {} | Self::Metrics {} | Self::Definitions {} => {
+                Asked::Whole(Action::List, "")
+            }
             Self::Task { .. } | Self::TaskEvents { .. } => Asked::First(ActionKind::Status, None),
             Self::TaskCancel { .. } => Asked::First(ActionKind::Cancel, None),
             Self::Platform { .. } | Self::SnpCertificates { .. } => {
@@ -51,7 +57,9 @@ impl Request {
                 Some(command) => Asked::Whole(Action::PlatformAdmin { command }, platform::OBJECT),
                 None => Asked::Whole(Action::PlatformShow, ""),
             },
-            Self::Status { name } => Asked::Whole(Action::Status, name),
+            Self::Status { name } | Self::Stats { name } | Self::Console { name, .. } => {
+                Asked::Whole(Action::Status, name)
+            }
             Self::Measurement { name } => Asked::Whole(Action::Measurement, name),
             Self::SandboxReport { name } => Asked::Whole(Action::SandboxReport, name),
             Self::SandboxProbe { name } => Asked::Whole(Action::SandboxProbe, name),
@@ -85,26 +93,34 @@ impl Agent {
     pub(super) fn gate(&self, caller: &Caller, request: &Request) -> Result<(), Failure> {
         match request.asked() {
             Asked::Whole(action, object) => self.decide(caller, object, &action),
-            Asked::First(kind, object) => {
-                let policy = self.policy();
-                let decision = may_ask(&policy, caller.actor(), kind, object);
-                if decision.allowed {
-                    return Ok(());
-                }
-                let entry = Entry::decided(
-                    caller.name(),
-                    kind.as_str(),
-                    object.unwrap_or_default(),
-                    &decision,
-                );
-                self.evidence.record(
-                    entry
-                        .with("policy", policy.digest().to_string())
-                        .with("asked_by", caller.actor().to_string()),
-                )?;
-                Err(self.refusal(&decision))
-            }
+            Asked::First(kind, object) => self.may_ask(caller, kind, object),
         }
+    }
+
+    /// Whether somebody may ask for a kind of action at all; on this guest, if it is known which.
+    pub(super) fn may_ask(
+        &self,
+        caller: &Caller,
+        kind: ActionKind,
+        object: Option<&str>,
+    ) -> Result<(), Failure> {
+        let policy = self.policy();
+        let decision = may_ask(&policy, caller.actor(), kind, object);
+        if decision.allowed {
+            return Ok(());
+        }
+        let entry = Entry::decided(
+            caller.name(),
+            kind.as_str(),
+            object.unwrap_or_default(),
+            &decision,
+        );
+        self.evidence.record(
+            entry
+                .with("policy", policy.digest().to_string())
+                .with("asked_by", caller.actor().to_string()),
+        )?;
+        Err(self.refusal(&decision))
     }
 
     /// Asks the policy, and writes the decision down before it is acted upon.

@@ -24,6 +24,7 @@ use crate::mover::protocol::{
     AgentAnswer, DestinationStart, MoveLimits, MoveOutcome, MoverCommand, MoverRequestToAgent,
     OwnershipStep, PeerName,
 };
+use crate::sandbox::jail::CpuShare;
 use crate::vmm::protocol::{MachineState, RoleError, VmmRequest};
 
 /// A guest on its way in.
@@ -263,7 +264,7 @@ impl Agent {
         let processor = self.processor_for(plan)?;
         let folder = self.guest_folder(&plan.name);
         Resources::open(plan, &folder, &disks, &taps, processor)?.prepare(
-            self.spawn_vmm(plan)?,
+            self.spawn_vmm(plan, CpuShare::default())?,
             plan.clone(),
             epoch,
         )

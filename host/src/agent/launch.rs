@@ -33,10 +33,20 @@ impl Agent {
         description: &Path,
         session: Option<SessionText>,
     ) -> Result<Answer, Failure> {
-        let begun = Instant::now();
         let spec = MachineSpec::load(description)
             .map_err(|e| Failure::new("DESCRIPTION", e.to_string()))?;
-        let binding = Box::new(binding(&spec, session)?);
+        self.launch_described(caller, &spec, session)
+    }
+
+    /// The same, with the description read.
+    pub(super) fn launch_described(
+        &self,
+        caller: &Caller,
+        spec: &MachineSpec,
+        session: Option<SessionText>,
+    ) -> Result<Answer, Failure> {
+        let begun = Instant::now();
+        let binding = Box::new(binding(spec, session)?);
         let plan = spec.plan(random_id()?, self.offer(spec.vsock_cid));
         let action = Action::Launch {
             technology: plan.technology.in_policy(),
@@ -45,9 +55,9 @@ impl Agent {
             memory_mib: plan.memory_bytes >> 20,
             policy_bits: plan.technology.policy_bits(),
         };
-        let claims = self.launch_claims(&spec, &plan)?;
+        let claims = self.launch_claims(spec, &plan)?;
         self.decide_on(caller, &plan.name, &action, claims)?;
-        let launched = self.launch_decided(caller, &spec, &plan, binding, begun);
+        let launched = self.launch_decided(caller, spec, &plan, binding, begun);
         if let Err(failure) = &launched {
             self.record_failure(caller.name(), "launch", &plan, failure);
         }
@@ -73,6 +83,7 @@ impl Agent {
         else {
             return Err(Failure::new("VMM_GONE", "the VMM answered something else"));
         };
+        self.record_cell(caller, &guest)?;
         let blob = measurement.as_ref().map(|m| hex::encode(&m.blob));
         let entry = Entry::launched(caller.name(), &plan.name, &blob.unwrap_or_default(), &[]);
         let entry = entry
@@ -173,7 +184,8 @@ impl Agent {
         let folder = self.guest_folder(&plan.name);
         let resources = Resources::open(plan, &folder, &disks, &taps, processor)?
             .with_boot(&spec.kernel, &spec.initrd)?;
-        resources.prepare(self.spawn_vmm(plan)?, plan.clone(), FIRST_EPOCH)
+        let vmm = self.spawn_vmm(plan, spec.share.clone())?;
+        resources.prepare(vmm, plan.clone(), FIRST_EPOCH)
     }
 
     /// Ownership is on the disk before the first instruction.

@@ -8,6 +8,7 @@ pub mod authority;
 pub mod client;
 pub mod config;
 mod decision;
+mod definitions;
 pub mod evidence;
 mod guest;
 mod incoming;
@@ -59,7 +60,9 @@ use crate::machine::plan::MachinePlan;
 use crate::machine::spec::{Offer, Strongest};
 use crate::mover::protocol::AgentAnswer;
 use crate::sandbox::Role;
-use crate::sandbox::jail::{JailSpec, RoleProcess, end_cgroup, spawn_role, sweep_cgroups};
+use crate::sandbox::jail::{
+    CpuShare, JailSpec, RoleProcess, end_cgroup, spawn_role, sweep_cgroups,
+};
 use crate::vmm::protocol::{HandleKind, RoleError, VmmReply, VmmRequest};
 
 /// Runs the agent until it is told to stop (SIGTERM, SIGINT). Its guests end with it.
@@ -205,6 +208,12 @@ impl Agent {
                 description,
                 session,
             } => self.launch(caller, &description, session),
+            Request::Create { description } => self.create(caller, &description),
+            Request::Definitions {} => self.definitions(),
+            Request::Start { name, session } => self.start_defined(caller, &name, session),
+            Request::Delete { name } => self.delete(caller, &name),
+            Request::Stats { name } => self.stats(&name),
+            Request::Console { name, from } => self.console(&name, from),
             Request::List {} => self.list(),
             Request::Status { name } => Ok(Answer::Guest(self.guest(&name)?.info()?)),
             Request::Stop { name } => self.stop(caller, &name),
@@ -368,6 +377,21 @@ impl Agent {
         Ok(Answer::Probe { reports })
     }
 
+    /// What holds a guest's VMM, in the ledger: its filters by thread, and its Landlock rules, by their hashes.
+    fn record_cell(&self, caller: &Caller, guest: &Guest) -> Result<(), Failure> {
+        let VmmReply::Report(cell) = guest.vmm.call(&VmmRequest::SandboxReport, &[])? else {
+            return Err(Failure::new("VMM_GONE", "the VMM answered something else"));
+        };
+        let threads = cell.threads.iter();
+        let filters =
+            threads.map(|t| format!("{}: {} sha256:{}", t.name, t.filter, t.filter_sha256));
+        let entry = Entry::new(caller.name(), "sandbox", &guest.plan.name, Outcome::Done)
+            .emulated(guest.plan.technology.emulated())
+            .with("landlock", format!("sha256:{}", cell.landlock_sha256))
+            .with("filters", filters.collect::<Vec<_>>());
+        self.evidence.record(entry)
+    }
+
     fn sandbox_report(&self, name: &str) -> Result<Answer, Failure> {
         let guest = self.guest(name)?;
         let VmmReply::Report(vmm) = guest.vmm.call(&VmmRequest::SandboxReport, &[])? else {
@@ -494,8 +518,9 @@ impl Agent {
         processor.connect(snp).map(GuestLink::into_handles)
     }
 
-    fn spawn_vmm(&self, plan: &MachinePlan) -> Result<VmmProcess, Failure> {
+    fn spawn_vmm(&self, plan: &MachinePlan, cpu: CpuShare) -> Result<VmmProcess, Failure> {
         let bounds = Bounds {
+            cpu,
             memory: Some(plan.memory_bytes),
             vcpus: plan.vcpus.into(),
             locked: sev::locked_memory(plan),
@@ -536,6 +561,7 @@ impl Agent {
         spec.memory_max = bounds.memory.map(|bytes| bytes + ROLE_OVERHEAD);
         spec.memlock_max = bounds.locked;
         spec.pids_max += bounds.vcpus;
+        spec.cpu = bounds.cpu;
         spec.landlock_min = self.policy().sandbox.landlock_min_abi.get();
         let (ours, theirs) =
             Channel::pair().map_err(|e| Failure::new("INTERNAL", e.to_string()))?;
@@ -564,8 +590,10 @@ impl Agent {
 }
 
 /// What a role needs of memory and threads, besides what every role does.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Default)]
 struct Bounds {
+    /// Processors.
+    cpu: CpuShare,
     /// Guest memory in bytes.
     memory: Option<u64>,
     /// vCPUs.

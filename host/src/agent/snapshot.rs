@@ -26,6 +26,7 @@ use crate::mover::protocol::{
     AgentAnswer, MoveOutcome, MoverCommand, MoverEvent, MoverRequestToAgent, OwnershipStep,
     RestoreStart, SnapshotClaim, SnapshotStart,
 };
+use crate::sandbox::jail::CpuShare;
 use crate::vmm::protocol::{MachineState, RoleError, VmmRequest};
 
 /// When the memory of a restored guest comes.
@@ -379,7 +380,11 @@ impl Restoring<'_> {
         if self.wanted.memory == MemoryMode::OnDemand {
             resources = resources.with_faults()?;
         }
-        let guest = resources.prepare(agent.spawn_vmm(plan)?, plan.clone(), self.epoch)?;
+        let guest = resources.prepare(
+            agent.spawn_vmm(plan, CpuShare::default())?,
+            plan.clone(),
+            self.epoch,
+        )?;
         guest.vmm.call(&VmmRequest::Incoming, &[])?;
         let (vmm_end, mover_end) =
             Channel::pair().map_err(|e| Failure::new("INTERNAL", e.to_string()))?;

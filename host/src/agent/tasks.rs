@@ -242,7 +242,7 @@ impl Request {
     /// The guest that a task is about, where the request names it.
     pub(super) fn guest(&self) -> Option<&str> {
         match self {
-            Self::Migrate { name, .. } => Some(name),
+            Self::Migrate { name, .. } | Self::Start { name, .. } => Some(name),
             _ => None,
         }
     }

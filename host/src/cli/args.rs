@@ -13,6 +13,7 @@ use super::broker::BrokerArgs;
 use super::evidence::EvidenceCommand;
 use super::platform::PlatformArgs;
 use super::policy::PolicyCommand;
+use super::vm::VmCommand;
 use crate::agent::api::MemoryMode;
 
 /// Casemate: a security-hardened confidential VM host.
@@ -169,6 +170,15 @@ pub enum Command {
     Cancel {
         /// Its name.
         name: String,
+    },
+    /// Guests whose descriptions this host keeps: `create` once, `start` by name.
+    #[command(
+        after_help = "`casemate run`, `list`, `status`, `stop`, `pause` and `resume` do the same for guests of any origin."
+    )]
+    Vm {
+        /// What to do.
+        #[command(subcommand)]
+        command: VmCommand,
     },
     /// Requests that take long: a launch, a migration.
     Task {

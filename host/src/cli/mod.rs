@@ -12,9 +12,10 @@ mod policy;
 mod render;
 mod roles;
 mod verdict;
+mod vm;
 
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
@@ -61,9 +62,7 @@ fn run(cli: Cli) -> Result<u8, Failure> {
             description,
             owner_session,
         } => {
-            let description = std::path::absolute(&description).map_err(|e| {
-                Failure::new("DESCRIPTION", format!("{}: {e}", description.display()))
-            })?;
+            let description = absolute(&description)?;
             let session = owner_session.as_deref().map(read_session).transpose()?;
             show(
                 agent,
@@ -127,6 +126,7 @@ fn run(cli: Cli) -> Result<u8, Failure> {
         } => show(agent, &Request::SandboxReport { name }, json),
         Command::Evidence { command } => evidence::run(agent, command, json),
         Command::Bench { command } => bench::run(command, json),
+        Command::Vm { command } => vm::run(agent, command, json),
         Command::Task { command } => show(agent, &command.request(), json),
         Command::Metrics => show(agent, &Request::Metrics {}, json),
         Command::Openapi => print_pretty(&crate::agent::api::openapi::document()),
@@ -143,10 +143,6 @@ fn run(cli: Cli) -> Result<u8, Failure> {
             print_bytes(&text)
         }
     }
-}
-
-fn absolute(file: &Path) -> Result<std::path::PathBuf, Failure> {
-    std::path::absolute(file).map_err(|e| Failure::new("USAGE", format!("{}: {e}", file.display())))
 }
 
 /// The page of a command, and behind it those of its own commands, as `man` shows several.
@@ -181,6 +177,10 @@ fn show(agent: &Agent, request: &Request, json: bool) -> Result<u8, Failure> {
         _ => true,
     };
     Ok(u8::from(!held))
+}
+
+fn absolute(file: &Path) -> Result<PathBuf, Failure> {
+    std::path::absolute(file).map_err(|e| Failure::new("USAGE", format!("{}: {e}", file.display())))
 }
 
 fn read_session(folder: &Path) -> Result<SessionText, Failure> {

@@ -2,7 +2,9 @@
 
 use std::fmt::Write as _;
 
-use crate::agent::api::{Answer, GuestInfo, PlatformInfo, SnpInfo, TaskInfo, TaskState};
+use crate::agent::api::{
+    Answer, DefinitionInfo, GuestInfo, PlatformInfo, SnpInfo, StatsInfo, TaskInfo, TaskState,
+};
 use crate::sandbox::report::{ProbeReport, SandboxReport};
 
 /// An answer as text, with a line end.
@@ -52,6 +54,17 @@ pub fn answer(answer: &Answer) -> String {
         Answer::EvidenceRetained { removed_to } => {
             format!("records from {removed_to} on are kept; proofs of the others stay\n")
         }
+        Answer::Definition(one) => {
+            format!(
+                "{} is kept, as in {}\n",
+                one.name,
+                one.description.display()
+            )
+        }
+        Answer::Definitions { definitions } => definition_table(definitions),
+        Answer::Stats(stats) => stats_text(stats),
+        // `casemate vm console` writes the bytes themselves.
+        Answer::Console { next, .. } => format!("console: {next} bytes so far\n"),
         Answer::Task(task) => one_task(task),
         Answer::Tasks { tasks } => task_table(tasks),
         Answer::Metrics { text } => text.clone(),
@@ -234,6 +247,32 @@ fn guest_table(guests: &[GuestInfo]) -> String {
     text
 }
 
+fn definition_table(definitions: &[DefinitionInfo]) -> String {
+    let mut text = format!("{:<20} {:<8} {}\n", "NAME", "PRESENT", "DESCRIPTION");
+    for one in definitions {
+        let present = if one.present { "yes" } else { "no" };
+        let _ = writeln!(
+            text,
+            "{:<20} {present:<8} {}",
+            one.name,
+            one.description.display()
+        );
+    }
+    text
+}
+
+fn stats_text(stats: &StatsInfo) -> String {
+    format!(
+        "{}\n  processor   {}.{:03} s\n  resident    {} MiB, guest memory included\n  threads     {}\n  console     {} bytes\n",
+        stats.name,
+        stats.cpu_ms / 1000,
+        stats.cpu_ms % 1000,
+        stats.resident_bytes >> 20,
+        stats.threads,
+        stats.console_bytes
+    )
+}
+
 fn one_task(task: &TaskInfo) -> String {
     let mut text = format!("task {} ({})\n", task.id, task_state(task));
     let _ = writeln!(text, "  operation   {}", task.operation);
@@ -313,9 +352,10 @@ fn sandbox(report: &SandboxReport) -> String {
     );
     let _ = writeln!(
         text,
-        "  landlock      ABI {}; {}",
+        "  landlock      ABI {}; {}; sha256:{}",
         report.landlock_abi,
-        report.landlock.join("; ")
+        report.landlock.join("; "),
+        report.landlock_sha256
     );
     for thread in &report.threads {
         let _ = writeln!(

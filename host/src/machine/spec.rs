@@ -5,6 +5,7 @@
 
 mod confidential;
 mod devices;
+mod resources;
 
 use std::fmt;
 use std::io::Read;
@@ -18,12 +19,14 @@ use toml::Spanned;
 
 use self::confidential::Confidential;
 pub use self::confidential::{ConfidentialSpec, IdFiles, Offer, SevSpec, SnpSpec, Strongest};
+use self::resources::Resources;
 use crate::machine::cpu::{CpuModel, CpuPlan, Topology};
 use crate::machine::plan::devices::{Limits, SmallDevices};
 use crate::machine::plan::{
     DiskFormat, DiskPlan, MAX_ANNOUNCE, MAX_CMDLINE, MAX_DEVICES, MAX_DISK_ID, MAX_LOW_MEMORY,
     MAX_MEMORY, MAX_VCPUS, MIN_MEMORY, MachinePlan, NetPlan, is_name,
 };
+use crate::sandbox::jail::CpuShare;
 
 /// A description that has been read and checked. Files named in it exist and are readable.
 #[derive(Clone, Debug)]
@@ -52,6 +55,8 @@ pub struct MachineSpec {
     pub vsock_cid: Option<u32>,
     /// Random numbers, balloon, console, watchdog.
     pub small: SmallDevices,
+    /// What it may take of the host's processors.
+    pub share: CpuShare,
 }
 
 /// One disk of a description.
@@ -230,6 +235,7 @@ struct Document {
     balloon: Option<Spanned<devices::Balloon>>,
     console: Option<devices::Console>,
     watchdog: Option<devices::Watchdog>,
+    resources: Option<Resources>,
 }
 
 #[derive(Deserialize)]
@@ -325,7 +331,9 @@ impl Reader<'_> {
         };
         let plain = matches!(confidential, ConfidentialSpec::None);
         let small = self.small(small, !plain)?;
+        let share = document.resources.map(|r| self.resources(r)).transpose()?;
         Ok(MachineSpec {
+            share: share.unwrap_or_default(),
             name,
             vcpus,
             cpu,

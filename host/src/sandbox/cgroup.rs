@@ -1,10 +1,12 @@
-//! One cgroup v2 group per role process: limits on memory and tasks, and a way to kill all of it.
+//! One cgroup v2 group per role process: limits on memory, tasks and processors, and a way to kill all of it.
 
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+use super::jail::CpuShare;
 
 /// A group of our own, removed with everything in it when dropped.
 #[derive(Debug)]
@@ -21,6 +23,7 @@ impl Cgroup {
         name: &str,
         memory_max: Option<u64>,
         pids_max: u32,
+        cpu: &CpuShare,
     ) -> Result<(Option<Self>, Vec<String>), CgroupError> {
         let Some(root) = hierarchy() else {
             let note =
@@ -32,7 +35,7 @@ impl Cgroup {
         make_both(&parent, &path)?;
         // Where a controller is missing (hybrid hosts keep it in v1) the write fails; `notes` will say so.
         for dir in [&root, &parent] {
-            for controller in ["+memory", "+pids"] {
+            for controller in ["+memory", "+pids", "+cpu"] {
                 let _ = fs::write(dir.join("cgroup.subtree_control"), controller);
             }
         }
@@ -50,6 +53,13 @@ impl Cgroup {
             let _ = fs::write(group.path.join("memory.swap.max"), "0");
         }
         group.limit("pids.max", &pids_max.to_string())?;
+        if let Some(percent) = cpu.percent {
+            // Microseconds of each period of a tenth of a second.
+            group.limit("cpu.max", &format!("{} 100000", u64::from(percent) * 1000))?;
+        }
+        if let Some(weight) = cpu.weight {
+            group.limit("cpu.weight", &weight.to_string())?;
+        }
         let notes = group.notes.clone();
         Ok((Some(group), notes))
     }

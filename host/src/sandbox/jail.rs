@@ -3,19 +3,20 @@
 //! [`enter`] is the first thing a role does, single-threaded, before it reads a byte from anybody. What comes by
 //! environment from the agent is believed: it is the agent who builds the jail.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::path::Path;
 
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::{CloneFlags, CpuSet, sched_getaffinity, sched_setaffinity, unshare};
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::socket::{SockType, getsockopt, sockopt};
 use nix::sys::stat::{Mode, stat};
 use nix::unistd::{
-    Gid, Uid, chdir, chroot, dup2_raw, fchdir, geteuid, getpid, pivot_root, setgroups, sethostname,
-    setresgid, setresuid,
+    Gid, Pid, Uid, chdir, chroot, dup2_raw, fchdir, geteuid, getpid, pivot_root, setgroups,
+    sethostname, setresgid, setresuid,
 };
 use serde::{Deserialize, Serialize};
 
@@ -49,6 +50,19 @@ pub struct JailSpec {
     pub memlock_max: u64,
     /// Oldest Landlock ABI the policy accepts.
     pub landlock_min: u32,
+    /// Processors.
+    pub cpu: CpuShare,
+}
+
+/// What a role may take of the host's processors; the default is what its threads get.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CpuShare {
+    /// Most processor time, in percent of one processor (`cpu.max`).
+    pub percent: Option<u32>,
+    /// Share where processors are short, 1 to 10000, others have 100 (`cpu.weight`).
+    pub weight: Option<u32>,
+    /// The processors it runs on (affinity); empty for all.
+    pub cpus: BTreeSet<u16>,
 }
 
 impl JailSpec {
@@ -64,6 +78,7 @@ impl JailSpec {
             fsize_max: None,
             memlock_max: 0,
             landlock_min: DEFAULT_LANDLOCK_MIN,
+            cpu: CpuShare::default(),
         }
     }
 
@@ -147,6 +162,7 @@ pub(super) fn enter(role: Role) -> Result<Cell, JailError> {
         return Err(JailError::NotEffective(format!("{mounts} mounts")));
     }
     limit_resources(&spec)?;
+    pin(&spec.cpu, &mut notes)?;
     if let Err(errno) = sys::new_session_keyring()
         && errno != Errno::ENOSYS
     {
@@ -367,6 +383,30 @@ fn limit_resources(spec: &JailSpec) -> Result<(), JailError> {
         };
         setrlimit(resource, value, value).map_err(step(what))?;
     }
+    Ok(())
+}
+
+/// Keeps the process, and every thread that it starts, on the processors of its description.
+fn pin(share: &CpuShare, notes: &mut Vec<String>) -> Result<(), JailError> {
+    if share.cpus.is_empty() {
+        return Ok(());
+    }
+    let mut wanted = CpuSet::new();
+    for cpu in &share.cpus {
+        wanted
+            .set((*cpu).into())
+            .map_err(step("name a processor"))?;
+    }
+    let what = "pin to the processors of `resources.cpus`";
+    let this = Pid::from_raw(0);
+    sched_setaffinity(this, &wanted).map_err(step(what))?;
+    // The kernel leaves out, without a word, what the machine has not.
+    if sched_getaffinity(this).map_err(step(what))? != wanted {
+        let text = "not all of the processors of `resources.cpus` can be used on this host";
+        return Err(JailError::NotEffective(text.to_owned()));
+    }
+    let all: Vec<String> = share.cpus.iter().map(ToString::to_string).collect();
+    notes.push(format!("processors: {}", all.join(",")));
     Ok(())
 }
 

@@ -27,6 +27,15 @@ pub struct Restricted {
     pub proof: Vec<ProbeAttempt>,
 }
 
+impl Restricted {
+    /// SHA-256 of the lines, each with a line end, hexadecimal.
+    pub fn sha256(&self) -> String {
+        let text: String = self.lines.iter().map(|line| format!("{line}\n")).collect();
+        let digest = ring::digest::digest(&ring::digest::SHA256, text.as_bytes());
+        hex::encode(digest.as_ref())
+    }
+}
+
 /// Denies everything for this thread and all it creates. The process must be single-threaded.
 ///
 /// Refuses below `minimum`, and when the self-check finds that something is not denied.

@@ -243,6 +243,7 @@ impl Sealed {
             gid: status.gids.first().copied().unwrap_or(0),
             landlock_abi: self.restricted.abi,
             landlock: self.restricted.lines.clone(),
+            landlock_sha256: self.restricted.sha256(),
             capabilities: status.capability_names(),
             no_new_privs: status.no_new_privs,
             dumpable: sys::prctl(libc::PR_GET_DUMPABLE, 0) != Ok(0),

@@ -16,6 +16,8 @@ pub struct SandboxReport {
     pub landlock_abi: u32,
     /// What Landlock handles and allows, one line each.
     pub landlock: Vec<String>,
+    /// SHA-256 of those lines, each with a line end: the same for the same rules.
+    pub landlock_sha256: String,
     /// Capabilities left in any set; empty when dropped.
     pub capabilities: Vec<String>,
     /// `no_new_privs` is set.

@@ -75,8 +75,14 @@ impl Spawn {
             return Err(SpawnError::NeedsRoot);
         }
         self.spec.check()?;
-        let (cgroup, notes) =
-            Cgroup::create(&self.spec.name, self.spec.memory_max, self.spec.pids_max)?;
+        let JailSpec {
+            name,
+            memory_max,
+            pids_max,
+            cpu,
+            ..
+        } = &self.spec;
+        let (cgroup, notes) = Cgroup::create(name, *memory_max, *pids_max, cpu)?;
         let procs = cgroup.as_ref().map(Cgroup::procs).transpose()?;
         let handover = Handover {
             role: self.role,

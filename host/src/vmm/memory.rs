@@ -201,7 +201,7 @@ impl Run {
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
             .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
             .build()?;
-        keep_out_of_core_dumps(&mapping)?;
+        keep_to_this_process(&mapping)?;
         let region = Arc::new(mapping);
         Ok(Self { gpa, region })
     }
@@ -291,12 +291,15 @@ fn sealed_memfd(name: &std::ffi::CStr, size: u64) -> Result<File, MemoryError> {
     Ok(file)
 }
 
-fn keep_out_of_core_dumps<B: Bitmap>(mapping: &MmapRegion<B>) -> Result<(), MemoryError> {
+/// Neither in a core dump nor, should there ever be one, in a child.
+fn keep_to_this_process<B: Bitmap>(mapping: &MmapRegion<B>) -> Result<(), MemoryError> {
     let Some(start) = NonNull::new(mapping.as_ptr().cast()) else {
         return Ok(());
     };
-    // SAFETY: the range is exactly one live mapping of ours, and DONTDUMP changes no content.
-    unsafe { madvise(start, mapping.size(), MmapAdvise::MADV_DONTDUMP) }?;
+    for advice in [MmapAdvise::MADV_DONTDUMP, MmapAdvise::MADV_DONTFORK] {
+        // SAFETY: the range is exactly one live mapping of ours, and neither advice changes its content.
+        unsafe { madvise(start, mapping.size(), advice) }?;
+    }
     Ok(())
 }
 

@@ -62,6 +62,11 @@ impl Paths {
         self.root.join("guest")
     }
 
+    /// Programs by which tests judge what we write.
+    pub fn judges(&self) -> PathBuf {
+        self.root.join("judges")
+    }
+
     /// Guest kernel, as Debian ships it.
     pub fn guest_kernel(&self) -> PathBuf {
         self.guest().join("vmlinuz")

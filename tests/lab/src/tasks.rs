@@ -12,7 +12,7 @@ use crate::{
     fuzz::fuzz,
     guest_image,
     paths::{Paths, make_dir},
-    prepare::prepare,
+    prepare::{fetch_packages, prepare},
     run::{Request, run},
     say,
     signals::Guarded,
@@ -111,7 +111,11 @@ pub fn verify(paths: &Paths) -> Result<i32> {
         paths,
         &["test", "--release", "--workspace", "--no-fail-fast"],
         &[],
-        &[(RUNNER, runner), ("LAB_TIMEOUT", timeout)],
+        &[
+            (RUNNER, runner),
+            ("LAB_TIMEOUT", timeout),
+            ("CASEMATE_JUDGES", judges(paths)?.display().to_string()),
+        ],
     )?;
     if code != 0 {
         say("some tests failed, see above");
@@ -126,6 +130,20 @@ pub fn verify(paths: &Paths) -> Result<i32> {
     }
     say("all tests passed; fuzzing");
     fuzz(paths, &[], FUZZ_SECONDS)
+}
+
+/// Programs by which tests judge what we write: ACPICA's compiler and `qemu-img`.
+fn judges(paths: &Paths) -> Result<PathBuf> {
+    let folder = paths.judges();
+    let programs = ["iasl", "qemu-img"].map(|name| folder.join("usr/bin").join(name));
+    if !programs.iter().all(|program| program.exists()) {
+        fetch_packages(
+            paths,
+            &["acpica-tools", "qemu-utils"].map(str::to_owned),
+            &folder,
+        )?;
+    }
+    Ok(folder)
 }
 
 fn cargo(paths: &Paths, task: &[&str], packages: &[&str], env: &[(&str, String)]) -> Result<i32> {

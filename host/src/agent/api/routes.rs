@@ -41,6 +41,10 @@ pub enum Manner {
 pub const ROUTES: &[Route] = &[
     get("list", "/v1/guests", "guests"),
     task("run", "/v1/guests", "guest"),
+    get("definitions", "/v1/definitions", "definitions"),
+    post("create", "/v1/definitions", "definition"),
+    task("start", "/v1/definitions/{name}/start", "guest"),
+    delete("delete", "/v1/definitions/{name}", "done"),
     get("status", "/v1/guests/{name}", "guest"),
     post("stop", "/v1/guests/{name}/stop", "done"),
     post("pause", "/v1/guests/{name}/pause", "guest"),
@@ -53,6 +57,8 @@ pub const ROUTES: &[Route] = &[
         "/v1/guests/{name}/measurement",
         "measurement",
     ),
+    get("stats", "/v1/guests/{name}/stats", "stats"),
+    get("console", "/v1/guests/{name}/console", "console"),
     post("inject-secret", "/v1/guests/{name}/secret", "guest"),
     task("migrate", "/v1/guests/{name}/migrate", "migrated"),
     post("cancel", "/v1/guests/{name}/cancel", "done"),
@@ -82,13 +88,7 @@ pub const ROUTES: &[Route] = &[
         answers: "task",
         manner: Manner::Lines,
     },
-    Route {
-        operation: "task-cancel",
-        method: "DELETE",
-        path: "/v1/tasks/{id}",
-        answers: "task",
-        manner: Manner::Now,
-    },
+    delete("task-cancel", "/v1/tasks/{id}", "task"),
     Route {
         operation: "metrics",
         method: "GET",
@@ -141,8 +141,13 @@ impl Request {
                 target.push(if number == 0 { '?' } else { '&' });
                 target.push_str(field);
                 target.push('=');
-                let text = value.as_str().ok_or_else(lost)?;
-                target.extend(utf8_percent_encode(text, ESCAPED));
+                match value.as_u64() {
+                    Some(number) => target.push_str(&number.to_string()),
+                    None => {
+                        let text = value.as_str().ok_or_else(lost)?;
+                        target.extend(utf8_percent_encode(text, ESCAPED));
+                    }
+                }
             }
         }
         let body = (route.method == "POST").then(|| Value::Object(fields).to_string().into_bytes());
@@ -180,7 +185,11 @@ impl Request {
                 return Err(bad("this operation takes no query; give a JSON body"));
             }
             let (field, value) = pair.split_once('=').unwrap_or((pair, ""));
-            add(decoded(field)?, Value::String(decoded(value)?))?;
+            let value = match value.parse::<u64>() {
+                Ok(number) => Value::from(number),
+                Err(_) => Value::String(decoded(value)?),
+            };
+            add(decoded(field)?, value)?;
         }
         if !body.is_empty() {
             if body.len() > MAX_MESSAGE {
@@ -290,6 +299,16 @@ const fn post(operation: &'static str, path: &'static str, answers: &'static str
     }
 }
 
+const fn delete(operation: &'static str, path: &'static str, answers: &'static str) -> Route {
+    Route {
+        operation,
+        method: "DELETE",
+        path,
+        answers,
+        manner: Manner::Now,
+    }
+}
+
 const fn task(operation: &'static str, path: &'static str, answers: &'static str) -> Route {
     Route {
         operation,
@@ -334,6 +353,29 @@ mod tests {
         assert_eq!(seen.len(), ROUTES.len());
         let paths: BTreeSet<_> = ROUTES.iter().map(|r| (r.method, r.path)).collect();
         assert_eq!(paths.len(), ROUTES.len());
+    }
+
+    proptest::proptest! {
+        /// Whatever is sent, it is refused or it is a request that can be sent just so again.
+        #[test]
+        fn nothing_that_is_sent_is_taken_for_another_request(
+            method in proptest::sample::select(vec!["GET", "POST", "DELETE", "PUT", "get"]),
+            parts in proptest::collection::vec("[a-z0-9%/.-]{0,6}|v1|guests|tasks|stop|events|definitions|platform", 0..6),
+            query in proptest::option::of("[a-z0-9=&%]{0,20}|processor=amd|from=[0-9]{1,21}"),
+            body in "[{}\\[\\]\":,a-z0-9]{0,40}|\\{\"description\":\"[a-z/]{0,9}\"\\}",
+        ) {
+            let path = format!("/{}", parts.join("/"));
+            let first = Request::incoming(method, &path, query.as_deref(), body.as_bytes());
+            if let Ok((route, request)) = first {
+                let out = request.outgoing().unwrap();
+                let (path, query) = out.target.split_once('?').unwrap_or((&out.target, ""));
+                let query = (!query.is_empty()).then_some(query);
+                let body = out.body.as_deref().unwrap_or_default();
+                let (again, back) = Request::incoming(out.method, path, query, body).unwrap();
+                assert_eq!(format!("{back:?}"), format!("{request:?}"));
+                assert_eq!((again.operation, route.method), (route.operation, method));
+            }
+        }
     }
 
     #[test]

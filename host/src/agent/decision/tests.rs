@@ -140,6 +140,20 @@ pub fn every_request() -> Vec<Request> {
         Request::Metrics {},
         Request::EvidenceRotate {},
         Request::EvidenceRetain { keep_from: 3 },
+        Request::Create {
+            description: PathBuf::from("/etc/shadow"),
+        },
+        Request::Definitions {},
+        Request::Start {
+            name: name(),
+            session: None,
+        },
+        Request::Delete { name: name() },
+        Request::Stats { name: name() },
+        Request::Console {
+            name: name(),
+            from: 7,
+        },
     ];
     let mut kinds: Vec<usize> = all.iter().map(kind).collect();
     kinds.dedup();
@@ -147,7 +161,7 @@ pub fn every_request() -> Vec<Request> {
     all
 }
 
-const LAST: usize = 26;
+const LAST: usize = 32;
 
 fn kind(request: &Request) -> usize {
     match request {
@@ -177,7 +191,13 @@ fn kind(request: &Request) -> usize {
         Request::TaskCancel { .. } => 23,
         Request::Metrics {} => 24,
         Request::EvidenceRotate {} => 25,
-        Request::EvidenceRetain { .. } => LAST,
+        Request::EvidenceRetain { .. } => 26,
+        Request::Create { .. } => 27,
+        Request::Definitions {} => 28,
+        Request::Start { .. } => 29,
+        Request::Delete { .. } => 30,
+        Request::Stats { .. } => 31,
+        Request::Console { .. } => LAST,
     }
 }
 

@@ -1,0 +1,270 @@
+//! The cell of a running guest's VMM, seen from outside: what a debugger with every privilege finds, and what it can make
+//! the VMM do. Needs root and `/dev/kvm`.
+#![expect(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
+
+mod support;
+
+use std::fs;
+
+use nix::sys::ptrace;
+use nix::sys::signal::Signal;
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+use serde_json::Value;
+use support::{Host, until};
+
+#[test]
+fn a_debugger_that_forces_a_forbidden_call_sees_the_vmm_die() {
+    let mut host = Host::new("debugger");
+    host.start();
+    let other = host.describe("other", "other", "");
+    host.run(&["run", &other]).expect(0);
+    for (kind, call) in [
+        ("vmm-control", libc::SYS_openat),
+        ("vmm-device", libc::SYS_socket),
+        ("vmm-vcpu", libc::SYS_execve),
+    ] {
+        let path = host.describe("plain", "plain", "");
+        host.run(&["run", &path]).expect(0);
+        let pid = pid_of(&host, "plain");
+        let thread = thread_of(&host, "plain", pid, kind);
+        // Only the call is forced: the thread is otherwise what it was.
+        force(thread, call);
+        assert_eq!(end_of(thread), Signal::SIGSYS, "{kind}");
+        until("the agent has noticed", || {
+            host.listed("plain")
+                .is_some_and(|row| row["state"] == "lost")
+        });
+        host.run(&["stop", "plain"]).expect(0);
+        assert_eq!(host.listed("other").unwrap()["state"], "running");
+    }
+}
+
+#[test]
+fn a_debugger_that_forces_an_allowed_call_sees_the_vmm_live() {
+    let mut host = Host::new("allowed");
+    host.start();
+    let path = host.describe("plain", "plain", "");
+    host.run(&["run", &path]).expect(0);
+    let pid = pid_of(&host, "plain");
+    force(pid, libc::SYS_gettid);
+    // Without this the test above would prove only that a debugger can break things.
+    host.run(&["sandbox", "probe", "plain"]).expect(0);
+    ptrace::detach(interrupted(pid, false), None).unwrap();
+    host.run(&["stop", "plain"]).expect(0);
+}
+
+#[test]
+fn guest_memory_is_in_no_dump_and_no_child() {
+    let mut host = Host::new("memory");
+    host.start();
+    let path = host.describe("plain", "plain", "");
+    host.run(&["run", &path]).expect(0);
+    let maps = fs::read_to_string(format!("/proc/{}/smaps", pid_of(&host, "plain"))).unwrap();
+    let (mut inside, mut found) = (false, 0);
+    for line in maps.lines() {
+        if line.contains("/memfd:guest-memory") {
+            inside = true;
+        } else if let Some(flags) = line.strip_prefix("VmFlags:") {
+            if inside {
+                let flags: Vec<&str> = flags.split_whitespace().collect();
+                assert!(flags.contains(&"dd") && flags.contains(&"dc"), "{flags:?}");
+                found += 1;
+            }
+            inside = false;
+        }
+    }
+    assert!(found > 0, "{maps}");
+}
+
+#[test]
+fn every_descriptor_of_a_vmm_is_known_and_counted() {
+    let mut host = Host::new("descriptors");
+    host.start();
+    let path = host.describe("plain", "plain", "[vsock]\ncid = 3\n");
+    host.run(&["run", &path]).expect(0);
+    let folder = format!("/proc/{}/fd", pid_of(&host, "plain"));
+    let report = host.json(&["sandbox", "report", "plain"]);
+    let links: Vec<String> = fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| fs::read_link(entry.unwrap().path()).unwrap())
+        .map(|link| link.to_string_lossy().into_owned())
+        .collect();
+    let counted = report["reports"][0]["descriptors"].as_u64().unwrap();
+    assert_eq!(links.len() as u64, counted, "{links:?}");
+    let mut sockets = 0;
+    for link in &links {
+        let known = match link.as_str() {
+            "/dev/null" | "/dev/kvm" | "anon_inode:kvm-vm" => true,
+            name if name.starts_with("anon_inode:kvm-vcpu:") => true,
+            name if name.starts_with("anon_inode:") => ["[eventfd]", "[eventpoll]", "[timerfd]"]
+                .iter()
+                .any(|kind| name.ends_with(kind)),
+            name if name.starts_with("/memfd:") => true,
+            name if name.starts_with("socket:") => {
+                sockets += 1;
+                true
+            }
+            // The console, and the log that the test reads.
+            name if name.starts_with("pipe:") || name.ends_with("agent.log") => true,
+            // Its own status, from before the jail.
+            name if name.starts_with("/proc/") && name.ends_with("/status") => true,
+            _ => false,
+        };
+        assert!(known, "{link} in {links:?}");
+    }
+    // The agent's channel and the vsock device's listener, both Unix sockets made by the agent: its network is empty.
+    assert_eq!(sockets, 2, "{links:?}");
+    let table = fs::read_to_string(format!("/proc/{}/net/tcp", pid_of(&host, "plain"))).unwrap();
+    assert_eq!(table.lines().count(), 1, "{table}");
+}
+
+#[test]
+fn a_vmm_runs_on_the_processors_of_its_description() {
+    let mut host = Host::new("pinned");
+    host.start();
+    let path = host.describe(
+        "plain",
+        "plain",
+        "[resources]\ncpus = \"0\"\ncpu_percent = 150\ncpu_weight = 50\n",
+    );
+    host.run(&["run", &path]).expect(0);
+    let pid = pid_of(&host, "plain");
+    for task in fs::read_dir(format!("/proc/{pid}/task")).unwrap() {
+        let status = fs::read_to_string(task.unwrap().path().join("status")).unwrap();
+        let allowed = status
+            .lines()
+            .find_map(|l| l.strip_prefix("Cpus_allowed_list:"));
+        assert_eq!(allowed.unwrap().trim(), "0", "{status}");
+    }
+    // What the host's control groups can do is done, and what they cannot is said.
+    let notes = host.json(&["sandbox", "report", "plain"])["reports"][0]["notes"].to_string();
+    assert!(notes.contains("processors: 0"), "{notes}");
+    let group = notes.contains("no v2 hierarchy");
+    for (file, value) in [("cpu.max", "150000 100000"), ("cpu.weight", "50")] {
+        let set = notes.contains(&format!("{file} = {value}"));
+        assert!(
+            group || set || notes.contains(&format!("{file} not set")),
+            "{notes}"
+        );
+    }
+    host.run(&["stop", "plain"]).expect(0);
+    for wrong in [
+        "cpus = \"x\"",
+        "cpu_percent = 0",
+        "cpu_weight = 10001",
+        "cpu = 1",
+    ] {
+        let path = host.describe("plain", "plain", &format!("[resources]\n{wrong}\n"));
+        let key = wrong.split(' ').next().unwrap();
+        host.run(&["run", &path]).refused(1, &["DESCRIPTION", key]);
+    }
+    let path = host.describe("plain", "plain", "[resources]\ncpus = \"1023\"\n");
+    host.run(&["run", &path]).expect(1);
+}
+
+#[test]
+fn what_holds_a_vmm_is_in_the_ledger_by_its_hashes() {
+    let mut host = Host::new("hashes");
+    host.start();
+    let path = host.describe("plain", "plain", "");
+    host.run(&["run", &path]).expect(0);
+    let report = host.json(&["sandbox", "report", "plain"])["reports"][0].clone();
+    let records = host.records();
+    let cell = records.iter().find(|r| r["action"] == "sandbox").unwrap();
+    assert_eq!(cell["object"], "plain");
+    let detail = cell["detail"].to_string();
+    assert!(detail.contains(report["landlock_sha256"].as_str().unwrap()));
+    let threads = report["threads"].as_array().unwrap();
+    assert!(threads.len() >= 4, "{threads:?}");
+    for thread in threads {
+        let text = |key: &str| thread[key].as_str().unwrap().to_owned();
+        let line = format!(
+            "{}: {} sha256:{}",
+            text("name"),
+            text("filter"),
+            text("filter_sha256")
+        );
+        assert!(detail.contains(&line), "{line} in {detail}");
+    }
+}
+
+fn pid_of(host: &Host, name: &str) -> Pid {
+    let pid = host.listed(name).unwrap()["pid"].as_i64().unwrap();
+    Pid::from_raw(pid.try_into().unwrap())
+}
+
+/// The thread of a VMM whose filter is of this kind, as the host numbers it.
+fn thread_of(host: &Host, name: &str, pid: Pid, kind: &str) -> Pid {
+    let report = host.json(&["sandbox", "report", name]);
+    let threads = report["reports"][0]["threads"].as_array().unwrap().clone();
+    let named = |t: &&Value| t["filter"] == kind;
+    let wanted = threads.iter().find(named).unwrap()["name"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    if kind == "vmm-control" {
+        return pid;
+    }
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let mut tasks = tasks.map(|task| task.unwrap().path());
+    let found = tasks.find(|task| {
+        let comm = fs::read_to_string(task.join("comm")).unwrap();
+        comm.trim() == wanted.chars().take(15).collect::<String>()
+    });
+    let number = found
+        .unwrap()
+        .file_name()
+        .unwrap()
+        .to_string_lossy()
+        .parse();
+    Pid::from_raw(number.unwrap())
+}
+
+/// Stops a thread in a system call of its own and makes it do another in its place; its arguments stay what they were.
+fn force(thread: Pid, call: i64) {
+    interrupted(thread, true);
+    let mut registers = ptrace::getregs(thread).unwrap();
+    // Behind a `syscall` instruction (0f 05): that one is done again, with another number.
+    let at = registers.rip - 2;
+    let bytes = ptrace::read(thread, at as ptrace::AddressType).unwrap() & 0xffff;
+    assert_eq!(bytes, 0x050f, "the thread was not in a system call");
+    registers.rip = at;
+    registers.rax = call.cast_unsigned();
+    // No restart of the interrupted call.
+    registers.orig_rax = u64::MAX;
+    ptrace::setregs(thread, registers).unwrap();
+    ptrace::cont(thread, None).unwrap();
+}
+
+/// Stops a thread where it is, as its debugger, which this becomes if it is not yet.
+fn interrupted(thread: Pid, seize: bool) -> Pid {
+    if seize {
+        ptrace::seize(thread, ptrace::Options::empty()).unwrap();
+    }
+    ptrace::interrupt(thread).unwrap();
+    loop {
+        match waitpid(thread, Some(WaitPidFlag::__WALL)).unwrap() {
+            WaitStatus::PtraceEvent(..) => return thread,
+            WaitStatus::Stopped(_, signal) => ptrace::cont(thread, signal).unwrap(),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+/// The signal that ended a thread.
+fn end_of(thread: Pid) -> Signal {
+    loop {
+        match waitpid(thread, Some(WaitPidFlag::__WALL)).unwrap() {
+            WaitStatus::Signaled(_, signal, _) => return signal,
+            WaitStatus::Stopped(_, signal) => ptrace::cont(thread, signal).unwrap(),
+            WaitStatus::PtraceEvent(..) => ptrace::cont(thread, None).unwrap(),
+            other => panic!("{other:?}"),
+        }
+    }
+}
