@@ -188,8 +188,9 @@ fn run(host: &Host, name: &str, more: &str) {
     host.run(&["run", &description]).expect(0);
 }
 
-/// Rounds on the guest's console, each checked to be the next one. A line may be half written at the end; what a guest
-/// printed before a snapshot is on the console of its name before it ends.
+/// Rounds on the guest's console, each checked to be the next one. A line may be half written at the end, and a restored
+/// guest begins with the rest of the line in which the snapshot was taken; what it printed before is on the console of its
+/// name from before.
 fn rounds(host: &Host, name: &str) -> u64 {
     let console = host.path(&format!("state/guests/{name}/console.log"));
     let settled = Instant::now() + Duration::from_millis(1);
@@ -199,7 +200,8 @@ fn rounds(host: &Host, name: &str) -> u64 {
     let text = fs::read_to_string(console).unwrap_or_default();
     let whole = text.rfind('\n').map_or("", |end| &text[..end]);
     let mut last = None;
-    for line in whole.lines() {
+    let rest_of_a_line = whole.lines().next().is_some_and(|line| line.len() < 8);
+    for line in whole.lines().skip(usize::from(rest_of_a_line)) {
         let count = line.bytes().fold(0u64, |value, byte| {
             (value << 4) | u64::from(byte.wrapping_sub(b'a'))
         });

@@ -1,4 +1,5 @@
 //! `casemate bench migrate`: both ends as processes, every protection.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};

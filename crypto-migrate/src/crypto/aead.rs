@@ -15,7 +15,7 @@ pub(crate) struct AeadKey(Key);
 enum Key {
     #[cfg(feature = "aws-lc")]
     AwsLc(aws_lc_rs::aead::LessSafeKey),
-    Ring(ring::aead::LessSafeKey),
+    Ring(Box<ring::aead::LessSafeKey>),
 }
 
 /// The two crates share their interface, but no types.
@@ -48,7 +48,7 @@ impl AeadKey {
             Provider::Ring => {
                 use ring::aead;
                 let key = aead::UnboundKey::new(&aead::AES_256_GCM, key.as_ref());
-                Key::Ring(aead::LessSafeKey::new(key.map_err(|_| refused)?))
+                Key::Ring(Box::new(aead::LessSafeKey::new(key.map_err(|_| refused)?)))
             }
         }))
     }

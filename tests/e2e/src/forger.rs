@@ -82,7 +82,7 @@ impl Forger<'_> {
         // A forgery before this one is in the way.
         let _ = fs::remove_file(to);
         match forgery {
-            Forgery::Edit => self.rewritten(to, edit),
+            Forgery::Edit => self.rewritten(to, |lines| edit(lines)),
             Forgery::Delete => self.rewritten(to, |lines| drop(lines.remove(lines.len() / 2))),
             Forgery::Reorder => self.rewritten(to, |lines| {
                 let middle = lines.len() / 2;
@@ -163,7 +163,7 @@ impl Forger<'_> {
     }
 }
 
-fn edit(lines: &mut Vec<String>) {
+fn edit(lines: &mut [String]) {
     let refused = lines
         .iter()
         .position(|line| line.contains("\"outcome\":\"refused\""));

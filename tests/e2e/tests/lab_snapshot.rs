@@ -1,5 +1,4 @@
 //! Linux in a sealed file and out of it again, at once and on demand: its work, its disk and its clock go on.
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;
 

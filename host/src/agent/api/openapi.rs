@@ -59,7 +59,10 @@ fn variants<T: schemars::JsonSchema>(types: &mut SchemaGenerator, name: &str) ->
 
 /// The member that this tag names; what is missing here a test finds.
 fn variant(all: &[Value], tag: &str, name: &str) -> Value {
-    let fits = |member: &&Value| member["properties"][tag]["const"] == name;
+    let fits = |member: &&Value| {
+        let tag = member.get("properties").and_then(|all| all.get(tag));
+        tag.and_then(|tag| tag.get("const")) == Some(&Value::from(name))
+    };
     all.iter().find(fits).cloned().unwrap_or_default()
 }
 
@@ -85,14 +88,18 @@ fn operation(route: &Route, request: &Value, answer: &Value) -> Value {
             "name": field, "in": place, "required": required(field), "schema": schema,
         }));
     }
-    let mut described = json!({
+    let described = json!({
         "operationId": route.operation,
         "summary": request["description"],
         "parameters": parameters,
         "responses": responses(route, answer),
     });
-    if !body.is_empty() {
-        described["requestBody"] = json!({
+    if body.is_empty() {
+        return described;
+    }
+    with_body(
+        described,
+        json!({
             "required": !needed.is_empty(),
             "content": {"application/json": {"schema": {
                 "type": "object",
@@ -100,9 +107,15 @@ fn operation(route: &Route, request: &Value, answer: &Value) -> Value {
                 "required": needed,
                 "additionalProperties": false,
             }}},
-        });
+        }),
+    )
+}
+
+fn with_body(mut operation: Value, body: Value) -> Value {
+    if let Some(fields) = operation.as_object_mut() {
+        fields.insert("requestBody".to_owned(), body);
     }
-    described
+    operation
 }
 
 fn responses(route: &Route, answer: &Value) -> Value {

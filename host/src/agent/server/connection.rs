@@ -26,7 +26,7 @@ use super::patient::Patient;
 use crate::agent::Agent;
 use crate::agent::api::problem::{PROBLEM, Problem};
 use crate::agent::api::routes::{Manner, OPENAPI_PATH, Route, too_long};
-use crate::agent::api::{Answer, Failure, MAX_MESSAGE, Request, openapi};
+use crate::agent::api::{Answer, Failure, MAX_MESSAGE, Request, TaskInfo, openapi};
 use crate::agent::authority::{Caller, other_users};
 use crate::agent::tasks::Reader;
 
@@ -63,7 +63,7 @@ where
         let (shared, who) = (Arc::clone(&shared), who.clone());
         async move {
             let reply = answer(request, &who, &shared).await;
-            Ok::<_, Infallible>(reply.unwrap_or_else(|failure| problem(failure)))
+            Ok::<_, Infallible>(reply.unwrap_or_else(problem))
         }
     });
     let stream = TokioIo::new(Patient::new(stream, DEADLINE));
@@ -184,13 +184,31 @@ async fn answer(
     }
 }
 
-/// A request that takes long: decided as far as it can be at once, and done in a task.
+/// A request that takes long: decided as far as it can be at once, and done in a task. What has arrived whole is done,
+/// also if the client hangs up meanwhile and nobody waits for this answer.
 async fn accept(
     route: &'static Route,
     request: Request,
     caller: Caller,
     shared: &Arc<Shared>,
 ) -> Result<Reply, Failure> {
+    let shared = Arc::clone(shared);
+    let begun = tokio::spawn(async move { begin(route, request, caller, &shared).await });
+    let info = begun.await.unwrap_or_else(|_| Err(ending()))?;
+    let location = format!("/v1/tasks/{}", info.id);
+    let mut reply = json(StatusCode::ACCEPTED, &Answer::Task(info));
+    if let Ok(location) = HeaderValue::from_str(&location) {
+        reply.headers_mut().insert(LOCATION, location);
+    }
+    Ok(reply)
+}
+
+async fn begin(
+    route: &'static Route,
+    request: Request,
+    caller: Caller,
+    shared: &Arc<Shared>,
+) -> Result<TaskInfo, Failure> {
     let agent = Arc::clone(&shared.agent);
     let gated = work(shared, move || {
         agent.gate_counted(&caller, &request)?;
@@ -207,12 +225,7 @@ async fn accept(
         let end = agent.perform(&caller, request, &mut |event| task.say(event));
         task.end(end);
     });
-    let location = format!("/v1/tasks/{}", info.id);
-    let mut reply = json(StatusCode::ACCEPTED, &Answer::Task(info));
-    if let Ok(location) = HeaderValue::from_str(&location) {
-        reply.headers_mut().insert(LOCATION, location);
-    }
-    Ok(reply)
+    Ok(info)
 }
 
 async fn ask(request: Request, caller: Caller, shared: &Arc<Shared>) -> Result<Answer, Failure> {
@@ -225,15 +238,18 @@ async fn work<T: Send + 'static>(
     shared: &Arc<Shared>,
     step: impl FnOnce() -> Result<T, Failure> + Send + 'static,
 ) -> Result<T, Failure> {
-    let failed = || Failure::new("AGENT_ENDING", "this agent is ending; start it again");
     let place = Arc::clone(&shared.work).acquire_owned().await;
-    let place = place.map_err(|_| failed())?;
+    let place = place.map_err(|_| ending())?;
     let step = tokio::task::spawn_blocking(move || {
         let result = step();
         drop(place);
         result
     });
-    step.await.unwrap_or_else(|_| Err(failed()))
+    step.await.unwrap_or_else(|_| Err(ending()))
+}
+
+fn ending() -> Failure {
+    Failure::new("AGENT_ENDING", "this agent is ending; start it again")
 }
 
 /// The whole body, or the refusal of one that is too long or too slow.

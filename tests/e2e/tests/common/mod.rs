@@ -72,7 +72,7 @@ pub fn throw_inside_tls(world: &World, to: (Ipv4Addr, u16), bytes: &[u8]) {
         .run(|| TcpStream::connect(SocketAddr::from(to)))
         .unwrap()
         .unwrap();
-    let mut tls = tls::connect(stream, &local, DEADLINE).unwrap();
+    let mut tls = tls::connect(stream, local, DEADLINE).unwrap();
     let deadline = Instant::now() + DEADLINE;
     tls.write_all(bytes, deadline).unwrap();
     let mut byte = [0; 1];

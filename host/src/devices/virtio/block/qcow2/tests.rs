@@ -27,7 +27,7 @@ struct Rig {
 
 fn qemu_img(folder: &Path, args: &[&str]) -> String {
     // Unpacked beside its libraries by `cargo verify`, else the machine's own.
-    let judges = std::env::var_os("CASEMATE_JUDGES").map(std::path::PathBuf::from);
+    let judges = std::env::var_os("CASEMATE_JUDGES").map(PathBuf::from);
     let fetched = judges.map(|judges| (judges.join("usr/bin/qemu-img"), judges));
     let mut command = match fetched.filter(|(program, _)| program.exists()) {
         Some((program, judges)) => {
