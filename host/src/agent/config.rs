@@ -25,6 +25,8 @@ pub struct AgentConfig {
     pub policy: PathBuf,
     /// Whose signatures the rules need; without it, none. They are read from beside the rules (`.sig` behind the name).
     pub policy_trust: Option<Trust>,
+    /// A second opinion on every decision, in Rego; it may only restrict.
+    pub rego: Option<RegoFile>,
     /// Who this host is to others; needed for migration.
     pub identity: Option<IdentityFiles>,
     /// Addresses of the peers that the policy names.
@@ -38,6 +40,28 @@ pub struct AgentConfig {
     /// First of the user ids given to roles.
     #[serde(default = "default_uid_base")]
     pub uid_base: u32,
+}
+
+/// A policy in Rego.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RegoFile {
+    /// The file.
+    pub policy: PathBuf,
+    /// Whose input it was written for.
+    #[serde(default)]
+    pub dialect: RegoDialect,
+}
+
+/// Whose input a Rego policy was written for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RegoDialect {
+    /// `package casemate`.
+    #[default]
+    Casemate,
+    /// `package policy`, as Trustee's resource policies.
+    Trustee,
 }
 
 /// PEM files of the host's identity.
@@ -94,6 +118,7 @@ impl AgentConfig {
             .flat_map(|api| [&mut api.certificate, &mut api.key, &mut api.client_ca]);
         let published = [&mut config.amd_certificates, &mut config.chip_certificate];
         let published = published.into_iter().flatten();
+        let paths = paths.chain(config.rego.iter_mut().map(|rego| &mut rego.policy));
         for path in paths.chain(identity).chain(api).chain(published) {
             *path = folder.join(&*path);
         }

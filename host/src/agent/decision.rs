@@ -162,6 +162,7 @@ impl Agent {
         inquiry.host = self.host_claims(&policy, action);
         inquiry.approvals = self.authority.approvals(&inquiry);
         let decision = decide(&policy, &inquiry);
+        let decision = self.second_opinion.restrict(&inquiry, decision);
         if !(decision.allowed && action.kind().reads()) {
             let entry = history::entry(caller.name(), &inquiry, &decision, policy.digest());
             let of_guest = self.guest(&object).ok();

@@ -22,6 +22,7 @@ mod platform;
 pub mod platform_api;
 mod processor;
 mod record;
+mod second_opinion;
 mod server;
 mod sev;
 pub mod snapshot;
@@ -51,6 +52,7 @@ use crate::agent::metrics::Metrics;
 use crate::agent::mover_process::MoverProcess;
 use crate::agent::processor::Processor;
 use crate::agent::record::{Ownership, OwnershipState, Records};
+use crate::agent::second_opinion::SecondOpinion;
 use crate::agent::tasks::Tasks;
 use crate::agent::transfer::{HostCredentials, role_error};
 use crate::agent::vmm_process::{VmmProcess, lock};
@@ -93,6 +95,7 @@ pub fn run(config: &Path) -> Result<(), Failure> {
 pub struct Agent {
     config: AgentConfig,
     authority: Authority,
+    second_opinion: SecondOpinion,
     evidence: Evidence,
     records: Records,
     identity: Option<HostCredentials>,
@@ -130,6 +133,7 @@ impl Agent {
         }
         let mut agent = Self {
             authority,
+            second_opinion: SecondOpinion::open(config.rego.as_ref())?,
             evidence,
             records,
             identity,

@@ -121,12 +121,23 @@ pub fn verify(paths: &Paths) -> Result<i32> {
         say("some tests failed, see above");
         return Ok(code);
     }
-    say("running the tests of the policy crate with Rego");
-    let rego = ["--package", "casemate-policy", "--features", "rego"];
-    let code = cargo(paths, &["test", "--release"], &rego, &[])?;
-    if code != 0 {
-        say("some tests failed, see above");
-        return Ok(code);
+    say("running the tests of the policy crate, and of the agent's decisions, with Rego");
+    for rego in [
+        &["--package", "casemate-policy", "--features", "rego"][..],
+        &[
+            "--package",
+            "casemate",
+            "--features",
+            "rego",
+            "--lib",
+            "agent::decision",
+        ],
+    ] {
+        let code = cargo(paths, &["test", "--release"], rego, &[])?;
+        if code != 0 {
+            say("some tests failed, see above");
+            return Ok(code);
+        }
     }
     say("all tests passed; fuzzing");
     fuzz(paths, &[], FUZZ_SECONDS)

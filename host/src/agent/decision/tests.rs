@@ -489,3 +489,28 @@ fn the_ledger_changes_its_key_and_forgets_and_old_checkpoints_keep_their_worth()
     assert!(left.frontier.size() > all);
     assert_eq!(left.rotations.len(), 1);
 }
+
+#[test]
+fn rego_restricts_every_decision_and_a_program_without_it_does_not_start() {
+    let mut host = Host::new(POLICY, "");
+    let config = std::fs::read_to_string(host.path("agent.toml")).unwrap();
+    let config = format!("{config}\n[rego]\npolicy = 'second.rego'\n");
+    std::fs::write(host.path("agent.toml"), config).unwrap();
+    let rego = "package casemate\nimport rego.v1\nallow if input.action.name == \"list\"\n";
+    std::fs::write(host.path("second.rego"), rego).unwrap();
+    std::fs::write(host.path("s"), "").unwrap();
+    if cfg!(not(feature = "rego")) {
+        assert_eq!(host.start().unwrap_err().code, "REGO");
+        return;
+    }
+    host.start().unwrap();
+    assert_eq!(host.code(0, Request::List {}), "ok");
+    let stop = Request::Stop {
+        name: "vault".into(),
+    };
+    assert_eq!(host.code(0, stop), "POLICY_REGO_REFUSED");
+    let last = host.records().pop().unwrap();
+    assert_eq!(last.outcome, Outcome::Refused);
+    std::fs::write(host.path("second.rego"), "package casemate\nallow if {").unwrap();
+    assert_eq!(host.start().unwrap_err().code, "REGO");
+}

@@ -129,7 +129,7 @@ const AMD_ALIASES: u32 = 0x0183_f3ff;
 /// All features of the models.
 #[rustfmt::skip]
 pub const FEATURES: &[Feature] = &[
-    f("fpu", L1_EDX, 0, Baseline), f("vme", L1_EDX, 1, Baseline), f("de", L1_EDX, 2, Baseline),
+    f("fpu", L1_EDX, 0, Baseline), f("de", L1_EDX, 2, Baseline),
     f("pse", L1_EDX, 3, Baseline), f("tsc", L1_EDX, 4, Baseline), f("msr", L1_EDX, 5, Baseline),
     f("pae", L1_EDX, 6, Baseline), f("mce", L1_EDX, 7, Baseline), f("cx8", L1_EDX, 8, Baseline),
     f("apic", L1_EDX, 9, Baseline), f("sep", L1_EDX, 11, Baseline), f("mtrr", L1_EDX, 12, Baseline),
@@ -145,6 +145,7 @@ pub const FEATURES: &[Feature] = &[
     f("syscall", E1_EDX, 11, Baseline), f("nx", E1_EDX, 20, Baseline), f("lm", E1_EDX, 29, Baseline),
     f("arat", L6_EAX, 2, Baseline), // KVM's own, on every processor
 
+    f("vme", L1_EDX, 1, EpycNaples), // nothing to a 64-bit guest, and software emulation lacks it
     f("pclmulqdq", L1_ECX, 1, EpycNaples), f("fma", L1_ECX, 12, EpycNaples), f("movbe", L1_ECX, 22, EpycNaples),
     f("aes", L1_ECX, 25, EpycNaples), f("xsave", L1_ECX, 26, EpycNaples), f("avx", L1_ECX, 28, EpycNaples),
     f("f16c", L1_ECX, 29, EpycNaples), f("rdrand", L1_ECX, 30, EpycNaples),
