@@ -72,6 +72,8 @@ where
         .header_read_timeout(DEADLINE)
         .max_buf_size(MAX_HEAD)
         .max_headers(MAX_HEADERS)
+        // A client that hangs up may have asked before: what has arrived is done.
+        .half_close(true)
         .serve_connection(stream, service);
     if let Err(error) = connection.await {
         tracing::debug!(%error, "an API client went away");
