@@ -184,8 +184,8 @@ impl Rig {
                 _ => program.address(),
             };
             write(0x20, base, 8);
-            write(0x28, base + 0x1000, 8);
-            write(0x30, base + 0x2000, 8);
+            write(0x28, base.wrapping_add(0x1000), 8);
+            write(0x30, base.wrapping_add(0x2000), 8);
             write(0x1c, u64::from(program.small() < 240), 2);
         }
         write(0x14, 15, 1);
