@@ -342,7 +342,7 @@ mod tests {
 
     use super::*;
     use crate::crypto::{KeySchedule, Provider};
-    use crate::guest::PAGE_SIZE;
+    use crate::guest::{EXTENT_PAGES, PAGE_SIZE};
     use crate::wire::batch::{join, split};
 
     fn binding() -> Binding {
@@ -448,6 +448,31 @@ mod tests {
             open_all(&mut again, &take(&[0, 1, 2, 3])),
             Err(Code::PageReplayed)
         );
+    }
+
+    #[test]
+    fn an_extent_holds_one_to_sixteen_whole_pages() {
+        let data = vec![0x5a; (EXTENT_PAGES + 1) * PAGE_SIZE];
+        let seal = |count: u32, bytes: usize| {
+            let content = PageContent::Data(&data[..bytes]);
+            let mut batch = BatchBuilder::new();
+            let mut sealer = PageSealer::new(key(), binding());
+            sealer
+                .seal(&mut batch, 1, Gpn(10), count, content)
+                .map(|(header, _)| header)
+        };
+        let whole = seal(16, 16 * PAGE_SIZE).unwrap();
+        assert_eq!(EntryHeader::parse(&whole.encode()), Ok(whole));
+        for (count, pages) in [(0, 0), (17, 17), (1, 2), (2, 1)] {
+            assert_eq!(
+                seal(count, pages * PAGE_SIZE),
+                Err(PageError::Size(10)),
+                "{count}"
+            );
+        }
+        let mut longer = whole;
+        longer.count = 17;
+        assert!(EntryHeader::parse(&longer.encode()).is_err());
     }
 
     #[test]
