@@ -29,7 +29,6 @@ pub struct VirtioConsole {
     starved: bool,
     buffer: Box<[u8]>,
     lost: u64,
-    faults_before: u64,
 }
 
 impl VirtioConsole {
@@ -50,7 +49,6 @@ impl VirtioConsole {
             starved: false,
             buffer: vec![0; CHUNK].into_boxed_slice(),
             lost: 0,
-            faults_before: 0,
         })
     }
 
@@ -216,15 +214,12 @@ impl VirtioDevice for VirtioConsole {
         super::read_config_from(&self.config(), offset, data);
     }
 
-    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
-
     fn activate(&mut self, activation: Activation) {
         self.active = Some(Active::new(activation));
         self.starved = false;
     }
 
     fn reset(&mut self) {
-        self.faults_before = self.faults();
         self.active = None;
     }
 
@@ -282,10 +277,8 @@ impl VirtioDevice for VirtioConsole {
         Ok(())
     }
 
-    fn announce(&mut self) {}
-
     fn faults(&self) -> u64 {
-        self.faults_before + self.active.as_ref().map_or(0, Active::faults)
+        self.active.as_ref().map_or(0, Active::faults)
     }
 
     fn change(&mut self, change: &DeviceChange) -> Result<(), String> {

@@ -57,7 +57,7 @@ pub trait VirtioDevice: Send {
     /// Reads the device configuration; bytes beyond its end read as zero.
     fn read_config(&self, offset: u64, data: &mut [u8]);
     /// Writes the device configuration; most devices ignore it.
-    fn write_config(&mut self, offset: u64, data: &[u8]);
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
     /// The driver is ready.
     fn activate(&mut self, activation: Activation);
     /// Back to the state before [`VirtioDevice::activate`].
@@ -80,9 +80,9 @@ pub trait VirtioDevice: Send {
     /// The guest is about to run here: take locks. Fails if somebody else holds them.
     fn acquire(&mut self) -> std::io::Result<()>;
     /// The guest has just arrived by a move and runs: announce addresses, tell the driver that connections were reset.
-    /// Called up to five times, with growing intervals.
-    fn announce(&mut self);
-    /// How often the guest broke the rules of a queue.
+    /// Called up to five times, with growing intervals. Most devices have nothing to say.
+    fn announce(&mut self) {}
+    /// How often the guest broke the rules of a queue since it was activated.
     fn faults(&self) -> u64;
     /// Changes what may change while the guest runs. The transport looks at the device's queues afterwards. Refused
     /// unless the device says otherwise; the text is for people.

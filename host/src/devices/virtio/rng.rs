@@ -19,7 +19,6 @@ pub struct Rng {
     limiter: Limiter,
     active: Option<Active>,
     held: bool,
-    faults_before: u64,
 }
 
 impl Rng {
@@ -38,7 +37,6 @@ impl Rng {
             limiter: Limiter::new(limits)?,
             active: None,
             held: false,
-            faults_before: 0,
         })
     }
 
@@ -92,14 +90,11 @@ impl VirtioDevice for Rng {
         data.fill(0);
     }
 
-    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
-
     fn activate(&mut self, activation: Activation) {
         self.active = Some(Active::new(activation));
     }
 
     fn reset(&mut self) {
-        self.faults_before = self.faults();
         self.active = None;
     }
 
@@ -144,10 +139,8 @@ impl VirtioDevice for Rng {
         Ok(())
     }
 
-    fn announce(&mut self) {}
-
     fn faults(&self) -> u64 {
-        self.faults_before + self.active.as_ref().map_or(0, Active::faults)
+        self.active.as_ref().map_or(0, Active::faults)
     }
 }
 

@@ -115,6 +115,7 @@ impl VirtioPci {
             Change::None => {}
             Change::Activate => inner.activate(&self.ram, &self.signals),
             Change::Reset => {
+                inner.faults += inner.device.faults();
                 inner.device.reset();
                 inner.power_on();
                 self.signals.reset();

@@ -31,7 +31,6 @@ pub struct Balloon {
     /// Pages it says it has given up.
     actual: u32,
     returned: u64,
-    faults_before: u64,
 }
 
 impl Balloon {
@@ -50,7 +49,6 @@ impl Balloon {
             target: 0,
             actual: 0,
             returned: 0,
-            faults_before: 0,
         }
     }
 
@@ -151,7 +149,6 @@ impl VirtioDevice for Balloon {
     }
 
     fn reset(&mut self) {
-        self.faults_before = self.faults();
         self.active = None;
         self.actual = 0;
     }
@@ -203,10 +200,8 @@ impl VirtioDevice for Balloon {
         Ok(())
     }
 
-    fn announce(&mut self) {}
-
     fn faults(&self) -> u64 {
-        self.faults_before + self.active.as_ref().map_or(0, Active::faults)
+        self.active.as_ref().map_or(0, Active::faults)
     }
 
     fn change(&mut self, change: &DeviceChange) -> Result<(), String> {

@@ -37,7 +37,6 @@ pub struct Block {
     limiter: Limiter,
     active: Option<Active>,
     held: bool,
-    faults_before: u64,
 }
 
 impl Block {
@@ -77,7 +76,6 @@ impl Block {
             limiter: Limiter::new(Limits::default())?,
             active: None,
             held: false,
-            faults_before: 0,
         })
     }
 
@@ -177,8 +175,6 @@ impl VirtioDevice for Block {
         super::read_config_from(&self.config(), offset, data);
     }
 
-    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
-
     fn activate(&mut self, activation: Activation) {
         // A driver that cannot flush expects that what is written is on the disk (specification 5.2.6.2).
         self.disk.write_through = activation.features & (1 << VIRTIO_BLK_F_FLUSH) == 0;
@@ -186,7 +182,6 @@ impl VirtioDevice for Block {
     }
 
     fn reset(&mut self) {
-        self.faults_before = self.faults();
         self.active = None;
     }
 
@@ -252,10 +247,8 @@ impl VirtioDevice for Block {
         Ok(())
     }
 
-    fn announce(&mut self) {}
-
     fn faults(&self) -> u64 {
-        self.faults_before + self.active.as_ref().map_or(0, Active::faults)
+        self.active.as_ref().map_or(0, Active::faults)
     }
 
     fn change(&mut self, change: &DeviceChange) -> Result<(), String> {

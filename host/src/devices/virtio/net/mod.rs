@@ -48,7 +48,6 @@ pub struct Net {
     dead: bool,
     buffer: Box<[u8]>,
     counters: Counters,
-    faults_before: u64,
 }
 
 /// What happened to frames since the card was made.
@@ -111,7 +110,6 @@ impl Net {
             dead: false,
             buffer: vec![0; HEADER + FRAME_MAX].into_boxed_slice(),
             counters: Counters::default(),
-            faults_before: 0,
         })
     }
 
@@ -296,8 +294,6 @@ impl VirtioDevice for Net {
         super::read_config_from(&self.config(), offset, data);
     }
 
-    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
-
     fn activate(&mut self, activation: Activation) {
         self.offloads = Offloads::agreed(activation.features, self.offered);
         self.tell_tap();
@@ -306,7 +302,6 @@ impl VirtioDevice for Net {
     }
 
     fn reset(&mut self) {
-        self.faults_before = self.faults();
         self.active = None;
         self.offloads = Offloads::default();
         self.tell_tap();
@@ -403,7 +398,7 @@ impl VirtioDevice for Net {
     }
 
     fn faults(&self) -> u64 {
-        self.faults_before + self.active.as_ref().map_or(0, Active::faults)
+        self.active.as_ref().map_or(0, Active::faults)
     }
 
     fn change(&mut self, change: &DeviceChange) -> Result<(), String> {

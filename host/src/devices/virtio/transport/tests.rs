@@ -12,6 +12,7 @@ use crate::vmm::irq::{MsiMessage, MsiRouter};
 pub(crate) struct Log {
     active: Vec<(u64, Vec<bool>)>,
     resets: u32,
+    faults: u64,
     pub events: Vec<u16>,
     pub announced: u32,
     interrupt: Option<Arc<dyn Interrupt>>,
@@ -33,7 +34,6 @@ impl VirtioDevice for Model {
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         data.fill(offset as u8);
     }
-    fn write_config(&mut self, _: u64, _: &[u8]) {}
     fn activate(&mut self, activation: Activation) {
         let mut log = self.0.lock().unwrap();
         let ready = activation.queues.iter().map(QueueT::ready).collect();
@@ -41,7 +41,9 @@ impl VirtioDevice for Model {
         log.interrupt = Some(activation.interrupt);
     }
     fn reset(&mut self) {
-        self.0.lock().unwrap().resets += 1;
+        let mut log = self.0.lock().unwrap();
+        log.resets += 1;
+        log.faults = 0;
     }
     fn poll_fds(&self) -> Vec<(RawFd, u32)> {
         vec![]
@@ -70,7 +72,7 @@ impl VirtioDevice for Model {
         self.0.lock().unwrap().announced += 1;
     }
     fn faults(&self) -> u64 {
-        0
+        self.0.lock().unwrap().faults
     }
 }
 
@@ -213,6 +215,19 @@ fn a_reset_is_seen_only_when_the_device_thread_has_done_it() {
     assert!(bench.log.lock().unwrap().events.is_empty());
     bench.start();
     assert_eq!(bench.log.lock().unwrap().active.len(), 2);
+}
+
+#[test]
+fn faults_are_not_forgotten_by_a_reset() {
+    let bench = bench();
+    bench.start();
+    bench.log.lock().unwrap().faults = 5;
+    bench.write(0x14, 0, 1);
+    bench.function.service();
+    assert_eq!(bench.function.faults(), 5);
+    bench.start();
+    bench.log.lock().unwrap().faults = 2;
+    assert_eq!(bench.function.faults(), 7);
 }
 
 #[test]

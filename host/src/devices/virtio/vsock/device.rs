@@ -30,8 +30,6 @@ impl VirtioDevice for Vsock {
         read_config_from(&self.cid.to_le_bytes(), offset, data);
     }
 
-    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
-
     fn activate(&mut self, activation: Activation) {
         self.active = Some(Active::new(activation));
         self.starved = false;
@@ -39,7 +37,6 @@ impl VirtioDevice for Vsock {
     }
 
     fn reset(&mut self) {
-        self.faults_before = self.faults();
         self.active = None;
         self.drop_connections();
         // A driver that starts anew has no connections to lose.
@@ -135,7 +132,7 @@ impl VirtioDevice for Vsock {
     }
 
     fn faults(&self) -> u64 {
-        self.faults_before + self.active.as_ref().map_or(0, Active::faults)
+        self.active.as_ref().map_or(0, Active::faults)
     }
 }
 

@@ -58,7 +58,6 @@ pub struct Vsock {
     /// Packets of the guest wait until it takes replies.
     held_back: bool,
     scratch: Box<[u8]>,
-    faults_before: u64,
 }
 
 /// After a move: whether the guest knows that its connections are gone.
@@ -99,7 +98,6 @@ impl Vsock {
             starved: false,
             held_back: false,
             scratch: vec![0; PACKET_MAX].into_boxed_slice(),
-            faults_before: 0,
         })
     }
 
