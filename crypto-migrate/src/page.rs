@@ -7,6 +7,7 @@
 use crate::code::Code;
 use crate::crypto::{AeadKey, CryptoError, TAG_SIZE};
 use crate::guest::{Gpn, PACKET_HEADER_SIZE, PageContent};
+use crate::wire::WireError;
 use crate::wire::batch::{BatchBuilder, ENTRY_HEADER_SIZE, Entries, Entry, EntryHeader, PageKind};
 
 /// A page that is refused.
@@ -48,6 +49,9 @@ pub enum PageError {
     /// A key reached its limit or a primitive failed.
     #[error(transparent)]
     Crypto(#[from] CryptoError),
+    /// The batch is full.
+    #[error(transparent)]
+    Wire(#[from] WireError),
     /// The guest handed over a page of the wrong size.
     #[error("page {0:#x}: the guest handed over a page of the wrong size")]
     Size(u64),
@@ -65,6 +69,7 @@ impl PageError {
             PageError::FutureRound { .. } => Code::RoundMismatch,
             PageError::Session(_) => Code::SessionMismatch,
             PageError::Crypto(error) => (*error).into(),
+            PageError::Wire(error) => error.code(),
             PageError::Size(_) => Code::GuestFailed,
         }
     }
@@ -148,9 +153,17 @@ impl PageSealer {
         }
         let (key, aad) = (&self.key, self.aad.fill(&header));
         let mut sealed_tag = [0; TAG_SIZE];
-        batch.push(&header.encode(), parts, |data| {
-            sealed_tag = key.seal(sequence, aad, data)?;
-            Ok::<_, CryptoError>(sealed_tag)
+        batch.push(&header.encode(), header.body_length(), |out| {
+            sealed_tag = match kind {
+                PageKind::Data | PageKind::Zero => key.seal_from(sequence, aad, first, out)?,
+                PageKind::Firmware => {
+                    let (head, body) = out.split_at_mut(PACKET_HEADER_SIZE);
+                    head.copy_from_slice(first);
+                    body.copy_from_slice(second);
+                    key.seal(sequence, aad, out)?
+                }
+            };
+            Ok::<_, PageError>(sealed_tag)
         })?;
         self.next += 1;
         Ok((header, sealed_tag))
@@ -285,7 +298,7 @@ impl PageOpener {
 pub enum OpenError {
     /// The batch does not parse.
     #[error(transparent)]
-    Wire(#[from] crate::wire::WireError),
+    Wire(#[from] WireError),
     /// The page is refused.
     #[error(transparent)]
     Page(#[from] PageError),
@@ -379,7 +392,8 @@ mod tests {
         sealer
             .seal(&mut batch, 1, Gpn(21), 1, PageContent::Data(&page))
             .unwrap();
-        batch.finish(&[0; 16])[16..].to_vec()
+        let frame = batch.finish(&[0; 16]);
+        frame[16..frame.len() - 1].to_vec()
     }
 
     fn open_all(opener: &mut PageOpener, payload: &[u8]) -> Result<usize, Code> {

@@ -7,12 +7,14 @@
 
 mod aead;
 mod provider;
+mod record;
 
 use ring::{agreement, digest, hkdf, hmac, rand::SecureRandom, rand::SystemRandom, signature};
 use zeroize::Zeroizing;
 
 pub(crate) use aead::{AeadKey, TAG_SIZE};
 pub use provider::Provider;
+pub(crate) use record::{RecordKey, TrafficSecret};
 
 /// A primitive refused its input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
