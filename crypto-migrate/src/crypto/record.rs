@@ -6,7 +6,7 @@ use ring::hkdf;
 use zeroize::Zeroizing;
 
 use super::aead::NONCE_SIZE;
-use super::{AeadKey, CryptoError, Provider, TAG_SIZE};
+use super::{AeadKey, CryptoError, Length, Provider, TAG_SIZE};
 
 /// Records one key may open: the bound of RFC 8446, 5.5 (2^24.5), rounded down. A peer must have updated its key.
 pub(crate) const MAX_RECORDS: u64 = 1 << 24;
@@ -112,14 +112,6 @@ impl RecordKey {
         tail.zip(number).for_each(|(n, s)| *n ^= s);
         self.sequence += 1;
         Ok(nonce)
-    }
-}
-
-struct Length(usize);
-
-impl hkdf::KeyType for Length {
-    fn len(&self) -> usize {
-        self.0
     }
 }
 

@@ -321,5 +321,11 @@ impl From<CryptoError> for TlsError {
     }
 }
 
+/// Those that the document names.
+#[cfg(test)]
+pub(crate) fn limits() -> [u64; 3] {
+    records::limits()
+}
+
 #[cfg(test)]
 mod tests;

@@ -325,10 +325,20 @@ const APPLICATION_DATA: u8 = 23;
 const KEY_UPDATE: [u8; 4] = [24, 0, 0, 1];
 
 #[cfg(test)]
+pub(super) fn limits() -> [u64; 3] {
+    [MAX_CONTENT as u64, UPDATE_AFTER, crate::crypto::MAX_RECORDS]
+}
+
+#[cfg(test)]
 impl Sender {
     /// Lowers the limit.
     pub(super) fn update_after(&mut self, records: u64) {
         self.update_after = records;
+    }
+
+    /// Number of the next record under this key.
+    pub(super) fn sequence(&self) -> u64 {
+        self.keys.key.sequence()
     }
 
     /// A record of any type.
