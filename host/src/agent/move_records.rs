@@ -77,6 +77,7 @@ impl<'a> MoveRecords<'a> {
             path: session.path.clone(),
             suite: session.suite.clone(),
             group: session.group.clone(),
+            provider: session.provider.clone(),
         })
     }
 
@@ -155,7 +156,9 @@ impl State {
         let known = self.session.as_ref().map(Known::of);
         let entry = entry.migration(&self.migration(known.as_ref(), report));
         match &self.session {
-            Some(session) => entry.with("path", session.path.as_str()),
+            Some(session) => entry
+                .with("path", session.path.as_str())
+                .with("provider", session.provider.as_str()),
             None => entry,
         }
     }
