@@ -1,9 +1,5 @@
 //! `policy/GUIDE.md`, executed: a security officer's way to an enforced policy, and an auditor's to a report.
-#![expect(
-    clippy::unwrap_used,
-    clippy::indexing_slicing,
-    reason = "a test fails by panicking"
-)]
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod page;
 

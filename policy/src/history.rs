@@ -36,7 +36,7 @@ pub fn entry_of_asking(
 #[serde(untagged)]
 pub enum Question {
     /// Whether something may be done.
-    Whole(Inquiry),
+    Whole(Box<Inquiry>),
     /// Whether somebody may ask for it at all.
     First(Asking),
 }
@@ -102,7 +102,7 @@ impl Recorded {
             policy: text(POLICY).and_then(|digest| digest.parse().ok()),
             question: text(INPUT)
                 .and_then(Inquiry::from_canonical)
-                .map(Question::Whole)
+                .map(|inquiry| Question::Whole(Box::new(inquiry)))
                 .or_else(|| Some(Question::First(Asking::from_canonical(text(ASKED)?)?))),
         })
     }

@@ -4,6 +4,11 @@
     dead_code,
     reason = "each test program compiles this for itself and uses its part"
 )]
+#![expect(
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
 
 use std::fs;
 use std::path::{Path, PathBuf};
