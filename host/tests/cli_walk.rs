@@ -1,6 +1,11 @@
 //! Every command: those that reach a host are refused to a stranger by its policy and leave a record; all others stand
 //! here with what they touch instead.
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
 
 mod support;
 
