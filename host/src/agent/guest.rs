@@ -16,6 +16,7 @@ use crate::agent::tap;
 use crate::agent::vmm_process::{VmmProcess, lock};
 use crate::machine::cpu::{CpuBaseline, CpuModel};
 use crate::machine::plan::MachinePlan;
+use crate::machine::spec::BootSpec;
 use crate::vmm::protocol::{HandleKind, MachineState, Measurement, VmmReply, VmmRequest};
 use crate::vmm::vcpu::model;
 
@@ -175,8 +176,15 @@ impl Resources {
     }
 
     /// Adds kernel and initramfs, for a launch.
-    pub fn with_boot(mut self, kernel: &Path, initrd: &Path) -> Result<Self, Failure> {
-        for (kind, path) in [(HandleKind::Kernel, kernel), (HandleKind::Initrd, initrd)] {
+    pub fn with_boot(mut self, boot: &BootSpec) -> Result<Self, Failure> {
+        let files = match boot {
+            BootSpec::Kernel(files) => vec![
+                (HandleKind::Kernel, files.kernel.as_path()),
+                (HandleKind::Initrd, files.initrd.as_path()),
+            ],
+            BootSpec::Firmware(firmware) => vec![(HandleKind::Firmware, firmware.image.as_path())],
+        };
+        for (kind, path) in files {
             self.handles.push((
                 kind,
                 File::open(path).map_err(|e| unusable(path, &e))?.into(),

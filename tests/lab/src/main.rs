@@ -4,6 +4,7 @@
 
 mod apt;
 mod backend;
+mod boot_disk;
 mod command;
 mod cpio;
 mod error;
@@ -12,6 +13,7 @@ mod guest_image;
 mod init;
 mod kernel;
 mod machine;
+mod mend;
 mod paths;
 mod payload;
 mod prepare;
@@ -86,6 +88,8 @@ enum Task {
     },
     /// Put together the kernel and initramfs that guests boot.
     GuestImage,
+    /// Put together the firmware and the disk that guests with firmware boot; after `guest-image`.
+    BootDisk,
     /// Get what is missing, build, and run the demo.
     Demo {
         /// Passed on to the demo.
@@ -165,6 +169,7 @@ fn perform(task: Task) -> Result<i32> {
         }
         Task::Fetch { to, packages } => prepare::fetch_packages(&paths, &packages, &to).map(|()| 0),
         Task::GuestImage => guest_image::make(&paths).map(|()| 0),
+        Task::BootDisk => boot_disk::make(&paths).map(|()| 0),
         Task::Demo { args } => tasks::demo(&paths, args),
         Task::Verify => tasks::verify(&paths),
         Task::Fuzz { seconds, targets } => fuzz::fuzz(&paths, &targets, seconds),
