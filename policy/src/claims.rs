@@ -6,7 +6,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::action::Action;
+use crate::action::{Action, ActionKind};
 use crate::types::{DnsName, Fingerprint, Identity, LaunchDigest, LaunchSigner, Timestamp};
 
 /// Everything a decision depends on, besides the policy. Recorded with the decision, so that it can be made again.
@@ -56,6 +56,32 @@ impl Inquiry {
     }
 
     /// Reads what [`Inquiry::canonical`] wrote.
+    pub fn from_canonical(text: &str) -> Option<Self> {
+        serde_json::from_str(text).ok()
+    }
+}
+
+/// The question before anything that somebody named is looked at: whether they may ask for this at all
+/// ([`may_ask`](crate::may_ask)).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Asking {
+    /// Who asks.
+    pub actor: Actor,
+    /// For what.
+    pub kind: ActionKind,
+    /// To do it to this, where that is known before looking.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub object: Option<String>,
+}
+
+impl Asking {
+    /// As records hold it: JSON without spaces, fields in the order above.
+    pub fn canonical(&self) -> String {
+        serde_json::to_string(self).unwrap_or_default() // strings, integers and structures of them: cannot fail
+    }
+
+    /// Reads what [`Asking::canonical`] wrote.
     pub fn from_canonical(text: &str) -> Option<Self> {
         serde_json::from_str(text).ok()
     }

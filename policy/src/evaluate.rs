@@ -13,7 +13,7 @@ use serde::Serialize;
 pub use crate::action::{Action, ActionKind};
 pub use code::Code;
 
-use crate::claims::{Actor, HostClaims, Inquiry, SandboxLevel};
+use crate::claims::{Actor, Asking, HostClaims, Inquiry, SandboxLevel};
 use crate::document::HostPolicy;
 use crate::floor;
 use crate::types::{Identity, Technology, Timestamp};
@@ -33,13 +33,9 @@ pub fn decide(policy: &HostPolicy, inquiry: &Inquiry) -> Decision {
 
 /// Whether somebody may ask for a kind of action at all, before anything they named is opened: the rules of `[people]`
 /// without those for two. What passes here is still to be [`decide`]d.
-pub fn may_ask(
-    policy: &HostPolicy,
-    actor: &Actor,
-    kind: ActionKind,
-    object: Option<&str>,
-) -> Decision {
-    Decision::of(people::asking(policy, actor, kind, object))
+pub fn may_ask(policy: &HostPolicy, asking: &Asking) -> Decision {
+    let object = asking.object.as_deref();
+    Decision::of(people::asking(policy, &asking.actor, asking.kind, object))
 }
 
 /// [`decide`] for the host itself, of a guest without name, with no claims and no clock: what a policy without owners,
