@@ -1,5 +1,5 @@
 //! A small freestanding firmware on the real `/dev/kvm`: it starts at the reset vector, asks `fw_cfg`, cannot write the
-//! place it lies in, moves with that to another VMM, and switches the machine off.
+//! place it lies in, hears of the power button, moves with its place to another VMM, and switches the machine off.
 
 #![allow(
     clippy::unwrap_used,
@@ -28,13 +28,17 @@ fn firmware_starts_at_the_reset_vector_moves_in_its_place_and_switches_off() {
     let binding = Box::default();
     vmm.ask(VmmRequest::Launch { binding }).unwrap();
     vmm.ask(VmmRequest::Run).unwrap();
-    assert_eq!(next(&lines), "Q", "the signature's first letter");
-    assert_eq!(next(&lines), "R", "what it wrote over did not change");
+    assert_eq!(next(&lines), "Q0", "the signature's first letter");
+    assert_eq!(next(&lines), "R0", "what it wrote over did not change");
+    vmm.ask(VmmRequest::PowerButton).unwrap();
+    let pressed = (0..5).any(|_| next(&lines) == "R1");
+    assert!(pressed, "the events' port lies behind the chipset's");
+    assert_eq!(next(&lines), "R0");
     let mut target = Vmm::prepare(&plan, handles(&lines)).unwrap();
     target.ask(VmmRequest::Incoming).unwrap();
     migrate(&mut vmm, &mut target);
     for _ in 0..3 {
-        assert_eq!(next(&lines), "R");
+        assert_eq!(next(&lines), "R0");
     }
     let event = target.event(Duration::from_secs(30));
     let Some(VmmEvent::GuestStopped { reason }) = event else {
@@ -112,8 +116,14 @@ const CODE: &[u8] = &[
     0x88, 0xc3, // mov bl, al
     0xbe, 0x40, 0x00, // mov si, 64
     // line:
+    0xba, 0x18, 0x06, // mov dx, 0x618
+    0xec, // in al, dx
+    0x04, 0x30, // add al, '0'
+    0x88, 0xc7, // mov bh, al
     0xba, 0xf8, 0x03, // mov dx, 0x3f8
     0x88, 0xd8, // mov al, bl
+    0xee, // out dx, al
+    0x88, 0xf8, // mov al, bh
     0xee, // out dx, al
     0xb0, 0x0a, // mov al, '\n'
     0xee, // out dx, al
@@ -131,7 +141,7 @@ const CODE: &[u8] = &[
     0x66, 0x3d, 0x90, 0xd0, 0x03, 0x00, // cmp eax, 250000
     0x72, 0xed, // jb wait
     0x4e, // dec si
-    0x75, 0xcd, // jnz line
+    0x75, 0xc2, // jnz line
     0xba, 0x04, 0x06, // mov dx, 0x604
     0xb8, 0x00, 0x20, // mov ax, 0x2000
     0xef, // out dx, ax

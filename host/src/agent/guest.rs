@@ -177,14 +177,11 @@ impl Resources {
 
     /// Adds kernel and initramfs, for a launch.
     pub fn with_boot(mut self, boot: &BootSpec) -> Result<Self, Failure> {
-        let files = match boot {
-            BootSpec::Kernel(files) => vec![
-                (HandleKind::Kernel, files.kernel.as_path()),
-                (HandleKind::Initrd, files.initrd.as_path()),
-            ],
-            BootSpec::Firmware(firmware) => vec![(HandleKind::Firmware, firmware.image.as_path())],
+        let kinds = match boot {
+            BootSpec::Kernel(_) => &[HandleKind::Kernel, HandleKind::Initrd][..],
+            BootSpec::Firmware(_) => &[HandleKind::Firmware],
         };
-        for (kind, path) in files {
+        for (kind, path) in kinds.iter().copied().zip(boot.files()) {
             self.handles.push((
                 kind,
                 File::open(path).map_err(|e| unusable(path, &e))?.into(),

@@ -1,7 +1,7 @@
 //! What a guest starts in: a kernel, or firmware that finds a boot loader on a disk.
 
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use toml::Spanned;
@@ -37,6 +37,14 @@ pub struct FirmwareSpec {
 }
 
 impl BootSpec {
+    /// All files of it.
+    pub fn files(&self) -> Vec<&Path> {
+        match self {
+            Self::Kernel(files) => vec![&files.kernel, &files.initrd],
+            Self::Firmware(firmware) => vec![&firmware.image],
+        }
+    }
+
     /// The kernel, where there is one.
     pub fn kernel(&self) -> Option<&KernelFiles> {
         match self {
