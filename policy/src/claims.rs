@@ -33,6 +33,9 @@ pub struct Inquiry {
     /// What two hosts have agreed on for a move.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub session: Option<SessionClaims>,
+    /// Files of this host that somebody named, where they really are: no link is left to follow.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub files: Vec<String>,
 }
 
 impl Inquiry {
@@ -47,6 +50,7 @@ impl Inquiry {
             guest: GuestClaims::default(),
             host: HostClaims::default(),
             session: None,
+            files: Vec::new(),
         }
     }
 
@@ -73,6 +77,9 @@ pub struct Asking {
     /// To do it to this, where that is known before looking.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub object: Option<String>,
+    /// Files of this host that the request names, as in [`Inquiry::files`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub files: Vec<String>,
 }
 
 impl Asking {

@@ -386,6 +386,7 @@ mod tests {
             actor: Actor::Local { uid: 8 },
             kind: ActionKind::Launch,
             object: None,
+            files: Vec::new(),
         };
         let decision = may_ask(&then, &asking);
         let entry = entry_of_asking("uid 8", &asking, &decision, then.digest());

@@ -37,6 +37,7 @@ fn every_key_is_described() {
     let sections = [
         "",
         "[sandbox]\n",
+        "[files]\n",
         "[migration]\n",
         "[[firmware]]\n",
         "[[peer]]\n",
