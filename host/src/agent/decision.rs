@@ -263,8 +263,12 @@ impl Agent {
             Failure::new("DESCRIPTION", format!("{}: {e}", path.display()))
         };
         let read = |path: &Path| std::fs::read(path).map_err(|e| failed(path, &e));
-        let image = BootImage::assemble(plan, &read(&spec.kernel)?, &read(&spec.initrd)?)
-            .map_err(|e| failed(&spec.kernel, &e))?;
+        // Firmware only a plain guest has, of which nothing is measured.
+        let Some(files) = spec.boot.kernel() else {
+            return Ok(claims);
+        };
+        let image = BootImage::assemble(plan, &read(&files.kernel)?, &read(&files.initrd)?)
+            .map_err(|e| failed(&files.kernel, &e))?;
         claims.launch_digest = measured::launch_digest(plan, &image.pieces)
             .and_then(|digest| digest.to_string().parse().ok());
         Ok(claims)

@@ -147,7 +147,7 @@ impl Agent {
                 format!("{} is being moved or snapshot already", guest.plan.name),
             ));
         }
-        let mover = Arc::new(self.spawn_mover(guest.plan.memory_bytes)?);
+        let mover = Arc::new(self.spawn_mover(guest.plan.mapped_bytes())?);
         let vmm = guest.vmm.attach_mover()?;
         mover.start(command, &[vmm.as_fd(), target])?;
         *slot = Some(Arc::clone(&mover));

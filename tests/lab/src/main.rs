@@ -5,6 +5,7 @@
 mod apt;
 mod backend;
 mod bench_stream;
+mod boot_disk;
 mod command;
 mod cpio;
 mod error;
@@ -13,6 +14,7 @@ mod guest_image;
 mod init;
 mod kernel;
 mod machine;
+mod mend;
 mod paths;
 mod payload;
 mod prepare;
@@ -87,6 +89,8 @@ enum Task {
     },
     /// Put together the kernel and initramfs that guests boot.
     GuestImage,
+    /// Put together the firmware and the disk that guests with firmware boot; after `guest-image`.
+    BootDisk,
     /// Get what is missing, build, and run the demo.
     Demo {
         /// Passed on to the demo.
@@ -175,6 +179,7 @@ fn perform(task: Task) -> Result<i32> {
         }
         Task::Fetch { to, packages } => prepare::fetch_packages(&paths, &packages, &to).map(|()| 0),
         Task::GuestImage => guest_image::make(&paths).map(|()| 0),
+        Task::BootDisk => boot_disk::make(&paths).map(|()| 0),
         Task::Demo { args } => tasks::demo(&paths, args),
         Task::Verify => tasks::verify(&paths),
         Task::BenchStream { size, rounds } => bench_stream::bench_stream(&paths, size, rounds),
