@@ -142,7 +142,7 @@ impl MachineSpec {
 
     /// Every file and folder that the description names, where each really is.
     pub fn files(&self) -> Vec<&Path> {
-        let boot = [self.kernel.as_path(), &self.initrd];
+        let boot = self.boot.files();
         let disks = self.disks.iter().map(|disk| disk.path.as_path());
         let others = self.confidential.files();
         boot.into_iter().chain(disks).chain(others).collect()

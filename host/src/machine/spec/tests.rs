@@ -337,7 +337,7 @@ fn firmware_stands_in_place_of_a_kernel_and_only_in_a_plain_guest() {
     );
     let with = |text: &str, length: u64| {
         let folder = folder();
-        let file = std::fs::File::create(folder.path().join("fw.fd")).unwrap();
+        let file = File::create(folder.path().join("fw.fd")).unwrap();
         file.set_len(length).unwrap();
         let spec = MachineSpec::parse(&folder.path().join("vm.toml"), text);
         spec.map_err(|e| e.to_string())
