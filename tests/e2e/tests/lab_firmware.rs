@@ -25,9 +25,8 @@ fn a_disk_boots_through_ovmf_and_goes_on_after_a_snapshot() {
         .unwrap();
     watch.wait_ticks(10, BOOT).unwrap();
     let console = std::fs::read_to_string(&info.console).unwrap();
-    for sign in ["BdsDxe: starting", "EFI stub: Loaded initrd"] {
-        assert!(console.contains(sign), "no `{sign}`:\n{console}");
-    }
+    let started = console.contains("BdsDxe: starting Boot");
+    assert!(started, "firmware starts no boot loader:\n{console}");
     assert_intact(&world, Host::A, "firmware");
 
     let file = world.folder.join("firmware.snap").display().to_string();

@@ -64,7 +64,7 @@ impl Chipset {
             bridge: Arc::new(Bridge(Mutex::new(bridge))),
             lpc: Arc::new(Bridge(Mutex::new(lpc))),
             cmos,
-            power: PowerManagement::new(),
+            power: PowerManagement::default(),
             fw_cfg,
             tables: Box::new(tables),
             placed: Mutex::new(None),

@@ -24,16 +24,18 @@ pub struct PowerStateV1 {
     timer_us: u64,
 }
 
-impl PowerManagement {
+impl Default for PowerManagement {
     /// At power-on.
-    pub fn new() -> Self {
+    fn default() -> Self {
         Self(Mutex::new(Inner {
             enable: 0,
             control: 0,
             since: Instant::now(),
         }))
     }
+}
 
+impl PowerManagement {
     /// Reads at `offset` of the block.
     pub fn read(&self, offset: u16, data: &mut [u8]) {
         let inner = self.lock();
@@ -119,7 +121,7 @@ mod tests {
 
     #[test]
     fn the_timer_counts_and_wraps_at_24_bits() {
-        let power = PowerManagement::new();
+        let power = PowerManagement::default();
         let timer = |seconds| {
             let block = power.lock().registers(Duration::from_secs(seconds));
             u32::from_le_bytes([block[8], block[9], block[10], block[11]])
@@ -138,7 +140,7 @@ mod tests {
 
     #[test]
     fn only_sleep_of_type_0_with_the_enable_bit_switches_off() {
-        let power = PowerManagement::new();
+        let power = PowerManagement::default();
         let control = || {
             let mut data = [0; 2];
             power.read(CONTROL, &mut data);
@@ -156,7 +158,7 @@ mod tests {
 
     #[test]
     fn the_registers_travel() {
-        let (from, to) = (PowerManagement::new(), PowerManagement::new());
+        let (from, to) = (PowerManagement::default(), PowerManagement::default());
         from.write(CONTROL, &[1, 0]);
         from.write(ENABLE, &[0xff, 0xff]);
         let saved = PowerStateV1 {
