@@ -250,8 +250,9 @@ impl Agent {
             Failure::new("DESCRIPTION", format!("{}: {e}", path.display()))
         };
         let read = |path: &Path| std::fs::read(path).map_err(|e| failed(path, &e));
-        let image = BootImage::assemble(plan, &read(&spec.kernel)?, &read(&spec.initrd)?)
-            .map_err(|e| failed(&spec.kernel, &e))?;
+        let (kernel, initrd) = (read(&spec.kernel)?, read(&spec.initrd)?);
+        let image =
+            BootImage::assemble(plan, &kernel, &initrd).map_err(|e| failed(&spec.kernel, &e))?;
         claims.launch_digest = measured::launch_digest(plan, &image.pieces)
             .and_then(|digest| digest.to_string().parse().ok());
         Ok(claims)

@@ -81,7 +81,8 @@ impl Described {
             strongest: Strongest::Sev,
         };
         let plan = spec.plan([0; 16], anywhere);
-        let image = BootImage::assemble(&plan, &read(&spec.kernel)?, &read(&spec.initrd)?)
+        let (kernel, initrd) = (read(&spec.kernel)?, read(&spec.initrd)?);
+        let image = BootImage::assemble(&plan, &kernel, &initrd)
             .map_err(|e| Failure::new("DESCRIPTION", format!("{}: {e}", description.display())))?;
         let digest = measured::launch_digest(&plan, &image.pieces).ok_or_else(|| {
             refuse("describes no confidential guest; there is nothing to measure")
@@ -91,7 +92,7 @@ impl Described {
         let parts = image
             .pieces
             .iter()
-            .map(|part| (part.name, part.bytes.as_slice()))
+            .map(|part| (part.name, &*part.bytes))
             .chain(registers);
         Ok(Self {
             confidential: spec.confidential,

@@ -170,6 +170,14 @@ fn small_devices_and_limits_are_read_and_checked() {
 }
 
 #[test]
+fn the_example_is_a_good_description() {
+    let text = include_str!("../../../examples/microvm.toml").replace("initrd.cpio", "initrd");
+    let spec = parse(&text).unwrap();
+    assert_eq!(spec.confidential, ConfidentialSpec::None);
+    spec.plan([7; 16], OFFER).check().unwrap();
+}
+
+#[test]
 fn a_name_used_twice_is_refused() {
     let twice = format!("{GOOD}\n[[disk]]\nid = \"data\"\npath = \"data.raw\"\n");
     assert!(parse(&twice).unwrap_err().problem.contains("stands twice"));

@@ -3,7 +3,7 @@
 //! The file comes from whoever described the guest; every offset, length and address is checked before it is used.
 
 use super::BootError;
-use crate::vmm::layout::{HIGH_RAM, PAGE_SIZE, PCI_WINDOW};
+use crate::vmm::layout::{HIGH_RAM, PCI_WINDOW};
 
 /// What begins an ELF file.
 pub const MAGIC: &[u8] = b"\x7fELF";
@@ -66,10 +66,8 @@ impl<'a> ElfKernel<'a> {
         self.entry
     }
 
-    /// The first page of what is loaded.
-    pub fn start(&self) -> u64 {
-        let first = self.segments.first();
-        first.map_or(0, |segment| segment.address - segment.address % PAGE_SIZE)
+    fn start(&self) -> u64 {
+        self.segments.first().map_or(0, |segment| segment.address)
     }
 
     /// End of the memory that it occupies.
@@ -77,16 +75,10 @@ impl<'a> ElfKernel<'a> {
         self.segments.last().map_or(0, |segment| segment.end)
     }
 
-    /// All segments, as they lie in memory from [`ElfKernel::start`].
-    pub fn flat(&self) -> Vec<u8> {
-        let start = self.start();
-        let mut flat = Vec::new();
-        for segment in self.segments.iter().filter(|s| !s.bytes.is_empty()) {
-            // No longer than MAX_SPAN, and ascending: `check`.
-            flat.resize((segment.address - start) as usize, 0);
-            flat.extend_from_slice(segment.bytes);
-        }
-        flat
+    /// Address and bytes of each segment, ascending, apart from each other; what is between and behind them is zero.
+    pub fn segments(&self) -> impl Iterator<Item = (u64, &'a [u8])> {
+        let filled = self.segments.iter().filter(|s| !s.bytes.is_empty());
+        filled.map(|segment| (segment.address, segment.bytes))
     }
 
     fn check(&self) -> Result<(), BootError> {
@@ -263,11 +255,11 @@ pub(super) mod tests {
         let kernel = ElfKernel::parse(&image).unwrap();
         assert_eq!(kernel.entry(), 0x100_0010);
         assert_eq!((kernel.start(), kernel.end()), (0x100_0000, 0x110_2800));
-        let flat = kernel.flat();
-        assert_eq!(flat.len(), 0x10_0810);
-        assert!(flat[..0x40].iter().all(|byte| *byte == 0xc3));
-        assert!(flat[0x40..0x10_0800].iter().all(|byte| *byte == 0));
-        assert!(flat[0x10_0800..].iter().all(|byte| *byte == 0xda));
+        let segments: Vec<_> = kernel.segments().collect();
+        assert_eq!(
+            segments,
+            [(0x100_0000, &[0xc3; 0x40][..]), (0x110_0800, &[0xda; 0x10])]
+        );
     }
 
     #[test]
@@ -311,7 +303,11 @@ pub(super) mod tests {
                 *to = *from;
             }
             if let Ok(kernel) = ElfKernel::parse(&image) {
-                proptest::prop_assert!(kernel.start() + kernel.flat().len() as u64 <= kernel.end());
+                let end = kernel.segments().fold(HIGH_RAM, |end, (at, bytes)| {
+                    assert!(at >= end);
+                    at + bytes.len() as u64
+                });
+                proptest::prop_assert!(end <= kernel.end());
             }
         }
     }

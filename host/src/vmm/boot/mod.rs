@@ -12,6 +12,8 @@ pub mod paging;
 mod pvh;
 mod smbios;
 
+use std::borrow::Cow;
+
 use super::layout::{
     ACPI, BOOT_PARAMS, CMDLINE, CMDLINE_ROOM, GDT, GENERATION, HIGH_RAM, KERNEL, PAGE_SIZE,
     PAGE_TABLES, SECRET_GPA, SECRET_SIZE, SMBIOS, SNP_CPUID, SNP_SECRETS, START_INFO, low_memory,
@@ -21,23 +23,23 @@ use elf::ElfKernel;
 use linux::KernelImage;
 use map::{MapEntry, memory_map};
 
-/// One piece of initial guest memory, whole pages.
+/// One piece of initial guest memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Component {
+pub struct Component<'a> {
     /// What it is: `gdt`, `boot-params`, `start-info`, `page-tables`, `cmdline`, `acpi`, `smbios`, `generation`,
     /// `kernel`, `initrd`.
     pub name: &'static str,
-    /// Where it goes; page-aligned.
+    /// Where it goes; of a confidential guest page-aligned.
     pub gpa: u64,
-    /// The bytes, padded with zeros to whole pages.
-    pub bytes: Vec<u8>,
+    /// The bytes; of a confidential guest padded with zeros to whole pages.
+    pub bytes: Cow<'a, [u8]>,
 }
 
 /// Everything that is in guest memory at the start, and how the first vCPU begins.
 #[derive(Debug, PartialEq, Eq)]
-pub struct BootImage {
+pub struct BootImage<'a> {
     /// The pieces in the order in which they are measured.
-    pub pieces: Vec<Component>,
+    pub pieces: Vec<Component<'a>>,
     /// The first vCPU's entry.
     pub start: Start,
 }
@@ -51,10 +53,14 @@ pub enum Start {
     Pvh(u32),
 }
 
-impl BootImage {
+impl<'a> BootImage<'a> {
     /// Pure: the same plan and images give the same pieces everywhere. The kernel is a bzImage or, of a plain guest,
     /// an ELF file with a PVH entry; its first bytes tell which.
-    pub fn assemble(plan: &MachinePlan, kernel: &[u8], initrd: &[u8]) -> Result<Self, BootError> {
+    pub fn assemble(
+        plan: &MachinePlan,
+        kernel: &'a [u8],
+        initrd: &'a [u8],
+    ) -> Result<Self, BootError> {
         if kernel.starts_with(elf::MAGIC) {
             Self::elf(plan, kernel, initrd)
         } else {
@@ -62,7 +68,7 @@ impl BootImage {
         }
     }
 
-    fn bzimage(plan: &MachinePlan, kernel: &[u8], initrd: &[u8]) -> Result<Self, BootError> {
+    fn bzimage(plan: &MachinePlan, kernel: &'a [u8], initrd: &'a [u8]) -> Result<Self, BootError> {
         let image = KernelImage::parse(kernel)?;
         let ramdisk = place_initrd(plan, image.end(), image.initrd_max(), initrd)?;
         let cmdline = command_line(plan, image.cmdline_max())?;
@@ -77,11 +83,11 @@ impl BootImage {
             component("page-tables", PAGE_TABLES, paging::page_tables()),
         ];
         pieces.extend(described(plan, cmdline));
-        pieces.push(component("kernel", KERNEL, image.payload().to_vec()));
+        pieces.push(borrowed(plan, "kernel", KERNEL, image.payload()));
         Self::finish(plan, pieces, ramdisk, initrd, Start::Linux)
     }
 
-    fn elf(plan: &MachinePlan, kernel: &[u8], initrd: &[u8]) -> Result<Self, BootError> {
+    fn elf(plan: &MachinePlan, kernel: &'a [u8], initrd: &'a [u8]) -> Result<Self, BootError> {
         if plan.technology != Technology::None {
             return Err(BootError::Kernel(
                 "is an ELF file, whose PVH entry knows of no encryption; a confidential guest needs a bzImage",
@@ -96,19 +102,20 @@ impl BootImage {
             component("start-info", START_INFO, pvh::start_info(ramdisk, &map)),
         ];
         pieces.extend(described(plan, cmdline));
-        pieces.push(component("kernel", image.start(), image.flat()));
+        let segments = image.segments();
+        pieces.extend(segments.map(|(gpa, bytes)| borrowed(plan, "kernel", gpa, bytes)));
         Self::finish(plan, pieces, ramdisk, initrd, Start::Pvh(image.entry()))
     }
 
     fn finish(
         plan: &MachinePlan,
-        mut pieces: Vec<Component>,
+        mut pieces: Vec<Component<'a>>,
         ramdisk: Option<(u64, u64)>,
-        initrd: &[u8],
+        initrd: &'a [u8],
         start: Start,
     ) -> Result<Self, BootError> {
         if let Some((gpa, _)) = ramdisk {
-            pieces.push(component("initrd", gpa, initrd.to_vec()));
+            pieces.push(borrowed(plan, "initrd", gpa, initrd));
         }
         check_layout(&pieces, low_memory(plan.memory_bytes))?;
         Ok(Self { pieces, start })
@@ -117,7 +124,7 @@ impl BootImage {
 
 /// What every kernel finds: its command line, and how the machine describes itself. What is different in each guest
 /// (UUID, generation) only a plain one is told: of the others all is measured, and their owners must know it before.
-fn described(plan: &MachinePlan, cmdline: Vec<u8>) -> Vec<Component> {
+fn described(plan: &MachinePlan, cmdline: Vec<u8>) -> Vec<Component<'static>> {
     let plain = plan.technology == Technology::None;
     let id = if plain { plan.vm_id } else { [0; 16] };
     let mut pieces = vec![
@@ -207,12 +214,27 @@ fn command_line(plan: &MachinePlan, limit: usize) -> Result<Vec<u8>, BootError> 
     Ok(line)
 }
 
-fn component(name: &'static str, gpa: u64, mut bytes: Vec<u8>) -> Component {
+fn component(name: &'static str, gpa: u64, mut bytes: Vec<u8>) -> Component<'static> {
     bytes.resize(bytes.len().next_multiple_of(PAGE_SIZE as usize), 0);
+    let bytes = Cow::Owned(bytes);
     Component { name, gpa, bytes }
 }
 
-fn check_layout(pieces: &[Component], memory: u64) -> Result<(), BootError> {
+/// A part of an image: as it is, unless whole pages are to be measured.
+fn borrowed<'a>(
+    plan: &MachinePlan,
+    name: &'static str,
+    gpa: u64,
+    bytes: &'a [u8],
+) -> Component<'a> {
+    if plan.technology != Technology::None {
+        return component(name, gpa, bytes.to_vec());
+    }
+    let bytes = Cow::Borrowed(bytes);
+    Component { name, gpa, bytes }
+}
+
+fn check_layout(pieces: &[Component<'_>], memory: u64) -> Result<(), BootError> {
     let mut end = 0;
     for piece in pieces {
         let limit = if piece.gpa < HIGH_RAM {
@@ -253,8 +275,8 @@ mod tests {
         }
     }
 
-    fn assemble(plan: &MachinePlan) -> Vec<Component> {
-        let image = BootImage::assemble(plan, &small_image(), b"initramfs").unwrap();
+    fn assemble(plan: &MachinePlan) -> Vec<Component<'static>> {
+        let image = BootImage::assemble(plan, small_image().leak(), b"initramfs").unwrap();
         assert_eq!(image.start, Start::Linux);
         image.pieces
     }
@@ -304,7 +326,8 @@ mod tests {
 
     #[test]
     fn every_input_is_in_the_pieces() {
-        let base = BootImage::assemble(&plan(), &small_image(), b"initramfs").unwrap();
+        let image = small_image();
+        let base = BootImage::assemble(&plan(), &image, b"initramfs").unwrap();
         let mut kernel = small_image();
         *kernel.last_mut().unwrap() ^= 1;
         assert_ne!(
@@ -381,7 +404,8 @@ mod tests {
             technology: Technology::None,
             ..plan()
         };
-        let image = BootImage::assemble(&plain, &small_elf(), b"initramfs").unwrap();
+        let elf = small_elf();
+        let image = BootImage::assemble(&plain, &elf, b"initramfs").unwrap();
         assert_eq!(image.start, Start::Pvh(0x100_0010));
         let names: Vec<&str> = image.pieces.iter().map(|p| p.name).collect();
         assert_eq!(names[..2], ["gdt", "start-info"]);
@@ -399,6 +423,7 @@ mod tests {
         };
         for kernel in [small_image(), small_elf()] {
             let image = BootImage::assemble(&large, &kernel, b"initramfs").unwrap();
+            assert_eq!(image.pieces.last().unwrap().bytes, &b"initramfs"[..]);
             let last = image.pieces.last().unwrap();
             assert!(last.gpa + last.bytes.len() as u64 <= 3 << 30);
         }
