@@ -237,11 +237,7 @@ impl Agent {
         self.fence(&plan.name, offer.epoch)?;
         let guest = self.build_arrival(&plan, offer.epoch)?;
         guest.vmm.call(&VmmRequest::Incoming, &[])?;
-        let (vmm_end, mover_end) =
-            Channel::pair().map_err(|e| Failure::new("INTERNAL", e.to_string()))?;
-        guest
-            .vmm
-            .call(&VmmRequest::AttachMover, &[vmm_end.as_fd()])?;
+        let mover_end = guest.vmm.attach_mover()?;
         arrival.guest = Some(guest);
         Ok(mover_end)
     }

@@ -284,13 +284,7 @@ impl Agent {
     }
 
     fn stop(&self, caller: &Caller, name: &str) -> Result<Answer, Failure> {
-        let guest = self.guest(name)?;
-        if lock(&guest.mover).is_some() {
-            return Err(Failure::new(
-                "ALREADY_MOVING",
-                format!("{name} is being moved; cancel that first"),
-            ));
-        }
+        let guest = self.settled_guest(name)?;
         self.end(caller.name(), name, &guest)?;
         lock(&self.guests).remove(name);
         Ok(Answer::Done)
@@ -341,23 +335,8 @@ impl Agent {
         request: &VmmRequest,
         action: &str,
     ) -> Result<Answer, Failure> {
-        let guest = self.guest(name)?;
-        if lock(&guest.mover).is_some() {
-            return Err(Failure::new(
-                "ALREADY_MOVING",
-                format!("{name} is being moved; cancel that first"),
-            ));
-        }
-        let record = self
-            .records
-            .read(name)
-            .map_err(|e| Failure::new("RECORD", e.to_string()))?;
-        if record.is_none_or(|r| r.state != OwnershipState::Owner) {
-            return Err(Failure::new(
-                "NOT_OWNER",
-                format!("this host does not own {name}; see its ownership record"),
-            ));
-        }
+        let guest = self.settled_guest(name)?;
+        self.must_own(name)?;
         guest.vmm.call(request, &[])?;
         let entry = Entry::new(caller.name(), action, name, Outcome::Done);
         self.evidence
@@ -421,6 +400,32 @@ impl Agent {
             )
         };
         lock(&self.guests).get(name).cloned().ok_or_else(unknown)
+    }
+
+    /// A guest that is not being moved.
+    fn settled_guest(&self, name: &str) -> Result<Arc<Guest>, Failure> {
+        let guest = self.guest(name)?;
+        if lock(&guest.mover).is_some() {
+            return Err(Failure::new(
+                "ALREADY_MOVING",
+                format!("{name} is being moved; cancel that first"),
+            ));
+        }
+        Ok(guest)
+    }
+
+    fn must_own(&self, name: &str) -> Result<(), Failure> {
+        let record = self
+            .records
+            .read(name)
+            .map_err(|e| Failure::new("RECORD", e.to_string()))?;
+        if record.is_none_or(|r| r.state != OwnershipState::Owner) {
+            return Err(Failure::new(
+                "NOT_OWNER",
+                format!("this host does not own {name}; see its ownership record"),
+            ));
+        }
+        Ok(())
     }
 
     /// Keeps a name for a launch under way, so that it is launched once.

@@ -1,7 +1,7 @@
 //! Moving a guest away.
 
 use std::net::{SocketAddr, TcpStream};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,7 +17,6 @@ use crate::agent::mover_process::MoverProcess;
 use crate::agent::record::{Ownership, OwnershipState};
 use crate::agent::transfer::{peer_entry, role_error};
 use crate::agent::vmm_process::lock;
-use crate::ipc::Channel;
 use crate::mover::protocol::{
     AgentAnswer, GuestHere, MoveLimits, MoveOutcome, MoverCommand, MoverEvent, MoverRequestToAgent,
     OwnershipStep, SourceStart,
@@ -61,7 +60,10 @@ impl Agent {
         let started = self
             .source_start(&guest, to, downtime_limit_ms)
             .and_then(|start| Ok((start, connect(to, self.config.peers.get(to).copied())?)))
-            .and_then(|(start, socket)| self.start_mover(&guest, start, socket));
+            .and_then(|(start, socket)| {
+                let command = MoverCommand::Source(Box::new(start));
+                self.start_mover(&guest, &command, socket.as_fd())
+            });
         let mover = started.inspect_err(|failure| {
             self.record_undone(caller.name(), "migrate-out", name, failure);
         })?;
@@ -129,30 +131,24 @@ impl Agent {
         })
     }
 
-    fn start_mover(
+    /// Starts a mover for a guest here, joined to its VMM; beside the channel it gets `target`, where the guest goes. One
+    /// at a time: what a guest is may not change while it is being written.
+    pub(super) fn start_mover(
         &self,
-        guest: &Arc<Guest>,
-        start: SourceStart,
-        socket: TcpStream,
+        guest: &Guest,
+        command: &MoverCommand,
+        target: BorrowedFd<'_>,
     ) -> Result<Arc<MoverProcess>, Failure> {
         let mut slot = lock(&guest.mover);
         if slot.is_some() {
             return Err(Failure::new(
                 "ALREADY_MOVING",
-                format!("{} is being moved already", guest.plan.name),
+                format!("{} is being moved or snapshot already", guest.plan.name),
             ));
         }
-        let (vmm_end, mover_end) =
-            Channel::pair().map_err(|e| Failure::new("INTERNAL", e.to_string()))?;
         let mover = Arc::new(self.spawn_mover(guest.plan.memory_bytes)?);
-        guest
-            .vmm
-            .call(&VmmRequest::AttachMover, &[vmm_end.as_fd()])?;
-        let socket = OwnedFd::from(socket);
-        mover.start(
-            &MoverCommand::Source(Box::new(start)),
-            &[mover_end.as_fd(), socket.as_fd()],
-        )?;
+        let vmm = guest.vmm.attach_mover()?;
+        mover.start(command, &[vmm.as_fd(), target])?;
         *slot = Some(Arc::clone(&mover));
         Ok(mover)
     }

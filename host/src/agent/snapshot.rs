@@ -149,17 +149,7 @@ impl Agent {
                 ),
             ));
         }
-        let record = self
-            .records
-            .read(name)
-            .map_err(|e| Failure::new("RECORD", e.to_string()))?;
-        if record.is_none_or(|r| r.state != OwnershipState::Owner) {
-            return Err(Failure::new(
-                "NOT_OWNER",
-                format!("this host does not own {name}; see its ownership record"),
-            ));
-        }
-        Ok(())
+        self.must_own(name)
     }
 
     fn take_snapshot(
@@ -183,25 +173,8 @@ impl Agent {
                 .to_vec(),
             stop,
         };
-        let mover = {
-            let mut slot = lock(&guest.mover);
-            if slot.is_some() {
-                return Err(Failure::new(
-                    "ALREADY_MOVING",
-                    format!("{} is being moved or snapshot already", guest.plan.name),
-                ));
-            }
-            let (vmm_end, mover_end) =
-                Channel::pair().map_err(|e| Failure::new("INTERNAL", e.to_string()))?;
-            let mover = Arc::new(self.spawn_mover(guest.plan.memory_bytes)?);
-            guest
-                .vmm
-                .call(&VmmRequest::AttachMover, &[vmm_end.as_fd()])?;
-            let command = MoverCommand::Snapshot(Box::new(start));
-            mover.start(&command, &[mover_end.as_fd(), file.as_fd()])?;
-            *slot = Some(Arc::clone(&mover));
-            mover
-        };
+        let command = MoverCommand::Snapshot(Box::new(start));
+        let mover = self.start_mover(guest, &command, file.as_fd())?;
         let outcome = mover.serve(
             &mut |request| match request {
                 MoverRequestToAgent::DescribeSnapshot => Ok((describe(guest)?, None)),
@@ -386,11 +359,7 @@ impl Restoring<'_> {
             self.epoch,
         )?;
         guest.vmm.call(&VmmRequest::Incoming, &[])?;
-        let (vmm_end, mover_end) =
-            Channel::pair().map_err(|e| Failure::new("INTERNAL", e.to_string()))?;
-        guest
-            .vmm
-            .call(&VmmRequest::AttachMover, &[vmm_end.as_fd()])?;
+        let mover_end = guest.vmm.attach_mover()?;
         self.guest = Some(guest);
         Ok(mover_end)
     }

@@ -1,6 +1,6 @@
 //! One VMM process as the agent sees it: requests in order, one reply each, events on the side.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -58,6 +58,14 @@ impl VmmProcess {
             .send_with(request, handles)
             .map_err(|e| gone(&e))?;
         replies.next(REPLY_DEADLINE)
+    }
+
+    /// Joins the VMM to a mover: the end of their channel that the mover gets.
+    pub fn attach_mover(&self) -> Result<Channel, Failure> {
+        let (vmm_end, mover_end) =
+            Channel::pair().map_err(|e| Failure::new("INTERNAL", e.to_string()))?;
+        self.call(&VmmRequest::AttachMover, &[vmm_end.as_fd()])?;
+        Ok(mover_end)
     }
 
     /// Process id as this host sees it.

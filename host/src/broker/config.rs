@@ -41,7 +41,7 @@ pub struct BrokerConfig {
     /// Folder for what must survive a restart: the epoch, and the ledger of every decision.
     pub state_dir: PathBuf,
     /// The host policy, which is asked before each acceptance and each release, and may only refuse.
-    pub policy: Option<PathBuf>,
+    pub policy: PathBuf,
     /// Whose signatures that policy needs; they are read from beside it.
     pub policy_trust: Option<Trust>,
     /// Where guests connect.
@@ -246,9 +246,13 @@ impl BrokerConfig {
             crls,
         } = &mut self.certificates;
         let certificates = leaves.iter_mut().chain(chain).chain(crls);
-        let paths = [&mut self.state_dir, &mut self.session.policy].into_iter();
+        let paths = [
+            &mut self.state_dir,
+            &mut self.policy,
+            &mut self.session.policy,
+        ];
         let paths = paths
-            .chain(&mut self.policy)
+            .into_iter()
             .chain(&mut self.references)
             .chain(self.resources.values_mut())
             .chain(tls)
@@ -374,7 +378,7 @@ pub const CREDENTIAL: &str = "credential:";
 mod tests {
     use super::*;
 
-    const GOOD: &str = "state_dir = \"state\"\nlisten = [\"tcp:127.0.0.1:0\", \"vsock:8080\"]\n\
+    const GOOD: &str = "state_dir = \"state\"\npolicy = \"host.toml\"\nlisten = [\"tcp:127.0.0.1:0\", \"vsock:8080\"]\n\
         store = { file = \"s\", key = \"k\" }\nsession = { policy = \"any.toml\" }\n\
         [resources]\n\"default/key/disk\" = \"disk.toml\"\n";
 
@@ -400,6 +404,7 @@ mod tests {
     fn what_is_wrong_is_named() {
         for (from, to, named) in [
             ("state_dir", "lisen = 1\nstate_dir", "lisen"),
+            ("policy = \"host.toml\"\n", "", "missing field `policy`"),
             ("tcp:127.0.0.1:0", "tcp:0.0.0.0:0", "[tls]"),
             ("tcp:127.0.0.1:0", "udp:1", "udp:1"),
             ("default/key/disk", "../key/disk", "repository/type/tag"),

@@ -21,14 +21,16 @@ use casemate_policy::{Action, Actor, HostPolicy, Inquiry, Technology, Timestamp,
 use ring::digest::{SHA256, digest};
 
 use super::BrokerError;
+use super::acts::Acts;
 use super::config::BrokerConfig;
 use crate::agent::authority::PolicyText;
 use crate::agent::evidence::Evidence;
 
-/// What the broker answers to besides the owner: the host policy, if one is configured, and its ledger.
+/// What the broker answers to besides the owner: the host policy and its ledger.
 pub struct Government {
-    policy: Option<HostPolicy>,
+    policy: HostPolicy,
     ledger: Evidence,
+    acts: Acts,
     name: String,
 }
 
@@ -37,41 +39,35 @@ impl Government {
     pub fn open(config: &BrokerConfig, now: SystemTime) -> Result<Self, BrokerError> {
         let refused = |e: &dyn std::fmt::Display| BrokerError::Governed(e.to_string());
         let ledger = Evidence::open(&config.state_dir, &config.name).map_err(|e| refused(&e))?;
-        let mut policy = None;
-        if let Some(file) = &config.policy {
-            let text = PolicyText::read(file).map_err(|e| refused(&e))?;
-            let store = MarkStore::new(&config.state_dir.join("policy.mark"));
-            let mark = store.read().map_err(|e| refused(&e))?;
-            let candidate: Candidate<'_> = text.candidate();
-            let admitted = candidate
-                .admit(
-                    config.policy_trust.as_ref(),
-                    mark.as_ref(),
-                    Timestamp::of(now),
-                )
-                .map_err(|e| refused(&e))?;
-            store.raise(&admitted.mark).map_err(|e| refused(&e))?;
-            policy = Some(admitted.policy);
-        } else {
-            tracing::warn!("no `policy`: the owner's policies alone decide");
-        }
-        let digest = policy.as_ref().map_or_else(
-            || "none".to_owned(),
-            |policy: &HostPolicy| policy.digest().to_string(),
-        );
+        let text = PolicyText::read(&config.policy).map_err(|e| refused(&e))?;
+        let store = MarkStore::new(&config.state_dir.join("policy.mark"));
+        let mark = store.read().map_err(|e| refused(&e))?;
+        let candidate: Candidate<'_> = text.candidate();
+        let admitted = candidate
+            .admit(
+                config.policy_trust.as_ref(),
+                mark.as_ref(),
+                Timestamp::of(now),
+            )
+            .map_err(|e| refused(&e))?;
+        store.raise(&admitted.mark).map_err(|e| refused(&e))?;
+        let policy = admitted.policy;
         ledger
-            .record_start(&config.name, &digest)
+            .record_start(&config.name, &policy.digest().to_string())
             .map_err(|e| refused(&e))?;
         Ok(Self {
             policy,
             ledger,
+            acts: Acts::of(&config.state_dir),
             name: config.name.clone(),
         })
     }
 
+    /// What owners did to the store comes before what it led to.
     fn record(&self, entry: Entry) -> Result<(), NotRecorded> {
-        self.ledger
-            .record(entry)
+        self.acts
+            .take(&self.name, |act| self.ledger.record(act))
+            .and_then(|()| self.ledger.record(entry))
             .map_err(|e| NotRecorded(e.to_string()))
     }
 }
@@ -163,7 +159,6 @@ impl Governed {
     /// The policy's answer, recorded with all it takes to give it again; a check that can only make a verdict worse.
     fn consult(
         &self,
-        policy: &HostPolicy,
         scope: Scope<'_>,
         evidence: &GuestEvidence,
         verdict: &Verdict,
@@ -193,8 +188,13 @@ impl Governed {
         let mut inquiry = Inquiry::new(Actor::Host, &object, action, Timestamp::of(now));
         inquiry.guest = claims(&evidence.report, verdict);
         inquiry.guest.evidence_age_s = self.age(scope, &evidence.report, now);
-        let decision = decide(policy, &inquiry);
-        let entry = history::entry(&self.government.name, &inquiry, &decision, policy.digest());
+        let decision = decide(&self.government.policy, &inquiry);
+        let entry = history::entry(
+            &self.government.name,
+            &inquiry,
+            &decision,
+            self.government.policy.digest(),
+        );
         let wanted = "the host policy allows it";
         if self.government.record(entry.emulated(emulated)).is_err() {
             return Check::cannot_verify(POLICY_CHECK, wanted, "not recorded", "NOT_RECORDED");
@@ -250,10 +250,8 @@ impl Appraiser for Governed {
         now: SystemTime,
     ) -> Option<Verdict> {
         let mut verdict = self.owner.appraise(scope, evidence, report_data, now)?;
-        if let Some(policy) = &self.government.policy {
-            let check = self.consult(policy, scope, evidence, &verdict, now);
-            verdict = verdict.and(check);
-        }
+        let check = self.consult(scope, evidence, &verdict, now);
+        verdict = verdict.and(check);
         if matches!(scope, Scope::Session) {
             let check = self.record_evidence(evidence, &verdict);
             verdict = verdict.and(check);

@@ -6,19 +6,10 @@ use casemate_policy::ledger::{Detail, Outcome, Record, VerifyingKey, verify};
 
 use super::*;
 
-const POLICY: &str = "[host]\nname = \"broker-1\"\n[technologies]\nallowed = [\"sev-snp\"]\nallow_emulated = true\n\
-    [limits]\nmax_vcpus = 1\nmax_memory_mib = 1\n";
-
 /// A broker under this host policy.
 fn governed(policy: &str) -> Case {
     let case = Case::new();
     case.write("host.toml", policy);
-    // Before the tables of the file.
-    let text = std::fs::read_to_string(case.folder.path().join("broker.toml")).unwrap();
-    case.write(
-        "broker.toml",
-        &format!("name = \"broker-1\"\npolicy = \"host.toml\"\n{text}"),
-    );
     case
 }
 
@@ -46,7 +37,7 @@ fn refused(result: Result<impl std::fmt::Debug, ClientError>) -> String {
 #[test]
 fn every_route_is_decided_by_the_policy_and_recorded() {
     let owner = format!(
-        "{POLICY}[[guest]]\nowner = \"bank\"\nnames = [\"session\", \"{DISK}\"]\nlaunch_digests = [\"{}\"]\nmax_vmpl = 0\n\
+        "{HOST_POLICY}[[guest]]\nowner = \"bank\"\nnames = [\"session\", \"{DISK}\"]\nlaunch_digests = [\"{}\"]\nmax_vmpl = 0\n\
          nonce = true\nmax_evidence_age_s = 60\n[guest.tcb.milan]\nboot_loader = 1\nsnp = 1\nmicrocode = 1\n",
         hex::encode([MEASUREMENT; 48])
     );
@@ -94,17 +85,17 @@ fn every_route_is_decided_by_the_policy_and_recorded() {
 #[test]
 fn the_host_policy_refuses_what_the_owner_accepts() {
     let section = |names: &str, more: &str| {
-        format!("{POLICY}[[guest]]\nowner = \"bank\"\nnames = [{names}]\n{more}")
+        format!("{HOST_POLICY}[[guest]]\nowner = \"bank\"\nnames = [{names}]\n{more}")
     };
     let everything = "\"*\"";
     for (policy, rule, attests) in [
         (
-            POLICY.replace("allow_emulated = true", ""),
+            HOST_POLICY.replace("allow_emulated = true", ""),
             "floor.emulated",
             false,
         ),
         (
-            POLICY.replace("sev-snp", "sev"),
+            HOST_POLICY.replace("sev-snp", "sev"),
             "technologies.allowed",
             false,
         ),
@@ -158,14 +149,14 @@ fn the_host_policy_refuses_what_the_owner_accepts() {
 /// The same document as a host's, with the same conditions: signed by enough, never older than before.
 #[test]
 fn a_broker_starts_with_a_policy_that_its_trust_admits_only() {
-    let case = governed(&format!("version = 2\n{POLICY}"));
+    let case = governed(&format!("version = 2\n{HOST_POLICY}"));
     drop(case.start());
-    case.write("host.toml", &format!("version = 1\n{POLICY}"));
+    case.write("host.toml", &format!("version = 1\n{HOST_POLICY}"));
     let clock = Arc::new(Hands::default());
     let mut config = case.config();
     let failed = open_with(&mut config, clock.clone(), Arc::new(Kept::default())).err();
     assert!(failed.unwrap().to_string().contains("version"));
-    case.write("host.toml", &format!("version = 3\n{POLICY}"));
+    case.write("host.toml", &format!("version = 3\n{HOST_POLICY}"));
     let text = std::fs::read_to_string(case.folder.path().join("broker.toml")).unwrap();
     let key = casemate_policy::sign::SigningKey::generate().unwrap();
     let key = casemate_policy::sign::SigningKey::read(&key).unwrap();
@@ -182,7 +173,7 @@ fn a_broker_starts_with_a_policy_that_its_trust_admits_only() {
 /// Who has no session leaves nothing: the disk is not a stranger's to fill.
 #[test]
 fn strangers_cannot_fill_the_ledger() {
-    let case = governed(POLICY);
+    let case = governed(HOST_POLICY);
     let running = case.start();
     let before = records(&case).len();
     for _ in 0..5 {
@@ -190,4 +181,50 @@ fn strangers_cannot_fill_the_ledger() {
         assert_eq!(running.ask("POST", "/kbs/v0/auth", None, b"{").status, 400);
     }
     assert_eq!(records(&case).len(), before);
+}
+
+/// Who changes the store is in the ledger before anything that the change led to.
+#[test]
+fn what_owners_do_to_the_store_is_recorded_first() {
+    let case = Case::new();
+    let running = case.start();
+    let mut client = running.client();
+    client.attest(&mut Emulated::default()).unwrap();
+    let store = crate::broker::owners_store(&mut case.config()).unwrap();
+    store.put(&path(DISK), b"another").unwrap();
+    assert!(!store.remove(&path("default/key/nothing")).unwrap());
+    assert_eq!(*client.resource(&path(DISK)).unwrap(), *b"another");
+    assert!(store.remove(&path(DISK)).unwrap());
+    client.resource(&path(OTHER)).unwrap_err();
+    // A note that nobody can read is an act too.
+    let notes = case.folder.path().join("state/store-acts");
+    case.write("state/store-acts/1.json", "{");
+    assert_eq!(std::fs::read_dir(&notes).unwrap().count(), 1);
+    client.attest(&mut Emulated::default()).unwrap();
+    assert_eq!(std::fs::read_dir(&notes).unwrap().count(), 0);
+
+    let all = records(&case);
+    let place = |action: &str, call: &str| {
+        let found = all.iter().position(|r| {
+            r.action == action
+                && (call.is_empty() || r.detail.get("call") == Some(&Detail::Text(call.to_owned())))
+        });
+        found.unwrap_or_else(|| panic!("{action} {call}: {all:#?}"))
+    };
+    let put = place("call", "secret-put");
+    assert!(put < place("secret-release", ""));
+    assert!(place("secret-release", "") < place("call", "secret-remove"));
+    assert_eq!(all[put].object, DISK);
+    assert_eq!(
+        all[put].actor,
+        format!("uid:{}", nix::unistd::getuid().as_raw())
+    );
+    assert_eq!(
+        all[place("call", "unreadable-note")].outcome,
+        Outcome::Failed
+    );
+    assert_eq!(
+        of(&all, "call").iter().filter(|r| r.object == DISK).count(),
+        2
+    );
 }

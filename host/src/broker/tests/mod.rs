@@ -30,6 +30,9 @@ const DISK: &str = "default/key/disk";
 const OTHER: &str = "default/key/other";
 const SECRET: &[u8] = b"the disk's key";
 const MEASUREMENT: u8 = 0x4d;
+/// A host policy that leaves the choice to the owners'.
+const HOST_POLICY: &str = "[host]\nname = \"broker-1\"\n[technologies]\nallowed = [\"sev-snp\"]\nallow_emulated = true\n\
+    [limits]\nmax_vcpus = 1\nmax_memory_mib = 1\n";
 
 /// A broker's folder; brokers come and go over it.
 struct Case {
@@ -83,6 +86,7 @@ impl Case {
             case.write(file, &format!("{emulated}measurements = [\"{digest}\"]\n"));
         }
         case.write("store.key", &"5a".repeat(32));
+        case.write("host.toml", HOST_POLICY);
         case.configure("");
         let mut config = case.config();
         let store = open_store(&mut config).unwrap();
@@ -101,7 +105,7 @@ impl Case {
 
     fn configure(&self, more: &str) {
         let text = format!(
-            "state_dir = \"state\"\nlisten = [\"tcp:127.0.0.1:0\"]\n\
+            "name = \"broker-1\"\nstate_dir = \"state\"\npolicy = \"host.toml\"\nlisten = [\"tcp:127.0.0.1:0\"]\n\
              store = {{ file = \"secrets.sealed\", key = \"store.key\" }}\nsession = {{ policy = \"any.toml\" }}\n\
              [resources]\n\"{DISK}\" = \"disk.toml\"\n\"{OTHER}\" = \"other.toml\"\n\
              \"default/key/none\" = \"disk.toml\"\n{more}"
