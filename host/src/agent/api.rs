@@ -392,6 +392,10 @@ pub struct GuestInfo {
     pub terminal: Option<PathBuf>,
     /// Time from the request to the running (or measured) guest, microseconds; for a guest that arrived, none.
     pub launch_us: Option<u64>,
+    /// CPU time of the VMM from the start of its process to the guest's first instruction, microseconds; only of a
+    /// guest that was launched here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start_cpu_us: Option<u64>,
 }
 
 /// A description that is kept.

@@ -41,6 +41,8 @@ pub struct Guest {
     pub terminal: Option<PathBuf>,
     /// From the request to the running (or measured) guest.
     pub launch_us: Mutex<Option<u64>>,
+    /// CPU time of its VMM up to the first instruction of a launch.
+    pub start_cpu_us: Mutex<Option<u64>>,
 }
 
 impl Guest {
@@ -80,6 +82,7 @@ impl Guest {
             terminal: self.terminal.clone(),
             device_faults: 0,
             launch_us: *lock(&self.launch_us),
+            start_cpu_us: *lock(&self.start_cpu_us),
         }
     }
 }
@@ -231,6 +234,7 @@ impl Resources {
             local: self.local,
             terminal: self.terminal,
             launch_us: Mutex::new(None),
+            start_cpu_us: Mutex::new(None),
         };
         Ok(Arc::new(guest))
     }

@@ -92,7 +92,7 @@ impl Described {
         let parts = image
             .pieces
             .iter()
-            .map(|part| (part.name, &*part.bytes))
+            .map(|part| (part.name, part.bytes.as_slice()))
             .chain(registers);
         Ok(Self {
             confidential: spec.confidential,

@@ -46,7 +46,7 @@ struct Guest {
     memory: SharedMemory,
     protection: GuestProtection,
     messages: Option<OwnedFd>,
-    pieces: Vec<Component<'static>>,
+    pieces: Vec<Component>,
 }
 
 impl Guest {
@@ -67,7 +67,7 @@ impl Guest {
         let piece = |gpa: u64, fill: u8, pages: usize| Component {
             name: "piece",
             gpa,
-            bytes: vec![fill; pages * 4096].into(),
+            bytes: vec![fill; pages * 4096],
         };
         Self {
             plan,
@@ -168,7 +168,7 @@ fn a_sev_es_guests_measurement_covers_memory_and_the_registers_of_every_vcpu() {
     };
     let memory_only = {
         let guest = Guest::new(&psp, technology);
-        LaunchDigest::of(&[&*guest.pieces[0].bytes, &guest.pieces[1].bytes].concat())
+        LaunchDigest::of(&[guest.pieces[0].bytes.as_slice(), &guest.pieces[1].bytes].concat())
     };
     assert_ne!(expected, memory_only);
     assert_ne!(

@@ -29,6 +29,7 @@ pub struct Casemate {
 struct Launched {
     pid: u32,
     console: PathBuf,
+    start_cpu_us: Option<u64>,
 }
 
 impl Casemate {
@@ -71,6 +72,9 @@ impl Casemate {
     /// Boots until the first line of user space; with one disk and one card, if it is to be equipped.
     pub fn boot(&self, equipped: bool) -> Result<Sample> {
         let name = if equipped { "equipped" } else { "bare" };
+        // The agent would write behind what the last boot said, which has the line that is waited for.
+        let console = self.folder.path().join(CONSOLES).join(name);
+        let _ = fs::remove_file(console.join("console.log"));
         let begun = Instant::now();
         let description = format!("{name}.toml");
         let sample = self
@@ -116,7 +120,9 @@ fn watch(launched: &str, folder: &Path, begun: Instant) -> Result<Sample> {
     loop {
         let said = fs::read(&console).unwrap_or_default();
         if String::from_utf8_lossy(&said).contains(MARKER) {
-            return Sample::take(launched.pid, begun);
+            let mut sample = Sample::take(launched.pid, begun)?;
+            sample.start_cpu_ms = launched.start_cpu_us.map(|us| us as f64 / 1000.0);
+            return Ok(sample);
         }
         if Instant::now() > limit {
             bail!("no line of user space: {}", String::from_utf8_lossy(&said));
@@ -125,6 +131,8 @@ fn watch(launched: &str, folder: &Path, begun: Instant) -> Result<Sample> {
     }
 }
 
+/// Where the agent keeps a folder for each guest.
+const CONSOLES: &str = "state/guests";
 const AGENT: &str =
     "name = \"bench\"\nstate_dir = \"state\"\nsocket = \"agent.sock\"\npolicy = \"policy.toml\"\n";
 const POLICY: &str = "[host]\nname = \"bench\"\n[technologies]\nallowed = [\"none\"]\nallow_emulated = false\n\

@@ -9,6 +9,7 @@ mod measure;
 mod qemu;
 mod table;
 
+use std::fs;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -36,6 +37,9 @@ struct Arguments {
     /// An initramfs with this program as its init.
     #[arg(long)]
     initrd: PathBuf,
+    /// Let shared memory have huge pages first, as `casemate doctor` advises: a setting of the whole machine.
+    #[arg(long)]
+    huge_pages: bool,
     /// Boots of each.
     #[arg(long, default_value_t = 5)]
     runs: u32,
@@ -69,6 +73,9 @@ fn bench(arguments: &Arguments) -> Result<()> {
         kernel: arguments.kernel.clone(),
         initrd: arguments.initrd.clone(),
     };
+    if arguments.huge_pages {
+        fs::write(HUGE_PAGES, "advise").with_context(|| format!("write {HUGE_PAGES}"))?;
+    }
     let casemate = Casemate::start(&arguments.casemate, &guest)?;
     let q35 = Qemu::new(&arguments.qemu, "q35", &guest);
     let microvm = Qemu::new(&arguments.qemu, "microvm,isa-serial=on", &guest);
@@ -128,3 +135,4 @@ impl Series {
 }
 
 const MOST_FAULTS: u32 = 3;
+const HUGE_PAGES: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";

@@ -39,13 +39,13 @@ impl Report {
             return Ok(());
         }
         println!(
-            "VMM            wall s (range)        exits (range)          PIO   MMIO  RSS MiB  CPU ms"
+            "VMM            wall s (range)        exits (range)          PIO   MMIO  RSS MiB  CPU ms  to start"
         );
         let rows = [("casemate", &self.casemate), ("qemu q35", &self.q35)];
         let microvm = self.microvm.iter().map(|row| ("qemu microvm", row));
         for (name, row) in rows.into_iter().chain(microvm) {
             println!(
-                "{name:<13} {:>5.2} ({:.2}-{:.2})  {:>8} ({}-{})  {:>7} {:>6}  {:>7.1} {:>7.1}",
+                "{name:<13} {:>5.2} ({:.2}-{:.2})  {:>8} ({}-{})  {:>7} {:>6}  {:>7.1} {:>7.1} {:>9}",
                 row.wall_s,
                 row.wall_s_min,
                 row.wall_s_max,
@@ -55,7 +55,9 @@ impl Report {
                 row.io_exits,
                 row.mmio_exits,
                 row.rss_over_guest_mib,
+                row.vmm_cpu_ms,
                 row.start_cpu_ms
+                    .map_or_else(|| "-".to_owned(), |ms| format!("{ms:.1}"))
             );
         }
         println!("casemate to q35, wall: {:.2}", self.q35_ratio());

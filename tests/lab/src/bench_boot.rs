@@ -34,7 +34,8 @@ pub fn bench(paths: &Paths, runs: u32, json: bool) -> Result<i32> {
     let program = paths.release.join("casemate-bench-boot");
     write_initrd(paths, &program)?;
     let mut request = Request::new(paths, Vec::new())?;
-    let qemu = match Backend::choose()? {
+    let backend = Backend::choose()?;
+    let qemu = match backend {
         Backend::Lab => qemu_in_lab(paths, &mut request)?,
         Backend::Native | Backend::Off => qemu_here(paths),
     };
@@ -51,6 +52,11 @@ pub fn bench(paths: &Paths, runs: u32, json: bool) -> Result<i32> {
     }
     request.args.extend(["--runs".into(), runs.to_string()]);
     request.args.extend(json.then(|| "--json".to_owned()));
+    // The lab is nobody's machine: it is set up as `casemate doctor` advises.
+    let in_lab = backend == Backend::Lab;
+    request
+        .args
+        .extend(in_lab.then(|| "--huge-pages".to_owned()));
     request.timeout = request.timeout.max(TIMEOUT);
     request.retries = RETRIES;
     say(&format!("booting {runs} times each"));

@@ -58,7 +58,7 @@ pub fn vcpu_states(plan: &MachinePlan) -> Vec<VmsaPage> {
 }
 
 /// The launch digest of a guest; none for a plain one.
-pub fn launch_digest(plan: &MachinePlan, pieces: &[Component<'_>]) -> Option<GuestDigest> {
+pub fn launch_digest(plan: &MachinePlan, pieces: &[Component]) -> Option<GuestDigest> {
     match plan.technology {
         Technology::None => None,
         Technology::Sev { .. } | Technology::SevEs { .. } => {
@@ -74,7 +74,7 @@ pub fn launch_digest(plan: &MachinePlan, pieces: &[Component<'_>]) -> Option<Gue
     }
 }
 
-fn snp_digest(plan: &MachinePlan, pieces: &[Component<'_>]) -> SnpLaunchDigest {
+fn snp_digest(plan: &MachinePlan, pieces: &[Component]) -> SnpLaunchDigest {
     let mut digester = SnpLaunchDigester::new();
     for piece in pieces {
         let (pages, _whole) = piece.bytes.as_chunks::<{ PAGE_SIZE as usize }>();

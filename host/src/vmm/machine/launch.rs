@@ -1,11 +1,8 @@
 //! A machine's first memory and registers, loaded and measured.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
-
 use super::{Machine, MachineError};
 use crate::confidential::launch::SpecialPage;
-use crate::vmm::boot::{BootError, BootImage, Start, measured};
+use crate::vmm::boot::{BootImage, Image, Part, Start, measured};
 use crate::vmm::protocol::{LaunchBinding, Measurement};
 use crate::vmm::vcpu::entry::{Entry, enter_linux_32, enter_long_mode, enter_pvh, wait_at_reset};
 use crate::vmm::vcpu::{VcpuError, cpuid};
@@ -15,12 +12,16 @@ impl Machine {
     /// piece where a technology does. Of a SEV or SEV-ES guest the measurement comes back.
     pub fn launch(&mut self, binding: &LaunchBinding) -> Result<Option<Measurement>, MachineError> {
         let kernel = self.kernel.take().ok_or(MachineError::NoKernel)?;
-        let kernel = read_image(&kernel)?;
-        let initrd = match self.initrd.take() {
-            Some(file) => read_image(&file)?,
-            None => Vec::new(),
+        let initrd = self.initrd.take();
+        let initrd = match &initrd {
+            Some(file) => Image::of(file)?,
+            None => Image::Bytes(&[]),
         };
-        let BootImage { pieces, start } = BootImage::assemble(&self.plan, &kernel, &initrd)?;
+        let BootImage {
+            pieces,
+            parts,
+            start,
+        } = BootImage::assemble(&self.plan, Image::of(&kernel)?, initrd)?;
         if let Some(protection) = &mut self.protection {
             protection.launch_start(binding)?;
         }
@@ -30,8 +31,25 @@ impl Machine {
                 protection.launch_update(piece.gpa, piece.bytes.len() as u64)?;
             }
         }
+        for part in parts {
+            self.load(&part)?;
+        }
         self.load_registers(start)?;
         self.measure()
+    }
+
+    /// From the page cache to guest memory, with no copy between.
+    fn load(&self, part: &Part<'_>) -> Result<(), MachineError> {
+        match part.image {
+            Image::File(file, _) => {
+                let range = (part.offset, part.length);
+                Ok(self.memory.write_from(part.gpa, file, range)?)
+            }
+            Image::Bytes(_) => {
+                let bytes = part.image.read(part.offset, part.length)?;
+                Ok(self.memory.write(part.gpa, &bytes.unwrap_or_default())?)
+            }
+        }
     }
 
     fn load_registers(&self, start: Start) -> Result<(), MachineError> {
@@ -76,18 +94,3 @@ impl Machine {
         Ok(protection.launch_measure()?)
     }
 }
-
-/// Reads an image from its start, whatever the descriptor's position.
-fn read_image(file: &File) -> Result<Vec<u8>, MachineError> {
-    let size = file.metadata()?.len();
-    if size > MAX_IMAGE {
-        return Err(MachineError::Boot(BootError::Kernel(
-            "or initramfs is larger than 1 GiB",
-        )));
-    }
-    let mut bytes = vec![0u8; usize::try_from(size).unwrap_or(0)];
-    file.read_exact_at(&mut bytes, 0)?;
-    Ok(bytes)
-}
-
-const MAX_IMAGE: u64 = 1 << 30;
