@@ -63,7 +63,11 @@ impl Request {
             Self::Measurement { name } => Asked::Whole(Action::Measurement, name),
             Self::SandboxReport { name } => Asked::Whole(Action::SandboxReport, name),
             Self::SandboxProbe { name } => Asked::Whole(Action::SandboxProbe, name),
-            Self::Stop { name } => Asked::Whole(Action::Stop, name),
+            Self::Stop { name } | Self::Shutdown { name, .. } => Asked::Whole(Action::Stop, name),
+            Self::Device {
+                name, change: None, ..
+            } => Asked::Whole(Action::Status, name),
+            Self::Device { name, .. } => Asked::Whole(Action::Resize, name),
             Self::Pause { name } => Asked::Whole(Action::Pause, name),
             Self::Resume { name } => Asked::Whole(Action::Resume, name),
             Self::Snapshot { name, .. } => Asked::Whole(Action::Snapshot, name),

@@ -21,8 +21,10 @@ use crate::vmm::vcpu::model;
 
 /// A guest whose VMM runs.
 pub struct Guest {
-    /// What it is.
+    /// What it is, as it was made.
     pub plan: MachinePlan,
+    /// The same with what has been changed since.
+    pub changed: Mutex<MachinePlan>,
     /// Its process.
     pub vmm: VmmProcess,
     /// Ownership epoch.
@@ -61,6 +63,11 @@ impl Guest {
             }
             Err(failure) => Err(failure),
         }
+    }
+
+    /// What goes along in a move or a snapshot.
+    pub fn plan_now(&self) -> MachinePlan {
+        lock(&self.changed).clone()
     }
 
     /// The same, without asking the VMM.
@@ -224,6 +231,7 @@ impl Resources {
             baseline.tsc_khz = tsc_khz;
         }
         let guest = Guest {
+            changed: Mutex::new(plan.clone()),
             plan,
             vmm,
             epoch: Mutex::new(epoch),

@@ -1,13 +1,15 @@
-//! Linux in a sealed file and out of it again, at once and on demand: its work, its disk and its clock go on.
+//! Linux in a sealed file and out of it again, at once and on demand: its work, its disk and its clock go on. Then its
+//! balloon takes memory, and its power button shuts it down.
 
 mod common;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use casemate_e2e::answers::GuestInfo;
 use casemate_e2e::guest_watch::GuestWatch;
-use casemate_e2e::world::{Extent, Host};
+use casemate_e2e::world::{Extent, Host, World};
 use common::*;
+use serde::Deserialize;
 
 #[test]
 fn linux_goes_on_after_a_snapshot_in_either_way() {
@@ -20,7 +22,7 @@ fn linux_goes_on_after_a_snapshot_in_either_way() {
         )
         .replace(
             "\n[boot]",
-            "\n[cpu]\nmodel = \"baseline\"\ncores = 1\nthreads = 2\n\n[boot]",
+            "\n[balloon]\n[cpu]\nmodel = \"baseline\"\ncores = 1\nthreads = 2\n\n[boot]",
         );
     let description = world.folder.join("plain.toml");
     std::fs::write(&description, described).unwrap();
@@ -67,8 +69,37 @@ fn linux_goes_on_after_a_snapshot_in_either_way() {
             pair[1]
         );
     }
-    world.site_a.done(&["stop", "vault"]).unwrap();
+    fill_balloon(&world);
+    // The guest hears its button, and is gone before anybody would have to force it.
+    world
+        .site_a
+        .done(&["vm", "stop", "vault", "--timeout", "60"])
+        .unwrap();
+    let console = std::fs::read_to_string(&info.console).unwrap();
+    assert!(console.contains("guest: power button"), "{console}");
     assert_ends_clean(world);
+}
+
+fn fill_balloon(world: &World) {
+    let wanted = 64 << 20;
+    let order = ["vm", "resize", "vault", "--balloon", "64 MiB"];
+    let begun = Instant::now();
+    loop {
+        let status: Balloon = world.site_a.ask(&order).unwrap();
+        assert_eq!(status.size, wanted);
+        if status.held == wanted {
+            return;
+        }
+        assert!(begun.elapsed() < BOOT, "holds {} bytes", status.held);
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}
+
+/// `casemate vm resize`.
+#[derive(Deserialize)]
+struct Balloon {
+    size: u64,
+    held: u64,
 }
 
 /// The lab is slow.

@@ -334,3 +334,27 @@ fn a_processor_is_read_and_a_wrong_one_is_named_with_what_is_right() {
         assert!(problem.contains(words), "{cpu}: {problem}");
     }
 }
+
+/// The schema that editors read is that of the types; `casemate vm schema > host/guest.schema.json` writes it.
+#[test]
+fn the_published_schema_is_the_one_of_this_version() {
+    let published: serde_json::Value =
+        serde_json::from_str(include_str!("../../../guest.schema.json")).unwrap();
+    assert_eq!(serde_json::to_value(schema()).unwrap(), published);
+}
+
+/// Every key that the reader takes is in the schema with a word of explanation, and no other is allowed.
+#[test]
+fn every_key_of_the_schema_is_explained_and_no_other_is_allowed() {
+    let schema = serde_json::to_value(schema()).unwrap();
+    let mut tables = vec![&schema];
+    let named = schema["$defs"].as_object().unwrap().values();
+    tables.extend(named.filter(|table| table["type"] == "object"));
+    assert!(tables.len() >= 10, "{}", tables.len());
+    for table in tables {
+        assert_eq!(table["additionalProperties"], false, "{table}");
+        for (key, value) in table["properties"].as_object().unwrap() {
+            assert!(value["description"].is_string(), "{key}: {value}");
+        }
+    }
+}
