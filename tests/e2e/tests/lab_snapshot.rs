@@ -6,6 +6,7 @@ mod common;
 use std::time::{Duration, Instant};
 
 use casemate_e2e::answers::GuestInfo;
+use casemate_e2e::error::Result;
 use casemate_e2e::guest_watch::GuestWatch;
 use casemate_e2e::world::{Extent, Host, World};
 use common::*;
@@ -69,7 +70,11 @@ fn linux_goes_on_after_a_snapshot_in_either_way() {
             pair[1]
         );
     }
-    fill_balloon(&world);
+    let begun = Instant::now();
+    while !balloon_is_full(&world).unwrap() {
+        assert!(begun.elapsed() < BOOT, "64 MiB are not given back");
+        std::thread::sleep(Duration::from_millis(200));
+    }
     // The guest hears its button, and is gone before anybody would have to force it.
     world
         .site_a
@@ -80,19 +85,12 @@ fn linux_goes_on_after_a_snapshot_in_either_way() {
     assert_ends_clean(world);
 }
 
-fn fill_balloon(world: &World) {
-    let wanted = 64 << 20;
+/// Whether the guest has given 64 MiB back.
+fn balloon_is_full(world: &World) -> Result<bool> {
     let order = ["vm", "resize", "vault", "--balloon", "64 MiB"];
-    let begun = Instant::now();
-    loop {
-        let status: Balloon = world.site_a.ask(&order).unwrap();
-        assert_eq!(status.size, wanted);
-        if status.held == wanted {
-            return;
-        }
-        assert!(begun.elapsed() < BOOT, "holds {} bytes", status.held);
-        std::thread::sleep(Duration::from_millis(200));
-    }
+    let status: Balloon = world.site_a.ask(&order)?;
+    assert_eq!(status.size, 64 << 20);
+    Ok(status.held == status.size)
 }
 
 /// `casemate vm resize`.
