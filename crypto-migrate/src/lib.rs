@@ -12,6 +12,7 @@
 //! | [`identity`] | who this host is, who is allowed, and the way to them |
 //! | [`vault`] | a guest at rest: a file of sealed pages |
 //! | [`dev_ca`] | a site authority for development |
+//! | [`parts`] | what each part of the stream costs alone, for the benchmark |
 //! | [`gateway`] | forwards, and sees nothing; the attack drill's tool |
 //! | [`code`] | the stable codes of every refusal |
 //!
@@ -31,6 +32,7 @@ pub mod guest;
 pub mod identity;
 pub mod page;
 pub mod pages;
+pub mod parts;
 pub mod precopy;
 pub mod progress;
 pub mod session;
@@ -46,4 +48,4 @@ mod crypto;
 mod rogue_tests;
 
 pub use channel::ChannelError;
-pub use crypto::{CryptoError, Provider};
+pub use crypto::{CryptoError, Provider, SEALS_PER_KEY};

@@ -78,6 +78,7 @@ impl<'a> MoveRecords<'a> {
             path: session.path.clone(),
             suite: session.suite.clone(),
             group: session.group.clone(),
+            provider: session.provider.clone(),
         })
     }
 
@@ -156,7 +157,9 @@ impl State {
         let known = self.session.as_ref().map(Known::of);
         let entry = entry.migration(&self.migration(known.as_ref(), report));
         match &self.session {
-            Some(session) => entry.with("path", session.path.as_str()),
+            Some(session) => entry
+                .with("path", session.path.as_str())
+                .with("provider", session.provider.as_str()),
             None => entry,
         }
     }

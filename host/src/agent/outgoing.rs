@@ -15,7 +15,7 @@ use crate::agent::guest::Guest;
 use crate::agent::move_records::MoveRecords;
 use crate::agent::mover_process::MoverProcess;
 use crate::agent::record::{Ownership, OwnershipState};
-use crate::agent::transfer::{peer_entry, role_error};
+use crate::agent::transfer::{peer_entry, provider_name, role_error};
 use crate::agent::vmm_process::lock;
 use crate::mover::protocol::{
     AgentAnswer, GuestHere, MoveLimits, MoveOutcome, MoverCommand, MoverEvent, MoverRequestToAgent,
@@ -124,6 +124,7 @@ impl Agent {
             epoch: *lock(&guest.epoch),
             description,
             emulated_roots: self.emulated_roots(),
+            provider: provider_name(&policy),
             limits: MoveLimits {
                 downtime_ms: limit.into(),
                 ..MoveLimits::default()
@@ -146,7 +147,7 @@ impl Agent {
                 format!("{} is being moved or snapshot already", guest.plan.name),
             ));
         }
-        let mover = Arc::new(self.spawn_mover(guest.plan.memory_bytes)?);
+        let mover = Arc::new(self.spawn_mover(guest.plan.mapped_bytes())?);
         let vmm = guest.vmm.attach_mover()?;
         mover.start(command, &[vmm.as_fd(), target])?;
         *slot = Some(Arc::clone(&mover));

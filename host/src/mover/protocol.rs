@@ -200,6 +200,8 @@ pub struct SessionText {
     pub group: String,
     /// Hash of the TLS exporter.
     pub exporter_sha256: [u8; 32],
+    /// Who does the bulk cryptography at this end.
+    pub provider: String,
 }
 
 impl SessionText {
@@ -212,6 +214,7 @@ impl SessionText {
             suite: facts.suite.clone(),
             group: facts.group.clone(),
             exporter_sha256: facts.exporter_sha256,
+            provider: facts.provider.to_string(),
         }
     }
 }
@@ -274,6 +277,8 @@ pub struct SourceStart {
     pub description: Vec<u8>,
     /// SHA-256 of emulated roots that policy trusts as targets; empty means AMD's roots only.
     pub emulated_roots: Vec<[u8; 32]>,
+    /// Who does the bulk cryptography, by name; `None`: the engine's default.
+    pub provider: Option<String>,
     /// Bounds.
     pub limits: MoveLimits,
 }
@@ -285,6 +290,8 @@ pub struct DestinationStart {
     pub credentials: Credentials,
     /// Who may come.
     pub peers: Vec<PeerEntry>,
+    /// Who does the bulk cryptography, by name; `None`: the engine's default.
+    pub provider: Option<String>,
     /// Bounds.
     pub limits: MoveLimits,
 }

@@ -22,6 +22,7 @@ fuzz_target!(|bytes: &[u8]| {
             vcpus: 64,
             cpu: Default::default(),
             memory_bytes,
+            firmware: None,
             cmdline: "console=ttyS0".into(),
             technology,
             disks: vec![],

@@ -8,6 +8,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 use toml::Spanned;
 
+use super::boot::Boot;
 use super::confidential::Confidential;
 use super::devices;
 use super::resources::Resources;
@@ -31,7 +32,8 @@ pub(super) struct Document {
     #[schemars(with = "Size")]
     pub(super) memory: Spanned<String>,
     /// What is started.
-    pub(super) boot: Boot,
+    #[schemars(with = "Boot")]
+    pub(super) boot: Spanned<Boot>,
     /// AMD SEV, SEV-ES or SEV-SNP, and what goes with it.
     pub(super) confidential: Option<Confidential>,
     /// Disks, in the order of the guest's bus.
@@ -68,20 +70,6 @@ pub(super) struct Cpu {
     pub(super) cores: Option<Spanned<u8>>,
     /// Threads of each core.
     pub(super) threads: Option<u8>,
-}
-
-#[derive(Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub(super) struct Boot {
-    /// A bzImage or, of a plain guest, an ELF file with a PVH entry.
-    #[schemars(with = "String")]
-    pub(super) kernel: Spanned<PathBuf>,
-    /// Initramfs.
-    #[schemars(with = "String")]
-    pub(super) initrd: Spanned<PathBuf>,
-    /// Kernel command line.
-    #[schemars(with = "String")]
-    pub(super) cmdline: Spanned<String>,
 }
 
 #[derive(Deserialize, JsonSchema)]
