@@ -48,10 +48,10 @@ fn a_description_is_kept_as_it_was_and_outlives_the_agent() {
         stats["resident_bytes"].as_u64().unwrap() > 1 << 20,
         "{stats}"
     );
-    host.run(&["vm", "stop", "vault"]).expect(0);
+    host.run(&["vm", "stop", "vault", "--force"]).expect(0);
     // It can be started again, and forgotten.
     host.run(&["vm", "start", "vault"]).expect(0);
-    host.run(&["vm", "stop", "vault"]).expect(0);
+    host.run(&["vm", "stop", "vault", "--force"]).expect(0);
     host.run(&["vm", "delete", "vault"]).expect(0);
     host.run(&["vm", "delete", "vault"])
         .refused(1, &["NO_SUCH_GUEST"]);

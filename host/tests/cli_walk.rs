@@ -14,7 +14,7 @@ use std::collections::BTreeSet;
 use support::{Host, POLICY, SEV_WITH_SECRET};
 
 /// Commands that ask the agent, with arguments that bring them so far.
-const ASKING: [&str; 45] = [
+const ASKING: [&str; 48] = [
     "cancel vm",
     "evidence retain --keep-from 1",
     "evidence rotate",
@@ -55,8 +55,11 @@ const ASKING: [&str; 45] = [
     "vm delete vm",
     "vm list",
     "vm pause vm",
+    "vm resize vm --disk data",
+    "vm restore file",
     "vm resume vm",
     "vm show vm",
+    "vm snapshot vm file",
     "vm start vm",
     "vm stats vm",
     "vm stop vm",
@@ -64,7 +67,7 @@ const ASKING: [&str; 45] = [
 
 /// Commands that ask no agent, and what they touch. What changes something on a host is none of them but a broker's
 /// store, whose changes the broker records (`broker::tests::governed`).
-const ALONE: [(&str, &str); 38] = [
+const ALONE: [(&str, &str); 39] = [
     ("agent", "is the agent"),
     ("attest certificate", "files"),
     ("attest fetch", "AMD's key service, files"),
@@ -111,6 +114,7 @@ const ALONE: [(&str, &str); 38] = [
     ("owner session", "files"),
     ("platform oca new", "files"),
     ("platform oca sign", "files"),
+    ("vm schema", "nothing"),
     ("vm validate", "files"),
 ];
 

@@ -125,6 +125,8 @@ pub enum Action {
     Resume,
     /// Give a guest a non-maskable interrupt.
     Nmi,
+    /// Change a device of a guest: its limits, its size.
+    Resize,
     /// Write a guest's memory and state to a sealed file.
     Snapshot,
     /// Cancel a move.
@@ -188,6 +190,7 @@ impl Action {
             Self::Pause => ActionKind::Pause,
             Self::Resume => ActionKind::Resume,
             Self::Nmi => ActionKind::Nmi,
+            Self::Resize => ActionKind::Resize,
             Self::Snapshot => ActionKind::Snapshot,
             Self::Cancel => ActionKind::Cancel,
             Self::PlatformShow => ActionKind::PlatformShow,
@@ -338,6 +341,8 @@ kinds! {
     Resume = "resume",
     /// [`Action::Nmi`]
     Nmi = "nmi",
+    /// [`Action::Resize`]
+    Resize = "resize",
     /// [`Action::Snapshot`]
     Snapshot = "snapshot",
     /// [`Action::Cancel`]

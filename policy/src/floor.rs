@@ -83,6 +83,7 @@ pub fn check(policy: &HostPolicy, action: &Action) -> Vec<Reason> {
         | Action::Pause
         | Action::Resume
         | Action::Nmi
+        | Action::Resize
         | Action::Snapshot
         | Action::Cancel
         | Action::PlatformShow

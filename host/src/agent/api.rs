@@ -19,6 +19,9 @@ pub use crate::agent::platform_api::{
 };
 pub use crate::agent::snapshot::{MemoryMode, SnapshotInfo};
 use crate::machine::cpu::CpuModel;
+pub use crate::machine::plan::devices::{
+    ConsolePlan, DeviceChange, DeviceName, DeviceStatus, Limits, Rate,
+};
 use crate::sandbox::report::{ProbeReport, SandboxReport};
 use crate::vmm::protocol::MachineState;
 
@@ -75,6 +78,24 @@ pub enum Request {
     Stop {
         /// Its name.
         name: String,
+    },
+    /// Presses the guest's power button, and ends it when it has switched itself off.
+    Shutdown {
+        /// Its name.
+        name: String,
+        /// How many seconds it has; 60 by default, at most a day.
+        timeout_s: Option<u32>,
+        /// Whether it is ended where it has not gone by then.
+        force: bool,
+    },
+    /// Changes a device of a guest, running or not; or only asks what it says of itself.
+    Device {
+        /// The guest's name.
+        name: String,
+        /// Which device.
+        device: DeviceName,
+        /// How it is changed.
+        change: Option<DeviceChange>,
     },
     /// Stops its vCPUs.
     Pause {
@@ -329,6 +350,8 @@ pub enum Answer {
     },
     /// What a guest takes of the host.
     Stats(StatsInfo),
+    /// What a device says of itself.
+    Device(DeviceStatus),
     /// A part of a console's output.
     Console {
         /// The bytes, base64; at most 64 KiB.
@@ -392,6 +415,10 @@ pub struct GuestInfo {
     pub terminal: Option<PathBuf>,
     /// Time from the request to the running (or measured) guest, microseconds; for a guest that arrived, none.
     pub launch_us: Option<u64>,
+    /// CPU time of the VMM from the start of its process to the guest's first instruction, microseconds; only of a
+    /// guest that was launched here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start_cpu_us: Option<u64>,
 }
 
 /// A description that is kept.

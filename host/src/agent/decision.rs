@@ -80,7 +80,11 @@ impl Request {
             Self::Measurement { name } => Asked::Whole(Action::Measurement, name),
             Self::SandboxReport { name } => Asked::Whole(Action::SandboxReport, name),
             Self::SandboxProbe { name } => Asked::Whole(Action::SandboxProbe, name),
-            Self::Stop { name } => Asked::Whole(Action::Stop, name),
+            Self::Stop { name } | Self::Shutdown { name, .. } => Asked::Whole(Action::Stop, name),
+            Self::Device {
+                name, change: None, ..
+            } => Asked::Whole(Action::Status, name),
+            Self::Device { name, .. } => Asked::Whole(Action::Resize, name),
             Self::Pause { name } => Asked::Whole(Action::Pause, name),
             Self::Resume { name } => Asked::Whole(Action::Resume, name),
             Self::Snapshot { name, .. } => Asked::Whole(Action::Snapshot, name),
@@ -272,8 +276,9 @@ impl Agent {
         let Some(boot) = spec.boot.kernel() else {
             return Ok(claims);
         };
-        let image = BootImage::assemble(plan, &read(&boot.kernel)?, &read(&boot.initrd)?)
-            .map_err(|e| failed(&boot.kernel, &e))?;
+        let (kernel, initrd) = (read(&boot.kernel)?, read(&boot.initrd)?);
+        let image =
+            BootImage::assemble(plan, &kernel, &initrd).map_err(|e| failed(&boot.kernel, &e))?;
         claims.launch_digest = measured::launch_digest(plan, &image.pieces)
             .and_then(|digest| digest.to_string().parse().ok());
         Ok(claims)

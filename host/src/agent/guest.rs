@@ -23,8 +23,10 @@ use crate::vmm::vcpu::model;
 
 /// A guest whose VMM runs.
 pub struct Guest {
-    /// What it is.
+    /// What it is, as it was made.
     pub plan: MachinePlan,
+    /// The same with what has been changed since.
+    pub changed: Mutex<MachinePlan>,
     /// Its process.
     pub vmm: VmmProcess,
     /// Ownership epoch.
@@ -43,6 +45,8 @@ pub struct Guest {
     pub terminal: Option<PathBuf>,
     /// From the request to the running (or measured) guest.
     pub launch_us: Mutex<Option<u64>>,
+    /// CPU time of its VMM up to the first instruction of a launch.
+    pub start_cpu_us: Mutex<Option<u64>>,
 }
 
 impl Guest {
@@ -61,6 +65,11 @@ impl Guest {
             }
             Err(failure) => Err(failure),
         }
+    }
+
+    /// What goes along in a move or a snapshot.
+    pub fn plan_now(&self) -> MachinePlan {
+        lock(&self.changed).clone()
     }
 
     /// The same, without asking the VMM.
@@ -82,6 +91,7 @@ impl Guest {
             terminal: self.terminal.clone(),
             device_faults: 0,
             launch_us: *lock(&self.launch_us),
+            start_cpu_us: *lock(&self.start_cpu_us),
         }
     }
 }
@@ -226,6 +236,7 @@ impl Resources {
             baseline.tsc_khz = tsc_khz;
         }
         let guest = Guest {
+            changed: Mutex::new(plan.clone()),
             plan,
             vmm,
             epoch: Mutex::new(epoch),
@@ -236,6 +247,7 @@ impl Resources {
             local: self.local,
             terminal: self.terminal,
             launch_us: Mutex::new(None),
+            start_cpu_us: Mutex::new(None),
         };
         Ok(Arc::new(guest))
     }

@@ -204,9 +204,10 @@ impl Agent {
             peer: None,
         };
         self.record_ownership(&guest.plan.name, &record)?;
-        let VmmReply::Started { digest } = guest.vmm.call(&VmmRequest::Run, &[])? else {
+        let VmmReply::Started { digest, cpu_us } = guest.vmm.call(&VmmRequest::Run, &[])? else {
             return Err(Failure::new("VMM_GONE", "the VMM answered something else"));
         };
+        *lock(&guest.start_cpu_us) = Some(cpu_us);
         let Some(digest) = digest else { return Ok(()) };
         let entry = Entry::new("agent", "measured", &guest.plan.name, Outcome::Done);
         self.evidence.record(

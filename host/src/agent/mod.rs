@@ -9,6 +9,7 @@ pub mod client;
 pub mod config;
 mod decision;
 mod definitions;
+mod devices;
 pub mod evidence;
 mod files;
 mod guest;
@@ -26,6 +27,7 @@ mod record;
 mod second_opinion;
 mod server;
 mod sev;
+mod shutdown;
 pub mod snapshot;
 mod snapshot_keys;
 mod tap;
@@ -224,6 +226,16 @@ impl Agent {
             Request::List {} => self.list(),
             Request::Status { name } => Ok(Answer::Guest(self.guest(&name)?.info()?)),
             Request::Stop { name } => self.stop(caller, &name),
+            Request::Shutdown {
+                name,
+                timeout_s,
+                force,
+            } => self.shut_down(caller, &name, timeout_s, force),
+            Request::Device {
+                name,
+                device,
+                change,
+            } => self.device(caller, &name, &device, change),
             Request::Pause { name } => self.order(caller, &name, &VmmRequest::Pause, "pause"),
             Request::Resume { name } => self.order(caller, &name, &VmmRequest::Resume, "resume"),
             Request::Nmi { name } => self.order(caller, &name, &VmmRequest::InjectNmi, "nmi"),

@@ -113,7 +113,7 @@ impl Agent {
         };
         let policy = self.policy();
         let peer = policy.peer_named(to).ok_or_else(unknown)?;
-        let description = postcard::to_stdvec(&guest.plan)
+        let description = postcard::to_stdvec(&guest.plan_now())
             .map_err(|e| Failure::new("INTERNAL", e.to_string()))?;
         let limit = downtime.unwrap_or(policy.migration.downtime_limit_ms.get());
         Ok(SourceStart {

@@ -476,7 +476,7 @@ fn describe(guest: &Guest) -> Result<AgentAnswer, RoleError> {
         })
     });
     let description = Description {
-        plan: guest.plan.clone(),
+        plan: guest.plan_now(),
         epoch: *lock(&guest.epoch),
         local: guest.local.clone(),
         disks: marks.collect::<Result<_, _>>()?,

@@ -4,9 +4,10 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::agent::api::Request;
+use crate::agent::api::{Failure, Request};
 use crate::agent::client::{Address, Agent, Certificates};
 
+use super::absolute;
 use super::attest::AttestCommand;
 use super::bench::BenchCommand;
 use super::broker::BrokerArgs;
@@ -37,6 +38,61 @@ pub struct Cli {
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
+}
+
+/// What is written to which file.
+#[derive(Debug, Args)]
+pub struct SnapshotArgs {
+    /// Its name.
+    name: String,
+    /// The file; it must not exist.
+    file: PathBuf,
+    /// End the guest with it, so that its disks stay as the snapshot knows them.
+    #[arg(long)]
+    stop: bool,
+}
+
+impl SnapshotArgs {
+    /// What the agent is asked.
+    pub fn request(self) -> Result<Request, Failure> {
+        Ok(Request::Snapshot {
+            name: self.name,
+            file: absolute(&self.file)?,
+            stop: self.stop,
+        })
+    }
+}
+
+/// What is made from which file.
+#[derive(Debug, Args)]
+pub struct RestoreArgs {
+    /// The file.
+    file: PathBuf,
+    /// Another name for the guest.
+    #[arg(long)]
+    name: Option<String>,
+    /// When its memory comes: all of it before it runs, or each page when it is asked for.
+    #[arg(long, value_enum, default_value_t = MemoryMode::AtOnce)]
+    memory: MemoryMode,
+    /// Take a snapshot although the guest has a newer one.
+    #[arg(long)]
+    allow_older: bool,
+    /// Take the disks although they have changed since: the guest may find its file systems broken.
+    #[arg(long)]
+    allow_changed_disks: bool,
+}
+
+impl RestoreArgs {
+    /// What the agent is asked.
+    pub fn request(self) -> Result<Request, Failure> {
+        Ok(Request::Restore {
+            file: absolute(&self.file)?,
+            name: self.name,
+            memory: self.memory,
+            allow_older: self.allow_older,
+            allow_changed_disks: self.allow_changed_disks,
+        })
+    }
 }
 
 /// Which agent, and who asks it.
@@ -140,32 +196,9 @@ pub enum Command {
         downtime_limit: Option<u32>,
     },
     /// Write a guest's memory and state to a sealed file that only this host opens; its disks stay where they are.
-    Snapshot {
-        /// Its name.
-        name: String,
-        /// The file; it must not exist.
-        file: PathBuf,
-        /// End the guest with it, so that its disks stay as the snapshot knows them.
-        #[arg(long)]
-        stop: bool,
-    },
+    Snapshot(SnapshotArgs),
     /// Make a guest from a sealed file, on the disks that it had.
-    Restore {
-        /// The file.
-        file: PathBuf,
-        /// Another name for the guest.
-        #[arg(long)]
-        name: Option<String>,
-        /// When its memory comes: all of it before it runs, or each page when it is asked for.
-        #[arg(long, value_enum, default_value_t = MemoryMode::AtOnce)]
-        memory: MemoryMode,
-        /// Take a snapshot although the guest has a newer one.
-        #[arg(long)]
-        allow_older: bool,
-        /// Take the disks although they have changed since: the guest may find its file systems broken.
-        #[arg(long)]
-        allow_changed_disks: bool,
-    },
+    Restore(RestoreArgs),
     /// Cancel the migration of a guest; it goes on running here.
     Cancel {
         /// Its name.
@@ -173,7 +206,8 @@ pub enum Command {
     },
     /// Guests whose descriptions this host keeps: `create` once, `start` by name.
     #[command(
-        after_help = "`casemate run`, `list`, `status`, `stop`, `pause` and `resume` do the same for guests of any origin."
+        after_help = "All but `create`, `definitions`, `start` and `delete` take guests of any origin. `casemate stop` ends a \
+            guest at once, as `casemate vm stop --force` does."
     )]
     Vm {
         /// What to do.

@@ -10,6 +10,7 @@ mod owner;
 mod platform;
 mod policy;
 mod render;
+mod resize;
 mod roles;
 mod verdict;
 mod vm;
@@ -92,26 +93,8 @@ fn run(cli: Cli) -> Result<u8, Failure> {
             },
             json,
         ),
-        Command::Snapshot { name, file, stop } => {
-            let file = absolute(&file)?;
-            show(agent, &Request::Snapshot { name, file, stop }, json)
-        }
-        Command::Restore {
-            file,
-            name,
-            memory,
-            allow_older,
-            allow_changed_disks,
-        } => {
-            let request = Request::Restore {
-                file: absolute(&file)?,
-                name,
-                memory,
-                allow_older,
-                allow_changed_disks,
-            };
-            show(agent, &request, json)
-        }
+        Command::Snapshot(args) => show(agent, &args.request()?, json),
+        Command::Restore(args) => show(agent, &args.request()?, json),
         Command::Cancel { name } => show(agent, &Request::Cancel { name }, json),
         Command::Owner { command } => owner::run(agent, command, json),
         Command::Attest { command } => attest::run(command, json),

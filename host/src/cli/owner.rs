@@ -83,7 +83,8 @@ impl Described {
         let plan = spec.plan([0; 16], anywhere);
         let nothing = || refuse("describes no confidential guest; there is nothing to measure");
         let files = spec.boot.kernel().ok_or_else(nothing)?;
-        let image = BootImage::assemble(&plan, &read(&files.kernel)?, &read(&files.initrd)?)
+        let (kernel, initrd) = (read(&files.kernel)?, read(&files.initrd)?);
+        let image = BootImage::assemble(&plan, &kernel, &initrd)
             .map_err(|e| Failure::new("DESCRIPTION", format!("{}: {e}", description.display())))?;
         let digest = measured::launch_digest(&plan, &image.pieces).ok_or_else(nothing)?;
         let registers = measured::vcpu_states(&plan).concat();

@@ -3,7 +3,8 @@
 use std::fmt::Write as _;
 
 use crate::agent::api::{
-    Answer, DefinitionInfo, GuestInfo, PlatformInfo, SnpInfo, StatsInfo, TaskInfo, TaskState,
+    Answer, DefinitionInfo, DeviceStatus, GuestInfo, PlatformInfo, Rate, SnpInfo, StatsInfo,
+    TaskInfo, TaskState,
 };
 use crate::sandbox::report::{ProbeReport, SandboxReport};
 
@@ -63,6 +64,7 @@ pub fn answer(answer: &Answer) -> String {
         }
         Answer::Definitions { definitions } => definition_table(definitions),
         Answer::Stats(stats) => stats_text(stats),
+        Answer::Device(device) => device_text(device),
         // `casemate vm console` writes the bytes themselves.
         Answer::Console { next, .. } => format!("console: {next} bytes so far\n"),
         Answer::Task(task) => one_task(task),
@@ -112,6 +114,27 @@ impl Rounds {
         }
         text
     }
+}
+
+fn device_text(device: &DeviceStatus) -> String {
+    let mut text = format!("size        {} bytes\n", device.size);
+    if device.held > 0 || device.returned > 0 {
+        let _ = writeln!(
+            text,
+            "balloon     {} bytes held, {} bytes back with the host",
+            device.held, device.returned
+        );
+    }
+    let rates = [
+        ("bytes", device.limits.bytes),
+        ("operations", device.limits.operations),
+    ];
+    for (what, rate) in rates {
+        if let Some(Rate { per_second, burst }) = rate {
+            let _ = writeln!(text, "limit       {per_second} {what}/s, {burst} at once");
+        }
+    }
+    text
 }
 
 fn platform(info: &PlatformInfo) -> String {

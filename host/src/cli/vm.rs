@@ -6,10 +6,14 @@ use std::time::Duration;
 
 use clap::Subcommand;
 
-use super::{absolute, from_base64, output_failed, print_bytes, print_json, read_session, show};
+use super::args::{RestoreArgs, SnapshotArgs};
+use super::resize::ResizeArgs;
+use super::{
+    absolute, from_base64, output_failed, print_bytes, print_json, print_pretty, read_session, show,
+};
 use crate::agent::api::{Answer, Failure, Request};
 use crate::agent::client::{Agent, ask};
-use crate::machine::spec::MachineSpec;
+use crate::machine::spec::{self, MachineSpec};
 
 /// What is done with guests.
 #[derive(Debug, Subcommand)]
@@ -46,11 +50,25 @@ pub enum VmCommand {
         /// Its name.
         name: String,
     },
-    /// End a guest.
+    /// Shut a guest down: press its power button, and end it when it has switched itself off.
     Stop {
         /// Its name.
         name: String,
+        /// How long it has.
+        #[arg(long, value_name = "SECONDS")]
+        timeout: Option<u32>,
+        /// End it: at once or, with --timeout, where it has not gone by then.
+        #[arg(long)]
+        force: bool,
     },
+    /// Write a guest's memory and state to a sealed file, as `casemate snapshot` does.
+    Snapshot(SnapshotArgs),
+    /// Make a guest from a sealed file, as `casemate restore` does.
+    Restore(RestoreArgs),
+    /// Change a device of a guest, running or not: the balloon, a disk's size, the limits of a disk or card.
+    Resize(ResizeArgs),
+    /// Print the JSON Schema of descriptions, by which editors complete and check them. Needs no agent.
+    Schema,
     /// Stop a guest's vCPUs and devices.
     Pause {
         /// Its name.
@@ -95,7 +113,24 @@ pub fn run(agent: &Agent, command: VmCommand, json: bool) -> Result<u8, Failure>
         VmCommand::Delete { name } => Request::Delete { name },
         VmCommand::List => Request::List {},
         VmCommand::Show { name } => Request::Status { name },
-        VmCommand::Stop { name } => Request::Stop { name },
+        VmCommand::Stop {
+            name,
+            timeout: None,
+            force: true,
+        } => Request::Stop { name },
+        VmCommand::Stop {
+            name,
+            timeout,
+            force,
+        } => Request::Shutdown {
+            name,
+            timeout_s: timeout,
+            force,
+        },
+        VmCommand::Snapshot(args) => args.request()?,
+        VmCommand::Restore(args) => args.request()?,
+        VmCommand::Resize(args) => args.request()?,
+        VmCommand::Schema => return print_pretty(&spec::schema()),
         VmCommand::Pause { name } => Request::Pause { name },
         VmCommand::Resume { name } => Request::Resume { name },
         VmCommand::Stats { name } => Request::Stats { name },

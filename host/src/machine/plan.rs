@@ -4,6 +4,7 @@ pub mod devices;
 
 use std::net::Ipv4Addr;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use self::devices::{DeviceChange, DeviceName, Limits, SmallDevices};
@@ -142,6 +143,16 @@ impl MachinePlan {
             // Size and balloon are state, not plan.
             _ => {}
         }
+    }
+
+    /// The limits of a device; none of one that has none.
+    pub fn limits_of(&self, name: &DeviceName) -> Limits {
+        let found = match name {
+            DeviceName::Disk(id) => self.disks.iter().find(|d| d.id == *id).map(|d| d.limits),
+            DeviceName::Net(id) => self.nets.iter().find(|n| n.id == *id).map(|n| n.limits),
+            DeviceName::Balloon | DeviceName::Console => None,
+        };
+        found.unwrap_or_default()
     }
 
     /// Bytes of all that is mapped into the guest, firmware's place with its memory.
@@ -303,7 +314,7 @@ pub struct DiskPlan {
 }
 
 /// What a disk's image is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum DiskFormat {
     /// The disk's bytes.

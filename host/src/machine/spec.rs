@@ -6,6 +6,7 @@
 mod boot;
 mod confidential;
 mod devices;
+mod document;
 mod resources;
 
 use std::fmt;
@@ -16,14 +17,12 @@ use std::ops::Range;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
 use toml::Spanned;
 
-use self::boot::Boot;
 pub use self::boot::{BootSpec, FirmwareSpec, KernelFiles};
-use self::confidential::Confidential;
 pub use self::confidential::{ConfidentialSpec, IdFiles, Offer, SevSpec, SnpSpec, Strongest};
-use self::resources::Resources;
+pub use self::document::schema;
+use self::document::{Cpu, Disk, Document, Net};
 use crate::machine::cpu::{CpuModel, CpuPlan, Topology};
 use crate::machine::plan::devices::{Limits, SmallDevices};
 use crate::machine::plan::{
@@ -231,66 +230,6 @@ pub fn parse_mac(text: &str) -> Option<[u8; 6]> {
         *byte = u8::from_str_radix(part, 16).ok()?;
     }
     parts.next().is_none().then_some(mac)
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Document {
-    name: Spanned<String>,
-    vcpus: Spanned<u64>,
-    cpu: Option<Cpu>,
-    memory: Spanned<String>,
-    boot: Spanned<Boot>,
-    confidential: Option<Confidential>,
-    #[serde(default)]
-    disk: Vec<Disk>,
-    #[serde(default)]
-    net: Vec<Net>,
-    vsock: Option<Vsock>,
-    rng: Option<devices::Rng>,
-    balloon: Option<Spanned<devices::Balloon>>,
-    console: Option<devices::Console>,
-    watchdog: Option<devices::Watchdog>,
-    resources: Option<Resources>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Cpu {
-    model: Option<Spanned<String>>,
-    sockets: Option<u8>,
-    cores: Option<Spanned<u8>>,
-    threads: Option<u8>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Disk {
-    id: Spanned<String>,
-    path: Spanned<PathBuf>,
-    #[serde(default)]
-    format: DiskFormat,
-    #[serde(default)]
-    read_only: bool,
-    limit: Option<devices::Limit>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Net {
-    id: Spanned<String>,
-    tap: Spanned<String>,
-    bridge: Option<Spanned<String>>,
-    mac: Spanned<String>,
-    #[serde(default)]
-    announce: Vec<Ipv4Addr>,
-    limit: Option<devices::Limit>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Vsock {
-    cid: Spanned<u32>,
 }
 
 /// Turns a parsed document into a specification; knows where each value stood.
@@ -588,7 +527,8 @@ impl Reader<'_> {
     }
 }
 
-fn parse_size(text: &str) -> Option<u64> {
+/// `512 MiB` or `2 GiB` in bytes.
+pub fn parse_size(text: &str) -> Option<u64> {
     let digits = text.find(|c: char| !c.is_ascii_digit())?;
     let (number, unit) = text.split_at(digits);
     let shift = match unit.trim_start() {

@@ -63,7 +63,7 @@ use seccomp::{Installed, SeccompError, ThreadKind};
 
 pub use cgroup::{CgroupError, hierarchy as cgroup_hierarchy};
 pub use process::{RoleCell, this_process};
-pub use sys::quiet_allocator;
+pub use sys::{forget_program_pages, quiet_allocator};
 
 /// A role that runs in a cell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -326,14 +326,16 @@ impl Machine {
     ) -> Result<DeviceStatus, MachineError> {
         let function = self.device(name)?;
         function.change(change).map_err(MachineError::Change)?;
-        let status = function.device_status();
         self.plan.note_change(name, change);
-        Ok(status)
+        self.device_status(name)
     }
 
     /// What a device says of itself.
     pub fn device_status(&self, name: &DeviceName) -> Result<DeviceStatus, MachineError> {
-        Ok(self.device(name)?.device_status())
+        Ok(DeviceStatus {
+            limits: self.plan.limits_of(name),
+            ..self.device(name)?.device_status()
+        })
     }
 
     fn device(&self, name: &DeviceName) -> Result<&VirtioPci, MachineError> {

@@ -5,6 +5,7 @@
 #![expect(unsafe_code, reason = "madvise on the mapping of guest memory")]
 
 use std::fs::File;
+use std::io::{Seek as _, SeekFrom};
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
@@ -170,6 +171,23 @@ impl GuestMemory {
             .map_err(|_| MemoryError::Range(gpa, bytes.len()))
     }
 
+    /// Copies bytes in, straight from an offset and length of a file.
+    pub fn write_from(
+        &self,
+        gpa: u64,
+        mut file: &File,
+        (offset, length): (u64, u64),
+    ) -> Result<(), MemoryError> {
+        let length = usize::try_from(length).map_err(|_| MemoryError::Size(length))?;
+        file.seek(SeekFrom::Start(offset))?;
+        self.ram
+            .read_exact_volatile_from(GuestAddress(gpa), &mut file, length)
+            .map_err(|e| match e {
+                vm_memory::GuestMemoryError::IOError(e) => MemoryError::System(e),
+                _ => MemoryError::Range(gpa, length),
+            })
+    }
+
     /// Copies bytes out.
     pub fn read(&self, gpa: u64, bytes: &mut [u8]) -> Result<(), MemoryError> {
         let length = bytes.len();
@@ -243,6 +261,7 @@ impl Run {
             .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
             .build()?;
         keep_to_this_process(&mapping)?;
+        in_huge_pages(&mapping);
         let region = Arc::new(mapping);
         Ok(Self {
             gpa,
@@ -346,6 +365,15 @@ fn keep_to_this_process<B: Bitmap>(mapping: &MmapRegion<B>) -> Result<(), Memory
         unsafe { madvise(start, mapping.size(), advice) }?;
     }
     Ok(())
+}
+
+/// In huge pages, where the host has them for shared memory (`shmem_enabled`): a guest then leaves for one page in 512
+/// that it touches first.
+fn in_huge_pages<B: Bitmap>(mapping: &MmapRegion<B>) {
+    if let Some(start) = NonNull::new(mapping.as_ptr().cast()) {
+        // SAFETY: as above. A kernel without huge pages refuses, and nothing is lost.
+        let _ = unsafe { madvise(start, mapping.size(), MmapAdvise::MADV_HUGEPAGE) };
+    }
 }
 
 #[cfg(test)]

@@ -171,6 +171,8 @@ pub enum VmmReply {
     Started {
         /// SEV-SNP launch digest in hex, where the firmware tells it.
         digest: Option<String>,
+        /// CPU time that the process has taken from its start to here, microseconds.
+        cpu_us: u64,
     },
     /// What the machine is doing.
     Status(MachineStatus),

@@ -182,6 +182,7 @@ impl Role {
             | Kind::Pause
             | Kind::Resume
             | Kind::Nmi
+            | Kind::Resize
             | Kind::Snapshot
             | Kind::MigrateOut
             | Kind::Cancel

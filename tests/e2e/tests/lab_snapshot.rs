@@ -1,13 +1,16 @@
-//! Linux in a sealed file and out of it again, at once and on demand: its work, its disk and its clock go on.
+//! Linux in a sealed file and out of it again, at once and on demand: its work, its disk and its clock go on. Then its
+//! balloon takes memory, and its power button shuts it down.
 
 mod common;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use casemate_e2e::answers::GuestInfo;
+use casemate_e2e::error::Result;
 use casemate_e2e::guest_watch::GuestWatch;
-use casemate_e2e::world::{Extent, Host};
+use casemate_e2e::world::{Extent, Host, World};
 use common::*;
+use serde::Deserialize;
 
 #[test]
 fn linux_goes_on_after_a_snapshot_in_either_way() {
@@ -20,7 +23,7 @@ fn linux_goes_on_after_a_snapshot_in_either_way() {
         )
         .replace(
             "\n[boot]",
-            "\n[cpu]\nmodel = \"baseline\"\ncores = 1\nthreads = 2\n\n[boot]",
+            "\n[balloon]\n[cpu]\nmodel = \"baseline\"\ncores = 1\nthreads = 2\n\n[boot]",
         );
     let description = world.folder.join("plain.toml");
     std::fs::write(&description, described).unwrap();
@@ -67,8 +70,34 @@ fn linux_goes_on_after_a_snapshot_in_either_way() {
             pair[1]
         );
     }
-    world.site_a.done(&["stop", "vault"]).unwrap();
+    let begun = Instant::now();
+    while !balloon_is_full(&world).unwrap() {
+        assert!(begun.elapsed() < BOOT, "64 MiB are not given back");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    // The guest hears its button, and is gone before anybody would have to force it.
+    world
+        .site_a
+        .done(&["vm", "stop", "vault", "--timeout", "60"])
+        .unwrap();
+    let console = std::fs::read_to_string(&info.console).unwrap();
+    assert!(console.contains("guest: power button"), "{console}");
     assert_ends_clean(world);
+}
+
+/// Whether the guest has given 64 MiB back.
+fn balloon_is_full(world: &World) -> Result<bool> {
+    let order = ["vm", "resize", "vault", "--balloon", "64 MiB"];
+    let status: Balloon = world.site_a.ask(&order)?;
+    assert_eq!(status.size, 64 << 20);
+    Ok(status.held == status.size)
+}
+
+/// `casemate vm resize`.
+#[derive(Deserialize)]
+struct Balloon {
+    size: u64,
+    held: u64,
 }
 
 /// The lab is slow.

@@ -24,6 +24,7 @@ mod lines;
 mod memory;
 mod options;
 mod pattern;
+mod power;
 mod report;
 mod secret;
 mod state;
@@ -82,5 +83,6 @@ fn start() {
     echo::spawn(&state);
     devices::spawn();
     control::spawn(&state);
+    power::spawn();
     say!("ready");
 }

@@ -13,7 +13,7 @@ use crate::{
     tools::Tools,
 };
 
-/// Write `vmlinuz` and `initrd.cpio`, when what is there is not already the same.
+/// Write `vmlinuz`, `vmlinux` and `initrd.cpio`, when what is there is not already the same.
 pub fn make(paths: &Paths) -> Result<()> {
     prepare_packages(paths)?;
     make_dir(&paths.guest())?;
@@ -30,9 +30,12 @@ pub fn make(paths: &Paths) -> Result<()> {
     let initrd = archive.finish();
     if fs::read(paths.guest_initrd()).is_ok_and(|old| old == initrd)
         && paths.guest_kernel().exists()
+        && paths.guest_vmlinux().exists()
     {
         return Ok(());
     }
+    let vmlinux = package.vmlinux(&Tools::at(&paths.tools()))?;
+    write_whole(&paths.guest_vmlinux(), &vmlinux)?;
     fs::copy(&package.image, paths.guest_kernel()).on("copy", &package.image)?;
     write_whole(&paths.guest_initrd(), &initrd)?;
     say(&format!(
@@ -44,8 +47,8 @@ pub fn make(paths: &Paths) -> Result<()> {
     Ok(())
 }
 
-/// What the guest's devices need: virtio over PCI, disk, network card, socket, random numbers, balloon and terminal.
-const MODULES: [&str; 8] = [
+/// What the guest's devices need: virtio over PCI, disk, network card, socket, random numbers, balloon and terminal; power button.
+const MODULES: [&str; 10] = [
     "virtio_pci",
     "virtio_blk",
     "virtio_net",
@@ -54,4 +57,6 @@ const MODULES: [&str; 8] = [
     "virtio_rng",
     "virtio_balloon",
     "virtio_console",
+    "button",
+    "evdev",
 ];

@@ -82,7 +82,10 @@ impl KernelPackage {
         let vmlinux = match payload {
             [0x28, 0xb5, 0x2f, 0xfd, ..] => decompress("zstd", stream, tools)?,
             [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => decompress("xz", stream, tools)?,
-            _ => return Err(damaged(&self.image, "payload is neither zstd nor xz")),
+            [0x02, 0x21, 0x4c, 0x18, blocks @ ..] => {
+                lz4_blocks(blocks).ok_or_else(|| damaged(&self.image, "payload is damaged LZ4"))?
+            }
+            _ => return Err(damaged(&self.image, "payload is neither zstd, xz nor LZ4")),
         };
         if !vmlinux.starts_with(b"\x7fELF") {
             return Err(damaged(&self.image, "payload is not an ELF kernel"));
@@ -161,6 +164,25 @@ fn bzimage_payload(image: &[u8]) -> Option<&[u8]> {
     image.get(start..start.checked_add(field(0x24c)?)?)
 }
 
+/// The blocks of LZ4's legacy frame: a length, and so many bytes that become at most 8 MiB. Behind the last one stands
+/// the size of the whole, which the build appends.
+fn lz4_blocks(mut blocks: &[u8]) -> Option<Vec<u8>> {
+    let mut all = Vec::new();
+    while let Some((length, rest)) = blocks.split_first_chunk::<4>() {
+        let length = u32::from_le_bytes(*length) as usize;
+        if rest.is_empty() {
+            return (length == all.len()).then_some(all);
+        }
+        let (block, rest) = rest.split_at_checked(length)?;
+        all.extend(lz4_flex::block::decompress(block, LZ4_BLOCK).ok()?);
+        blocks = rest;
+    }
+    None
+}
+
+/// Most that a block becomes.
+const LZ4_BLOCK: usize = 8 << 20;
+
 fn decompress(program: &str, data: &[u8], tools: &Tools) -> Result<Vec<u8>> {
     let mut command = tools.command(program);
     command
@@ -211,6 +233,23 @@ mod tests {
             ["kvm", "irqbypass"]
         );
         assert!(dependencies(b"\0depends=\0").is_empty());
+    }
+
+    #[test]
+    fn lz4_blocks_follow_one_another_up_to_the_size_of_all() {
+        let parts = [vec![7u8; 10_000], b"the end".to_vec()];
+        let mut frame = Vec::new();
+        for part in &parts {
+            let block = lz4_flex::block::compress(part);
+            frame.extend_from_slice(&(block.len() as u32).to_le_bytes());
+            frame.extend(block);
+        }
+        let whole = parts.concat();
+        frame.extend_from_slice(&(whole.len() as u32).to_le_bytes());
+        assert_eq!(lz4_blocks(&frame), Some(whole));
+        for damaged in [&frame[..frame.len() - 1], &frame[..20], &[], &frame[4..]] {
+            assert_eq!(lz4_blocks(damaged), None);
+        }
     }
 
     #[test]

@@ -4,6 +4,7 @@
 
 mod apt;
 mod backend;
+mod bench_boot;
 mod bench_stream;
 mod boot_disk;
 mod command;
@@ -97,6 +98,15 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// Boot one guest under Casemate and under QEMU's q35 and microvm in turn, in one lab, and compare.
+    BenchBoot {
+        /// Boots of each.
+        #[arg(long, default_value_t = 5)]
+        runs: u32,
+        /// Print one JSON object.
+        #[arg(long)]
+        json: bool,
+    },
     /// Run all tests: on this machine, and those named lab_* in the lab; then fuzz for a minute a target.
     Verify,
     /// Measure our migration stream beside QEMU's, over loopback; prints JSON. Wants twice the size in memory, and more.
@@ -181,6 +191,7 @@ fn perform(task: Task) -> Result<i32> {
         Task::GuestImage => guest_image::make(&paths).map(|()| 0),
         Task::BootDisk => boot_disk::make(&paths).map(|()| 0),
         Task::Demo { args } => tasks::demo(&paths, args),
+        Task::BenchBoot { runs, json } => bench_boot::bench(&paths, runs, json),
         Task::Verify => tasks::verify(&paths),
         Task::BenchStream { size, rounds } => bench_stream::bench_stream(&paths, size, rounds),
         Task::Fuzz { seconds, targets } => fuzz::fuzz(&paths, &targets, seconds),

@@ -72,6 +72,16 @@ impl Paths {
         self.guest().join("vmlinuz")
     }
 
+    /// The same kernel, uncompressed.
+    pub fn guest_vmlinux(&self) -> PathBuf {
+        self.guest().join("vmlinux")
+    }
+
+    /// Initramfs of `lab bench-boot`.
+    pub fn bench_initrd(&self) -> PathBuf {
+        self.guest().join("bench.cpio")
+    }
+
     /// Guest initramfs.
     pub fn guest_initrd(&self) -> PathBuf {
         self.guest().join("initrd.cpio")

@@ -166,6 +166,15 @@ fn cargo(paths: &Paths, task: &[&str], packages: &[&str], env: &[(&str, String)]
     Guarded::start(&mut command)?.wait().map(exit_code)
 }
 
+/// Build packages for release; returns cargo's exit status.
+pub fn build(paths: &Paths, packages: &[&str]) -> Result<i32> {
+    let packages: Vec<&str> = packages
+        .iter()
+        .flat_map(|package| ["--package", package])
+        .collect();
+    cargo(paths, &["build", "--release"], &packages, &[])
+}
+
 /// Cargo in the workspace, as a user would start it.
 pub fn clean_cargo(paths: &Paths) -> Command {
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());

@@ -47,6 +47,8 @@ pub const ROUTES: &[Route] = &[
     delete("delete", "/v1/definitions/{name}", "done"),
     get("status", "/v1/guests/{name}", "guest"),
     post("stop", "/v1/guests/{name}/stop", "done"),
+    task("shutdown", "/v1/guests/{name}/shutdown", "done"),
+    post("device", "/v1/guests/{name}/device", "device"),
     post("pause", "/v1/guests/{name}/pause", "guest"),
     post("resume", "/v1/guests/{name}/resume", "guest"),
     post("nmi", "/v1/guests/{name}/nmi", "guest"),

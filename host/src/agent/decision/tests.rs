@@ -160,6 +160,16 @@ pub fn every_request() -> Vec<Request> {
             name: name(),
             from: 7,
         },
+        Request::Shutdown {
+            name: name(),
+            timeout_s: Some(3),
+            force: true,
+        },
+        Request::Device {
+            name: name(),
+            device: crate::agent::api::DeviceName::Disk("data".into()),
+            change: Some(crate::agent::api::DeviceChange::Resized),
+        },
     ];
     let mut kinds: Vec<usize> = all.iter().map(kind).collect();
     kinds.dedup();
@@ -167,7 +177,7 @@ pub fn every_request() -> Vec<Request> {
     all
 }
 
-const LAST: usize = 32;
+const LAST: usize = 34;
 
 fn kind(request: &Request) -> usize {
     match request {
@@ -203,7 +213,9 @@ fn kind(request: &Request) -> usize {
         Request::Start { .. } => 29,
         Request::Delete { .. } => 30,
         Request::Stats { .. } => 31,
-        Request::Console { .. } => LAST,
+        Request::Console { .. } => 32,
+        Request::Shutdown { .. } => 33,
+        Request::Device { .. } => LAST,
     }
 }
 

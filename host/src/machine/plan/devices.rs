@@ -1,9 +1,10 @@
 //! What a plan says of devices beyond disks, cards and sockets: limits, random numbers, balloon, console, watchdog.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// How much of something a device may do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Rate {
     /// Bytes or operations a second, at least 1.
     pub per_second: u64,
@@ -12,7 +13,7 @@ pub struct Rate {
 }
 
 /// The limits of one device; what is absent is not limited.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Limits {
     /// Bytes read and written, together.
     pub bytes: Option<Rate>,
@@ -75,7 +76,7 @@ pub struct BalloonPlan {
 }
 
 /// A virtio console.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ConsolePlan {
     /// Columns of the terminal, 0 if nobody knows.
     pub columns: u16,
@@ -91,7 +92,7 @@ pub struct WatchdogPlan {
 }
 
 /// What a watchdog does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum WatchdogAction {
     /// The guest is stopped, as if it had reset itself, with the reason `watchdog`.
@@ -101,7 +102,7 @@ pub enum WatchdogAction {
 }
 
 /// A device of a running guest, by its name in the plan.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum DeviceName {
     /// A disk.
@@ -115,7 +116,7 @@ pub enum DeviceName {
 }
 
 /// A change to a device while its guest runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum DeviceChange {
     /// Disk, network card: new limits, in place of all that held.
@@ -129,7 +130,7 @@ pub enum DeviceChange {
 }
 
 /// What a device says of itself when it has been changed or asked.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct DeviceStatus {
     /// Disk: its size in bytes. Balloon: what it shall hold.
     pub size: u64,
@@ -137,6 +138,8 @@ pub struct DeviceStatus {
     pub held: u64,
     /// Balloon: what the host has taken back in all, inflated or reported.
     pub returned: u64,
+    /// Disk, network card: the limits that hold.
+    pub limits: Limits,
 }
 
 /// Most bytes, or operations, a second: more is no limit.

@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 use toml::Spanned;
 
@@ -62,13 +63,21 @@ impl BootSpec {
     }
 }
 
-/// `[boot]` as it is written.
-#[derive(Deserialize)]
+/// Either firmware, or a kernel with its initramfs and command line.
+#[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Boot {
+    /// UEFI firmware, which starts the boot loader of a disk; only of a plain guest.
+    #[schemars(with = "Option<String>")]
     firmware: Option<Spanned<PathBuf>>,
+    /// A bzImage or, of a plain guest, an ELF file with a PVH entry.
+    #[schemars(with = "Option<String>")]
     kernel: Option<Spanned<PathBuf>>,
+    /// Initramfs.
+    #[schemars(with = "Option<String>")]
     initrd: Option<Spanned<PathBuf>>,
+    /// Kernel command line.
+    #[schemars(with = "Option<String>")]
     cmdline: Option<Spanned<String>>,
 }
 

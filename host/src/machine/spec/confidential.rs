@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 use toml::Spanned;
 
@@ -130,16 +131,32 @@ impl ConfidentialSpec {
     }
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Confidential {
+    /// "sev", "sev-es", "sev-snp", "none", or "auto" for the strongest that the host offers.
+    #[schemars(with = "String", regex(pattern = "^(none|sev|sev-es|sev-snp|auto)$"))]
     technology: Spanned<String>,
+    /// The firmware's guest policy: 32 bits of SEV and SEV-ES, 64 of SEV-SNP.
+    #[schemars(with = "Option<u64>")]
     policy: Option<Spanned<u64>>,
+    /// SEV, SEV-ES: whether the launch waits for its owner.
+    #[schemars(with = "Option<bool>")]
     secret: Option<Spanned<bool>>,
+    /// SEV, SEV-ES: folder made by `casemate owner session`.
+    #[schemars(with = "Option<String>")]
     owner_session: Option<Spanned<PathBuf>>,
+    /// SEV-SNP: 64 hex digits, shown in every report.
+    #[schemars(with = "Option<String>", regex(pattern = "^[0-9a-fA-F]{64}$"))]
     host_data: Option<Spanned<String>>,
+    /// SEV-SNP: what the owner signed that shall be launched.
+    #[schemars(with = "Option<String>")]
     id_block: Option<Spanned<PathBuf>>,
+    /// SEV-SNP: its authentication.
+    #[schemars(with = "Option<String>")]
     id_auth: Option<Spanned<PathBuf>>,
+    /// SEV-SNP: whether reports may not be signed with the chip's own key.
+    #[schemars(with = "Option<bool>")]
     vcek_disabled: Option<Spanned<bool>>,
 }
 

@@ -1,55 +1,73 @@
 //! The keys of devices beyond disks, cards and sockets: limits, random numbers, balloon, console, watchdog.
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 use toml::Spanned;
 
+use super::document::Size;
 use super::{Reader, SpecError};
 use crate::machine::plan::devices::{
     BalloonPlan, ConsolePlan, Limits, MAX_RATE, Rate, RngPlan, SmallDevices, WatchdogAction,
     WatchdogPlan,
 };
 
-/// `disk.limit` and `net.limit`.
-#[derive(Deserialize)]
+/// Limits; what is not given is not limited.
+#[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Limit {
+    /// Bytes a second, such as "100 MiB".
+    #[schemars(with = "Option<Size>")]
     bytes_per_second: Option<Spanned<String>>,
+    /// Bytes that may pass at once after a rest; those of a second by default.
+    #[schemars(with = "Option<Size>")]
     bytes_burst: Option<Spanned<String>>,
+    /// Requests, or frames, a second.
+    #[schemars(with = "Option<u64>")]
     operations_per_second: Option<Spanned<u64>>,
+    /// Those that may pass at once after a rest.
+    #[schemars(with = "Option<u64>")]
     operations_burst: Option<Spanned<u64>>,
 }
 
 /// `[rng]`.
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Rng {
+    /// Random bytes a second; "1 MiB" by default.
+    #[schemars(with = "Option<Size>")]
     bytes_per_second: Option<Spanned<String>>,
 }
 
 /// `[balloon]`.
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Balloon {
+    /// Whether the guest tells which pages it does not use.
     #[serde(default = "yes")]
     free_page_reporting: bool,
+    /// Whether the guest may take pages out again rather than kill a process.
     #[serde(default = "yes")]
     deflate_on_oom: bool,
 }
 
 /// `[console]`.
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Console {
+    /// Columns of the terminal; 0 where nobody knows.
     #[serde(default)]
     columns: u16,
+    /// Its rows.
     #[serde(default)]
     rows: u16,
 }
 
 /// `[watchdog]`.
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Watchdog {
+    /// What happens to a guest that does not feed it.
+    #[schemars(with = "WatchdogAction")]
     action: Spanned<String>,
 }
 

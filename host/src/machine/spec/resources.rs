@@ -3,19 +3,24 @@
 
 use std::collections::BTreeSet;
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 use toml::Spanned;
 
 use super::{Reader, SpecError};
 use crate::sandbox::jail::CpuShare;
 
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Resources {
     /// Percent of one processor.
+    #[schemars(with = "Option<u32>", range(min = 1, max = 100_000))]
     cpu_percent: Option<Spanned<u32>>,
+    /// Weight against other guests; 100 is usual.
+    #[schemars(with = "Option<u32>", range(min = 1, max = 10_000))]
     cpu_weight: Option<Spanned<u32>>,
-    /// `0-3,8`.
+    /// The processors that it may run on, such as "0-3,8".
+    #[schemars(with = "Option<String>")]
     cpus: Option<Spanned<String>>,
 }
 

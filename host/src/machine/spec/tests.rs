@@ -170,6 +170,14 @@ fn small_devices_and_limits_are_read_and_checked() {
 }
 
 #[test]
+fn the_example_is_a_good_description() {
+    let text = include_str!("../../../examples/microvm.toml").replace("initrd.cpio", "initrd");
+    let spec = parse(&text).unwrap();
+    assert_eq!(spec.confidential, ConfidentialSpec::None);
+    spec.plan([7; 16], OFFER).check().unwrap();
+}
+
+#[test]
 fn a_name_used_twice_is_refused() {
     let twice = format!("{GOOD}\n[[disk]]\nid = \"data\"\npath = \"data.raw\"\n");
     assert!(parse(&twice).unwrap_err().problem.contains("stands twice"));
@@ -324,6 +332,30 @@ fn a_processor_is_read_and_a_wrong_one_is_named_with_what_is_right() {
     ] {
         let problem = with(cpu).unwrap_err().to_string();
         assert!(problem.contains(words), "{cpu}: {problem}");
+    }
+}
+
+/// The schema that editors read is that of the types; `casemate vm schema > host/guest.schema.json` writes it.
+#[test]
+fn the_published_schema_is_the_one_of_this_version() {
+    let published: serde_json::Value =
+        serde_json::from_str(include_str!("../../../guest.schema.json")).unwrap();
+    assert_eq!(serde_json::to_value(schema()).unwrap(), published);
+}
+
+/// Every key that the reader takes is in the schema with a word of explanation, and no other is allowed.
+#[test]
+fn every_key_of_the_schema_is_explained_and_no_other_is_allowed() {
+    let schema = serde_json::to_value(schema()).unwrap();
+    let mut tables = vec![&schema];
+    let named = schema["$defs"].as_object().unwrap().values();
+    tables.extend(named.filter(|table| table["type"] == "object"));
+    assert!(tables.len() >= 10, "{}", tables.len());
+    for table in tables {
+        assert_eq!(table["additionalProperties"], false, "{table}");
+        for (key, value) in table["properties"].as_object().unwrap() {
+            assert!(value["description"].is_string(), "{key}: {value}");
+        }
     }
 }
 

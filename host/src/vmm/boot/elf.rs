@@ -2,8 +2,10 @@
 //!
 //! The file comes from whoever described the guest; every offset, length and address is checked before it is used.
 
-use super::BootError;
-use crate::vmm::layout::{HIGH_RAM, PAGE_SIZE, PCI_WINDOW};
+use std::borrow::Cow;
+
+use super::{BootError, Image, Part};
+use crate::vmm::layout::{HIGH_RAM, PCI_WINDOW};
 
 /// What begins an ELF file.
 pub const MAGIC: &[u8] = b"\x7fELF";
@@ -11,44 +13,46 @@ pub const MAGIC: &[u8] = b"\x7fELF";
 /// A kernel whose headers have been checked.
 #[derive(Debug)]
 pub struct ElfKernel<'a> {
-    segments: Vec<Segment<'a>>,
+    image: Image<'a>,
+    segments: Vec<Segment>,
     entry: u32,
 }
 
-/// What a program header wants loaded.
+/// What a program header wants loaded: where it goes and where that ends, and what of the file is put there.
 #[derive(Debug)]
-struct Segment<'a> {
+struct Segment {
     address: u64,
-    bytes: &'a [u8],
     end: u64,
+    offset: u64,
+    length: u64,
 }
 
 impl<'a> ElfKernel<'a> {
-    /// Reads the headers and finds the PVH note.
-    pub fn parse(image: &'a [u8]) -> Result<Self, BootError> {
-        if image.len() > MAX_FILE {
-            return Err(refused("is larger than 1 GiB"));
-        }
-        let header: [u8; 20] = at(image, 0)?;
+    /// Reads the headers, once, and finds the PVH note.
+    pub fn parse(image: impl Into<Image<'a>>) -> Result<Self, BootError> {
+        let image = image.into();
+        let file = image.read(0, FILE_HEADER)?.ok_or(ENDS)?;
+        let header: [u8; 20] = at(&file, 0)?;
         // 64-bit, little-endian, version 1; executable or position-independent; x86-64
         let (shape, machine) = (header.get(4..7), header.get(16..20));
-        if !image.starts_with(MAGIC)
+        if !file.starts_with(MAGIC)
             || shape != Some(&[2, 1, 1])
             || !matches!(machine, Some([2 | 3, 0, 62, 0]))
         {
             return Err(refused("is no 64-bit x86 ELF executable"));
         }
-        let table = word64(image, PROGRAM_HEADERS)?;
-        let (size, count) = (word16(image, ENTRY_SIZE)?, word16(image, ENTRY_COUNT)?);
+        let table = word64(&file, PROGRAM_HEADERS)?;
+        let (size, count) = (word16(&file, ENTRY_SIZE)?, word16(&file, ENTRY_COUNT)?);
         if size != HEADER_SIZE || count > MAX_HEADERS {
             return Err(refused("has program headers of another size, or over 64"));
         }
+        let length = u64::from(count) * u64::from(HEADER_SIZE);
+        let table = image.read(table, length)?.ok_or(ENDS)?;
         let (mut segments, mut entry) = (Vec::new(), None);
-        for index in 0..u64::from(count) {
-            let header = offset(table, index * u64::from(HEADER_SIZE))?;
-            match word32(image, header)? {
+        for header in table.chunks_exact(HEADER_SIZE.into()) {
+            match word32(header, 0)? {
                 LOAD => segments.extend(Segment::read(image, header)?),
-                NOTE if entry.is_none() => entry = pvh_entry(contents(image, header)?)?,
+                NOTE if entry.is_none() => entry = pvh_entry(&notes(image, header)?)?,
                 _ => {}
             }
         }
@@ -56,7 +60,11 @@ impl<'a> ElfKernel<'a> {
             "is an ELF file without a PVH entry point (a note of Xen, type 18); build Linux with CONFIG_PVH",
         ))?;
         segments.sort_by_key(|segment| segment.address);
-        let kernel = Self { segments, entry };
+        let kernel = Self {
+            image,
+            segments,
+            entry,
+        };
         kernel.check()?;
         Ok(kernel)
     }
@@ -66,10 +74,8 @@ impl<'a> ElfKernel<'a> {
         self.entry
     }
 
-    /// The first page of what is loaded.
-    pub fn start(&self) -> u64 {
-        let first = self.segments.first();
-        first.map_or(0, |segment| segment.address - segment.address % PAGE_SIZE)
+    fn start(&self) -> u64 {
+        self.segments.first().map_or(0, |segment| segment.address)
     }
 
     /// End of the memory that it occupies.
@@ -77,16 +83,17 @@ impl<'a> ElfKernel<'a> {
         self.segments.last().map_or(0, |segment| segment.end)
     }
 
-    /// All segments, as they lie in memory from [`ElfKernel::start`].
-    pub fn flat(&self) -> Vec<u8> {
-        let start = self.start();
-        let mut flat = Vec::new();
-        for segment in self.segments.iter().filter(|s| !s.bytes.is_empty()) {
-            // No longer than MAX_SPAN, and ascending: `check`.
-            flat.resize((segment.address - start) as usize, 0);
-            flat.extend_from_slice(segment.bytes);
-        }
-        flat
+    /// What is loaded, ascending, apart from each other; what is between and behind is zero.
+    pub fn parts(&self) -> Vec<Part<'a>> {
+        let filled = self.segments.iter().filter(|segment| segment.length > 0);
+        let part = |segment: &Segment| Part {
+            name: "kernel",
+            gpa: segment.address,
+            image: self.image,
+            offset: segment.offset,
+            length: segment.length,
+        };
+        filled.map(part).collect()
     }
 
     fn check(&self) -> Result<(), BootError> {
@@ -102,8 +109,8 @@ impl<'a> ElfKernel<'a> {
         if neighbours.any(|(one, next)| one.end > next.address) {
             return Err(refused("has segments that overlap"));
         }
-        let within = |segment: &&Segment<'_>| {
-            let code = segment.address..segment.address + segment.bytes.len() as u64;
+        let within = |segment: &&Segment| {
+            let code = segment.address..segment.address + segment.length;
             code.contains(&u64::from(self.entry))
         };
         match self.segments.iter().find(within) {
@@ -113,33 +120,41 @@ impl<'a> ElfKernel<'a> {
     }
 }
 
-impl<'a> Segment<'a> {
+impl Segment {
     /// Nothing for a segment without memory.
-    fn read(image: &'a [u8], header: usize) -> Result<Option<Self>, BootError> {
-        let address = word64(image, header + PHYSICAL)?;
-        let memory = word64(image, header + MEMORY_SIZE)?;
-        let bytes = contents(image, header)?;
+    fn read(image: Image<'_>, header: &[u8]) -> Result<Option<Self>, BootError> {
+        let address = word64(header, PHYSICAL)?;
+        let memory = word64(header, MEMORY_SIZE)?;
+        let (offset, length) = contents(image, header)?;
         let end = address.checked_add(memory);
         match end {
-            Some(end) if bytes.len() as u64 <= memory => Ok((memory > 0).then_some(Self {
+            Some(end) if length <= memory => Ok((memory > 0).then_some(Self {
                 address,
-                bytes,
                 end,
+                offset,
+                length,
             })),
             _ => Err(refused("has a segment that is larger than its memory")),
         }
     }
 }
 
-/// What a program header names of the file.
-fn contents(image: &[u8], header: usize) -> Result<&[u8], BootError> {
-    let start = usize::try_from(word64(image, header + FILE_OFFSET)?).ok();
-    let length = usize::try_from(word64(image, header + FILE_SIZE)?).ok();
-    let range = start.zip(length).and_then(|(start, length)| {
-        let end = start.checked_add(length)?;
-        image.get(start..end)
-    });
-    range.ok_or(ENDS)
+/// Offset and length of what a program header names of the file; in it.
+fn contents(image: Image<'_>, header: &[u8]) -> Result<(u64, u64), BootError> {
+    let (offset, length) = (word64(header, FILE_OFFSET)?, word64(header, FILE_SIZE)?);
+    let end = offset.checked_add(length);
+    match end.filter(|end| *end <= image.length()) {
+        Some(_) => Ok((offset, length)),
+        None => Err(ENDS),
+    }
+}
+
+fn notes<'a>(image: Image<'a>, header: &[u8]) -> Result<Cow<'a, [u8]>, BootError> {
+    let (offset, length) = contents(image, header)?;
+    if length > MAX_NOTES {
+        return Err(refused("has notes of more than 64 KiB"));
+    }
+    image.read(offset, length)?.ok_or(ENDS)
 }
 
 /// The note `Xen`, type 18: a 32-bit address (some write 64 bits).
@@ -170,11 +185,6 @@ fn skip(bytes: &[u8], length: usize) -> Result<&[u8], BootError> {
     Ok(bytes.get(padded..).unwrap_or_default())
 }
 
-fn offset(base: u64, by: u64) -> Result<usize, BootError> {
-    let sum = base.checked_add(by).filter(|at| *at < MAX_FILE as u64);
-    sum.map(|at| at as usize).ok_or(ENDS)
-}
-
 fn at<const N: usize>(bytes: &[u8], offset: usize) -> Result<[u8; N], BootError> {
     bytes
         .get(offset..)
@@ -200,9 +210,10 @@ fn refused(problem: &'static str) -> BootError {
 }
 
 const ENDS: BootError = BootError::Kernel("ends before what its ELF headers name");
-const MAX_FILE: usize = 1 << 30;
 const MAX_SPAN: u64 = 512 << 20;
 const MAX_HEADERS: u16 = 64;
+const MAX_NOTES: u64 = 64 << 10;
+const FILE_HEADER: u64 = 64;
 const HEADER_SIZE: u16 = 56;
 // the file's header
 const PROGRAM_HEADERS: usize = 0x20;
@@ -263,11 +274,19 @@ pub(super) mod tests {
         let kernel = ElfKernel::parse(&image).unwrap();
         assert_eq!(kernel.entry(), 0x100_0010);
         assert_eq!((kernel.start(), kernel.end()), (0x100_0000, 0x110_2800));
-        let flat = kernel.flat();
-        assert_eq!(flat.len(), 0x10_0810);
-        assert!(flat[..0x40].iter().all(|byte| *byte == 0xc3));
-        assert!(flat[0x40..0x10_0800].iter().all(|byte| *byte == 0));
-        assert!(flat[0x10_0800..].iter().all(|byte| *byte == 0xda));
+        let parts = kernel.parts();
+        let found: Vec<_> = parts
+            .iter()
+            .map(|part| {
+                let bytes = part.image.read(part.offset, part.length).unwrap();
+                (part.gpa, bytes.unwrap().into_owned())
+            })
+            .collect();
+        let expected = [
+            (0x100_0000, vec![0xc3; 0x40]),
+            (0x110_0800, vec![0xda; 0x10]),
+        ];
+        assert_eq!(found, expected);
     }
 
     #[test]
@@ -299,7 +318,10 @@ pub(super) mod tests {
         let error = ElfKernel::parse(&image).unwrap_err().to_string();
         assert!(error.contains("512 MiB"), "{error}");
         for length in [0, 4, 63, 200, 0x210, 0x400] {
-            assert!(ElfKernel::parse(&small_elf()[..length]).is_err());
+            assert!(
+                ElfKernel::parse(&small_elf()[..length]).is_err(),
+                "{length}"
+            );
         }
     }
 
@@ -311,7 +333,11 @@ pub(super) mod tests {
                 *to = *from;
             }
             if let Ok(kernel) = ElfKernel::parse(&image) {
-                proptest::prop_assert!(kernel.start() + kernel.flat().len() as u64 <= kernel.end());
+                let end = kernel.parts().iter().fold(HIGH_RAM, |end, part| {
+                    assert!(part.gpa >= end && part.offset + part.length <= image.len() as u64);
+                    part.gpa + part.length
+                });
+                proptest::prop_assert!(end <= kernel.end());
             }
         }
     }

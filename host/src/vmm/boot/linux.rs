@@ -2,6 +2,8 @@
 //!
 //! The kernel image comes from whoever described the guest; every field is checked before it is used.
 
+use std::ops::Range;
+
 use super::BootError;
 use super::map::MapEntry;
 use crate::vmm::layout::{ACPI, BOOT_PARAMS, CMDLINE, CMDLINE_ROOM, KERNEL};
@@ -10,16 +12,17 @@ use crate::vmm::layout::{ACPI, BOOT_PARAMS, CMDLINE, CMDLINE_ROOM, KERNEL};
 #[derive(Debug)]
 pub struct KernelImage<'a> {
     setup_header: &'a [u8],
-    payload: &'a [u8],
+    payload: Range<u64>,
     init_size: u64,
     initrd_max: u64,
     cmdline_max: usize,
 }
 
 impl<'a> KernelImage<'a> {
-    /// Reads the header (Documentation/arch/x86/boot.rst).
-    pub fn parse(image: &'a [u8]) -> Result<Self, BootError> {
-        if image.len() > MAX_IMAGE {
+    /// Reads the header (Documentation/arch/x86/boot.rst) from the first [`HEAD`] bytes, or all, of an image of this
+    /// length.
+    pub fn parse(image: &'a [u8], length: u64) -> Result<Self, BootError> {
+        if length > MAX_IMAGE {
             return Err(BootError::Kernel("is larger than 256 MiB"));
         }
         if field(image, BOOT_FLAG)? != 0xaa55u16.to_le_bytes() || field(image, MAGIC)? != *b"HdrS" {
@@ -53,11 +56,10 @@ impl<'a> KernelImage<'a> {
             ));
         }
         let [sectors] = field(image, SETUP_SECTS)?;
-        let setup = (usize::from(if sectors == 0 { 4 } else { sectors }) + 1) * 512;
-        let payload = image
-            .get(setup..)
-            .filter(|payload| payload.len() > ENTRY_OFFSET)
-            .ok_or(BootError::Kernel("ends before its protected-mode part"))?;
+        let setup = (u64::from(if sectors == 0 { 4 } else { sectors }) + 1) * 512;
+        if length <= setup + ENTRY_OFFSET {
+            return Err(BootError::Kernel("ends before its protected-mode part"));
+        }
         let [jump] = field(image, JUMP)?;
         let header_end = JUMP + 1 + usize::from(jump);
         let setup_header = image
@@ -66,16 +68,16 @@ impl<'a> KernelImage<'a> {
         let init_size = u64::from(u32::from_le_bytes(field(image, INIT_SIZE)?));
         Ok(Self {
             setup_header,
-            payload,
-            init_size: init_size.max(payload.len() as u64),
+            payload: setup..length,
+            init_size: init_size.max(length - setup),
             initrd_max: u64::from(u32::from_le_bytes(field(image, INITRD_MAX)?)),
             cmdline_max: u32::from_le_bytes(field(image, CMDLINE_SIZE)?) as usize,
         })
     }
 
-    /// The protected-mode part, to be loaded at [`KERNEL`].
-    pub fn payload(&self) -> &'a [u8] {
-        self.payload
+    /// Where in the image the protected-mode part is, to be loaded at [`KERNEL`].
+    pub fn payload(&self) -> Range<u64> {
+        self.payload.clone()
     }
 
     /// End of the memory the kernel needs before it can read its memory map.
@@ -122,7 +124,7 @@ impl<'a> KernelImage<'a> {
 }
 
 /// Where the kernel's 64-bit entry point is.
-pub const ENTRY: u64 = KERNEL + ENTRY_OFFSET as u64;
+pub const ENTRY: u64 = KERNEL + ENTRY_OFFSET;
 /// Where its 32-bit entry point is.
 pub const ENTRY_32: u64 = KERNEL;
 /// Address of the zero page, which goes into RSI.
@@ -147,10 +149,12 @@ fn narrow(value: u64) -> Result<u32, BootError> {
     u32::try_from(value).map_err(|_| BootError::Initrd("lies above 4 GiB"))
 }
 
-const MAX_IMAGE: usize = 256 << 20;
+/// The header is in these first bytes of an image.
+pub const HEAD: u64 = 4096;
+const MAX_IMAGE: u64 = 256 << 20;
 const MIN_VERSION: u16 = 0x020c;
 const BOOT_PARAMS_SIZE: usize = 4096;
-const ENTRY_OFFSET: usize = 0x200;
+const ENTRY_OFFSET: u64 = 0x200;
 const LOADER_UNDEFINED: u8 = 0xff;
 const LOADED_HIGH: u8 = 1;
 const XLF_KERNEL_64: u16 = 1;
@@ -204,11 +208,15 @@ pub(super) mod tests {
         image
     }
 
+    fn parse(image: &[u8]) -> Result<KernelImage<'_>, BootError> {
+        KernelImage::parse(image, image.len() as u64)
+    }
+
     #[test]
     fn a_good_header_is_read() {
         let image = small_image();
-        let kernel = KernelImage::parse(&image).unwrap();
-        assert_eq!(kernel.payload().len(), 4096);
+        let kernel = parse(&image).unwrap();
+        assert_eq!(kernel.payload(), 1024..1024 + 4096);
         assert_eq!(kernel.end(), KERNEL + 0x200_0000);
         let page = kernel
             .boot_params(
@@ -236,25 +244,22 @@ pub(super) mod tests {
         for (at, bytes) in spoil {
             let mut image = small_image();
             image[at..at + bytes.len()].copy_from_slice(bytes);
-            assert!(KernelImage::parse(&image).is_err(), "{at:#x}");
+            assert!(parse(&image).is_err(), "{at:#x}");
         }
         for length in [0, 0x1f0, 0x210, 0x262, 1024, 1024 + 0x200] {
-            assert!(
-                KernelImage::parse(&small_image()[..length]).is_err(),
-                "{length}"
-            );
+            assert!(parse(&small_image()[..length]).is_err(), "{length}");
         }
     }
 
     proptest::proptest! {
         #[test]
         fn no_image_makes_the_parser_fall(bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..2048), at in 0usize..0x270) {
-            let _ = KernelImage::parse(&bytes);
+            let _ = parse(&bytes);
             let mut image = small_image();
             for (to, from) in image.iter_mut().skip(at).zip(&bytes) {
                 *to = *from;
             }
-            if let Ok(kernel) = KernelImage::parse(&image) {
+            if let Ok(kernel) = parse(&image) {
                 let _ = kernel.boot_params(&memory_map(256 << 20, None), None);
             }
         }

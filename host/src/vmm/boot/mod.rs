@@ -6,6 +6,7 @@
 pub mod acpi;
 pub mod elf;
 pub mod firmware;
+mod image;
 pub mod linux;
 pub mod map;
 pub mod measured;
@@ -20,6 +21,7 @@ use super::layout::{
 };
 use crate::machine::plan::{MachinePlan, Technology};
 use elf::ElfKernel;
+pub use image::{Image, Part};
 use linux::KernelImage;
 use map::{MapEntry, memory_map};
 
@@ -36,10 +38,12 @@ pub struct Component {
 }
 
 /// Everything that is in guest memory at the start, and how the first vCPU begins.
-#[derive(Debug, PartialEq, Eq)]
-pub struct BootImage {
+#[derive(Debug)]
+pub struct BootImage<'a> {
     /// The pieces in the order in which they are measured.
     pub pieces: Vec<Component>,
+    /// What comes from the images beside them, unmeasured; none of a confidential guest.
+    pub parts: Vec<Part<'a>>,
     /// The first vCPU's entry.
     pub start: Start,
 }
@@ -55,19 +59,31 @@ pub enum Start {
     Reset,
 }
 
-impl BootImage {
+impl<'a> BootImage<'a> {
     /// Pure: the same plan and images give the same pieces everywhere. The kernel is a bzImage or, of a plain guest,
     /// an ELF file with a PVH entry; its first bytes tell which.
-    pub fn assemble(plan: &MachinePlan, kernel: &[u8], initrd: &[u8]) -> Result<Self, BootError> {
-        if kernel.starts_with(elf::MAGIC) {
+    pub fn assemble(
+        plan: &MachinePlan,
+        kernel: impl Into<Image<'a>>,
+        initrd: impl Into<Image<'a>>,
+    ) -> Result<Self, BootError> {
+        let (kernel, initrd) = (kernel.into(), initrd.into());
+        let magic = kernel.read(0, elf::MAGIC.len() as u64)?;
+        if magic.is_some_and(|magic| *magic == *elf::MAGIC) {
             Self::elf(plan, kernel, initrd)
         } else {
             Self::bzimage(plan, kernel, initrd)
         }
     }
 
-    fn bzimage(plan: &MachinePlan, kernel: &[u8], initrd: &[u8]) -> Result<Self, BootError> {
-        let image = KernelImage::parse(kernel)?;
+    fn bzimage(
+        plan: &MachinePlan,
+        kernel: Image<'a>,
+        initrd: Image<'a>,
+    ) -> Result<Self, BootError> {
+        let head = kernel.length().min(linux::HEAD);
+        let head = kernel.read(0, head)?.unwrap_or_default();
+        let image = KernelImage::parse(&head, kernel.length())?;
         let ramdisk = place_initrd(plan, image.end(), image.initrd_max(), initrd)?;
         let cmdline = command_line(plan, image.cmdline_max())?;
         let map = memory_map(plan.memory_bytes, reserved(plan.technology));
@@ -81,11 +97,32 @@ impl BootImage {
             component("page-tables", PAGE_TABLES, paging::page_tables()),
         ];
         pieces.extend(described(plan, cmdline));
-        pieces.push(component("kernel", KERNEL, image.payload().to_vec()));
-        Self::finish(plan, pieces, ramdisk, initrd, Start::Linux)
+        let payload = image.payload();
+        let part = Part {
+            name: "kernel",
+            gpa: KERNEL,
+            image: kernel,
+            offset: payload.start,
+            length: payload.end - payload.start,
+        };
+        let mut parts = Vec::new();
+        if plan.technology == Technology::None {
+            parts.push(part);
+        } else {
+            let bytes = kernel.read(part.offset, part.length)?;
+            let bytes = bytes.unwrap_or_default().into_owned();
+            pieces.push(component("kernel", KERNEL, bytes));
+        }
+        let mut whole = Self {
+            pieces,
+            parts,
+            start: Start::Linux,
+        };
+        whole.finish(plan, ramdisk, initrd)?;
+        Ok(whole)
     }
 
-    fn elf(plan: &MachinePlan, kernel: &[u8], initrd: &[u8]) -> Result<Self, BootError> {
+    fn elf(plan: &MachinePlan, kernel: Image<'a>, initrd: Image<'a>) -> Result<Self, BootError> {
         if plan.technology != Technology::None {
             return Err(BootError::Kernel(
                 "is an ELF file, whose PVH entry knows of no encryption; a confidential guest needs a bzImage",
@@ -100,22 +137,45 @@ impl BootImage {
             component("start-info", START_INFO, pvh::start_info(ramdisk, &map)),
         ];
         pieces.extend(described(plan, cmdline));
-        pieces.push(component("kernel", image.start(), image.flat()));
-        Self::finish(plan, pieces, ramdisk, initrd, Start::Pvh(image.entry()))
+        let mut whole = Self {
+            pieces,
+            parts: image.parts(),
+            start: Start::Pvh(image.entry()),
+        };
+        whole.finish(plan, ramdisk, initrd)?;
+        Ok(whole)
     }
 
+    /// Adds the initramfs, and checks that all of it lies apart.
     fn finish(
+        &mut self,
         plan: &MachinePlan,
-        mut pieces: Vec<Component>,
         ramdisk: Option<(u64, u64)>,
-        initrd: &[u8],
-        start: Start,
-    ) -> Result<Self, BootError> {
-        if let Some((gpa, _)) = ramdisk {
-            pieces.push(component("initrd", gpa, initrd.to_vec()));
+        initrd: Image<'a>,
+    ) -> Result<(), BootError> {
+        match ramdisk {
+            Some((gpa, length)) if plan.technology == Technology::None => self.parts.push(Part {
+                name: "initrd",
+                gpa,
+                image: initrd,
+                offset: 0,
+                length,
+            }),
+            Some((gpa, _)) => {
+                let bytes = initrd.whole()?.into_owned();
+                self.pieces.push(component("initrd", gpa, bytes));
+            }
+            None => {}
         }
-        check_layout(&pieces, low_memory(plan.memory_bytes))?;
-        Ok(Self { pieces, start })
+        let pieces = self
+            .pieces
+            .iter()
+            .map(|piece| (piece.name, piece.gpa, piece.bytes.len() as u64));
+        let parts = self
+            .parts
+            .iter()
+            .map(|part| (part.name, part.gpa, part.length));
+        check_layout(pieces.chain(parts), low_memory(plan.memory_bytes))
     }
 }
 
@@ -173,6 +233,9 @@ pub enum BootError {
     /// The command line is too long or has a zero byte.
     #[error("kernel command line of {0} bytes: at most {1}, without zero bytes")]
     Cmdline(usize, usize),
+    /// An image cannot be read.
+    #[error("kernel or initramfs cannot be read: {0}")]
+    Read(#[source] std::io::Error),
     /// Two pieces overlap.
     #[error("{0} does not fit its place in guest memory")]
     Overlap(&'static str),
@@ -183,7 +246,7 @@ fn place_initrd(
     plan: &MachinePlan,
     end: u64,
     last: u64,
-    initrd: &[u8],
+    initrd: Image<'_>,
 ) -> Result<Option<(u64, u64)>, BootError> {
     let memory = low_memory(plan.memory_bytes);
     if end > memory {
@@ -192,7 +255,7 @@ fn place_initrd(
     if initrd.is_empty() {
         return Ok(None);
     }
-    let length = initrd.len() as u64;
+    let length = initrd.length();
     let top = memory.min(last.saturating_add(1));
     let start = top
         .checked_sub(length)
@@ -219,18 +282,19 @@ fn component(name: &'static str, gpa: u64, mut bytes: Vec<u8>) -> Component {
     Component { name, gpa, bytes }
 }
 
-fn check_layout(pieces: &[Component], memory: u64) -> Result<(), BootError> {
+/// Name, start and length of all that is loaded: ascending, apart, and in memory.
+fn check_layout(
+    all: impl Iterator<Item = (&'static str, u64, u64)>,
+    memory: u64,
+) -> Result<(), BootError> {
     let mut end = 0;
-    for piece in pieces {
-        let limit = if piece.gpa < HIGH_RAM {
-            HIGH_RAM
-        } else {
-            memory
-        };
-        if piece.gpa < end || piece.gpa + piece.bytes.len() as u64 > limit {
-            return Err(BootError::Overlap(piece.name));
+    for (name, gpa, length) in all {
+        let limit = if gpa < HIGH_RAM { HIGH_RAM } else { memory };
+        let last = gpa.saturating_add(length);
+        if gpa < end || last > limit {
+            return Err(BootError::Overlap(name));
         }
-        end = piece.gpa + piece.bytes.len() as u64;
+        end = last;
     }
     Ok(())
 }
@@ -262,7 +326,9 @@ pub(super) mod tests {
     }
 
     fn assemble(plan: &MachinePlan) -> Vec<Component> {
-        let image = BootImage::assemble(plan, &small_image(), b"initramfs").unwrap();
+        let kernel = small_image();
+        let image = BootImage::assemble(plan, &kernel, b"initramfs").unwrap();
+        assert!(image.parts.is_empty() || plan.technology == Technology::None);
         assert_eq!(image.start, Start::Linux);
         image.pieces
     }
@@ -312,30 +378,22 @@ pub(super) mod tests {
 
     #[test]
     fn every_input_is_in_the_pieces() {
-        let base = BootImage::assemble(&plan(), &small_image(), b"initramfs").unwrap();
+        let of = |plan: &MachinePlan, kernel: &Vec<u8>, initrd: &[u8]| {
+            BootImage::assemble(plan, kernel, initrd).unwrap().pieces
+        };
+        let image = small_image();
+        let base = of(&plan(), &image, b"initramfs");
         let mut kernel = small_image();
         *kernel.last_mut().unwrap() ^= 1;
-        assert_ne!(
-            base,
-            BootImage::assemble(&plan(), &kernel, b"initramfs").unwrap()
-        );
-        assert_ne!(
-            base,
-            BootImage::assemble(&plan(), &small_image(), b"initramfz").unwrap()
-        );
+        assert_ne!(base, of(&plan(), &kernel, b"initramfs"));
+        assert_ne!(base, of(&plan(), &image, b"initramfz"));
         let other = MachinePlan {
             cmdline: "quiet".into(),
             ..plan()
         };
-        assert_ne!(
-            base,
-            BootImage::assemble(&other, &small_image(), b"initramfs").unwrap()
-        );
+        assert_ne!(base, of(&other, &image, b"initramfs"));
         let other = MachinePlan { vcpus: 3, ..plan() };
-        assert_ne!(
-            base,
-            BootImage::assemble(&other, &small_image(), b"initramfs").unwrap()
-        );
+        assert_ne!(base, of(&other, &image, b"initramfs"));
     }
 
     #[test]
@@ -389,11 +447,22 @@ pub(super) mod tests {
             technology: Technology::None,
             ..plan()
         };
-        let image = BootImage::assemble(&plain, &small_elf(), b"initramfs").unwrap();
+        let elf = small_elf();
+        let image = BootImage::assemble(&plain, &elf, b"initramfs").unwrap();
         assert_eq!(image.start, Start::Pvh(0x100_0010));
         let names: Vec<&str> = image.pieces.iter().map(|p| p.name).collect();
         assert_eq!(names[..2], ["gdt", "start-info"]);
-        assert_eq!(names[names.len() - 2..], ["kernel", "initrd"]);
+        assert_eq!(names.last(), Some(&"generation"));
+        let parts: Vec<_> = image.parts.iter().map(|p| (p.name, p.gpa)).collect();
+        let initrd = (128 << 20) - 4096;
+        assert_eq!(
+            parts,
+            [
+                ("kernel", 0x100_0000),
+                ("kernel", 0x110_0800),
+                ("initrd", initrd)
+            ]
+        );
         let error = BootImage::assemble(&plan(), &small_elf(), b"").unwrap_err();
         assert!(error.to_string().contains("needs a bzImage"), "{error}");
     }
@@ -407,8 +476,10 @@ pub(super) mod tests {
         };
         for kernel in [small_image(), small_elf()] {
             let image = BootImage::assemble(&large, &kernel, b"initramfs").unwrap();
-            let last = image.pieces.last().unwrap();
-            assert!(last.gpa + last.bytes.len() as u64 <= 3 << 30);
+            let last = image.parts.last().unwrap();
+            let bytes = last.image.read(last.offset, last.length).unwrap().unwrap();
+            assert_eq!(bytes, &b"initramfs"[..]);
+            assert!(last.gpa + last.length <= 3 << 30);
         }
     }
 

@@ -1,12 +1,9 @@
 //! A machine's first memory and registers, loaded and measured.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
-
 use super::{Machine, MachineError};
 use crate::confidential::launch::SpecialPage;
 use crate::machine::plan::FirmwarePlan;
-use crate::vmm::boot::{BootError, BootImage, Start, firmware, measured};
+use crate::vmm::boot::{BootImage, Component, Image, Part, Start, firmware, measured};
 use crate::vmm::protocol::{LaunchBinding, Measurement};
 use crate::vmm::vcpu::entry::{Entry, enter_linux_32, enter_long_mode, enter_pvh, wait_at_reset};
 use crate::vmm::vcpu::{VcpuError, cpuid};
@@ -15,45 +12,73 @@ impl Machine {
     /// Reads kernel and initramfs, places the first memory and the first registers, and has them measured piece by
     /// piece where a technology does. Of a SEV or SEV-ES guest the measurement comes back.
     pub fn launch(&mut self, binding: &LaunchBinding) -> Result<Option<Measurement>, MachineError> {
-        let BootImage { pieces, start } = match self.plan.firmware {
-            Some(firmware) => self.load_firmware(firmware)?,
-            None => self.assemble()?,
+        let start = match self.plan.firmware {
+            Some(firmware) => {
+                self.load_firmware(firmware)?;
+                Start::Reset
+            }
+            None => self.load_kernel(binding)?,
         };
+        self.load_registers(start)?;
+        self.measure()
+    }
+
+    fn load_kernel(&mut self, binding: &LaunchBinding) -> Result<Start, MachineError> {
+        let kernel = self.kernel.take().ok_or(MachineError::NoImage("kernel"))?;
+        let initrd = self.initrd.take();
+        let initrd = match &initrd {
+            Some(file) => Image::of(file)?,
+            None => Image::Bytes(&[]),
+        };
+        let BootImage {
+            pieces,
+            parts,
+            start,
+        } = BootImage::assemble(&self.plan, Image::of(&kernel)?, initrd)?;
         if let Some(protection) = &mut self.protection {
             protection.launch_start(binding)?;
         }
+        self.place(&pieces)?;
+        for part in parts {
+            self.load(&part)?;
+        }
+        Ok(start)
+    }
+
+    /// Puts the firmware into its place, which is no RAM. Only a plain guest has one.
+    fn load_firmware(&mut self, firmware: FirmwarePlan) -> Result<(), MachineError> {
+        let image = self
+            .firmware
+            .take()
+            .ok_or(MachineError::NoImage("firmware"))?;
+        let image = Image::of(&image)?.whole()?;
+        let rom = firmware::rom(&image, firmware.rom_bytes)?;
+        self.memory.load_rom(&rom)?;
+        self.place(&firmware::pieces(&self.plan))
+    }
+
+    fn place(&mut self, pieces: &[Component]) -> Result<(), MachineError> {
         for piece in pieces {
             self.memory.write(piece.gpa, &piece.bytes)?;
             if let Some(protection) = &mut self.protection {
                 protection.launch_update(piece.gpa, piece.bytes.len() as u64)?;
             }
         }
-        self.load_registers(start)?;
-        self.measure()
+        Ok(())
     }
 
-    fn assemble(&mut self) -> Result<BootImage, MachineError> {
-        let kernel = self.kernel.take().ok_or(MachineError::NoImage("kernel"))?;
-        let kernel = read_image(&kernel)?;
-        let initrd = match self.initrd.take() {
-            Some(file) => read_image(&file)?,
-            None => Vec::new(),
-        };
-        Ok(BootImage::assemble(&self.plan, &kernel, &initrd)?)
-    }
-
-    /// Puts the firmware into its place, which is no RAM.
-    fn load_firmware(&mut self, firmware: FirmwarePlan) -> Result<BootImage, MachineError> {
-        let image = self
-            .firmware
-            .take()
-            .ok_or(MachineError::NoImage("firmware"))?;
-        let rom = firmware::rom(&read_image(&image)?, firmware.rom_bytes)?;
-        self.memory.load_rom(&rom)?;
-        Ok(BootImage {
-            pieces: firmware::pieces(&self.plan),
-            start: Start::Reset,
-        })
+    /// From the page cache to guest memory, with no copy between.
+    fn load(&self, part: &Part<'_>) -> Result<(), MachineError> {
+        match part.image {
+            Image::File(file, _) => {
+                let range = (part.offset, part.length);
+                Ok(self.memory.write_from(part.gpa, file, range)?)
+            }
+            Image::Bytes(_) => {
+                let bytes = part.image.read(part.offset, part.length)?;
+                Ok(self.memory.write(part.gpa, &bytes.unwrap_or_default())?)
+            }
+        }
     }
 
     fn load_registers(&self, start: Start) -> Result<(), MachineError> {
@@ -100,18 +125,3 @@ impl Machine {
         Ok(protection.launch_measure()?)
     }
 }
-
-/// Reads an image from its start, whatever the descriptor's position.
-fn read_image(file: &File) -> Result<Vec<u8>, MachineError> {
-    let size = file.metadata()?.len();
-    if size > MAX_IMAGE {
-        return Err(MachineError::Boot(BootError::Kernel(
-            "or initramfs is larger than 1 GiB",
-        )));
-    }
-    let mut bytes = vec![0u8; usize::try_from(size).unwrap_or(0)];
-    file.read_exact_at(&mut bytes, 0)?;
-    Ok(bytes)
-}
-
-const MAX_IMAGE: u64 = 1 << 30;

@@ -4,6 +4,8 @@ use std::os::fd::OwnedFd;
 use std::time::Instant;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::time::{TimeSpec, TimeValLike as _};
+use nix::time::{ClockId, clock_gettime};
 
 use super::super::layout::SECRET_GPA;
 use super::super::protocol::{
@@ -106,10 +108,13 @@ impl Control {
             Some(protection) => protection.launch_finish()?,
             None => None,
         };
+        let cpu_us = cpu_us();
         self.machine.run()?;
         self.state = MachineState::Running;
+        crate::sandbox::forget_program_pages();
         Ok(VmmReply::Started {
             digest: digest.map(|digest| digest.to_string()),
+            cpu_us,
         })
     }
 
@@ -156,6 +161,13 @@ impl Control {
         self.mover = Some(Channel::from_fd(channel));
         Ok(VmmReply::Done)
     }
+}
+
+/// CPU time of all threads of this process since it began; 0 where the kernel does not say.
+fn cpu_us() -> u64 {
+    let clock = ClockId::CLOCK_PROCESS_CPUTIME_ID;
+    let spent = clock_gettime(clock).unwrap_or(TimeSpec::new(0, 0));
+    u64::try_from(spent.num_microseconds()).unwrap_or(0)
 }
 
 fn sandbox_error(text: String) -> RoleError {

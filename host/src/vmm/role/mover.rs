@@ -273,6 +273,7 @@ impl Control {
         self.machine.run()?;
         self.machine.announce()?;
         self.state = MachineState::Running;
+        crate::sandbox::forget_program_pages();
         self.moving = Move::default();
         Ok(MoverReply::Done)
     }

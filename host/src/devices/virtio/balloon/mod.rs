@@ -216,6 +216,7 @@ impl VirtioDevice for Balloon {
             size: u64::from(self.target) * PAGE,
             held: u64::from(self.actual) * PAGE,
             returned: self.returned,
+            ..DeviceStatus::default()
         }
     }
 }
