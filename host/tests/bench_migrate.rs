@@ -28,6 +28,14 @@ fn every_protection_moves_the_memory_and_reports_every_figure() {
                 "{protect} {field}: {value}"
             );
         }
+        let parts = &report["parts"];
+        let part = |end: &str, name: &str| parts[end][name].as_f64().unwrap();
+        for end in ["source", "destination"] {
+            assert!(part(end, "copy") > 0.0 && part(end, "socket") > 0.0);
+            assert_eq!(part(end, "tls") > 0.0, protect != "none", "{protect}");
+            assert_eq!(part(end, "seals") > 0.0, protect == "tls+mac", "{protect}");
+        }
+        assert!(parts["cpu_measured"].as_f64().unwrap() > 0.1);
     }
 }
 

@@ -37,9 +37,7 @@ pub fn open(path: &Path, writable: bool) -> io::Result<File> {
     if kind.is_file() || kind.is_block_device() {
         return Ok(file);
     }
-    Err(io::Error::other(
-        "neither a regular file nor a block device",
-    ))
+    Err(io::Error::other("not a regular file, nor a block device"))
 }
 
 /// Paths as a policy is asked about them.
