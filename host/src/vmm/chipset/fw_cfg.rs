@@ -277,7 +277,7 @@ mod tests {
         let mut items = FwCfgItems::new(3);
         items.set_file("etc/one", b"first".to_vec());
         items.set_file("etc/two", vec![7; 9000]);
-        let ram = GuestRam::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
+        let ram = GuestRam::from_ranges(&[(GuestAddress(0), 128 << 20)]).unwrap();
         FwCfg::new(items, ram)
     }
 
@@ -393,8 +393,8 @@ mod tests {
         for (control, length, to) in [
             (two | CONTROL_WRITE, 4, 0x1000),
             (two | CONTROL_READ, MAX_TRANSFER + 1, 0x1000),
-            (two | CONTROL_READ, 4, 0x10000),
-            (two | CONTROL_READ, 0x1000, 0xf001),
+            (two | CONTROL_READ, 4, 128 << 20),
+            (two | CONTROL_READ, 0x1000, (128 << 20) - 0xfff),
             (two | CONTROL_READ, 9001, u64::MAX - 8999),
         ] {
             assert_eq!(dma(&device, control, length, to), CONTROL_ERROR);

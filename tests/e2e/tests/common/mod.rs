@@ -74,7 +74,7 @@ pub fn throw_inside_tls(world: &World, to: (Ipv4Addr, u16), bytes: &[u8]) {
         .unwrap();
     let mut tls = tls::connect(stream, local, DEADLINE).unwrap();
     let deadline = Instant::now() + DEADLINE;
-    tls.write_all(bytes, deadline).unwrap();
+    tls.write_all(&mut bytes.to_vec(), deadline).unwrap();
     let mut byte = [0; 1];
     while let Ok(()) = tls.read_exact(&mut byte, deadline, &|| false) {}
     assert!(Instant::now() < deadline, "not closed within {DEADLINE:?}");
