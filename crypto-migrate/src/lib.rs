@@ -24,6 +24,7 @@
 #![forbid(unsafe_code)]
 
 pub mod code;
+pub mod control;
 pub mod destination;
 pub mod dev_ca;
 pub mod gateway;

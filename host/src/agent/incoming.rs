@@ -10,7 +10,6 @@ use casemate_policy::claims::GuestClaims;
 use casemate_policy::ledger::{Entry, Outcome};
 use casemate_policy::{Action, Fingerprint, Identity};
 
-use crate::agent::Agent;
 use crate::agent::api::Failure;
 use crate::agent::authority::Caller;
 use crate::agent::guest::{Guest, Resources, TapChoice};
@@ -18,6 +17,7 @@ use crate::agent::move_records::MoveRecords;
 use crate::agent::record::{Ownership, OwnershipState};
 use crate::agent::transfer::{peer_entries, role_error};
 use crate::agent::vmm_process::lock;
+use crate::agent::{Agent, ROLE_OVERHEAD, room};
 use crate::ipc::Channel;
 use crate::machine::plan::MachinePlan;
 use crate::mover::protocol::{
@@ -93,6 +93,14 @@ impl Agent {
                     lock(&self.guests).insert(name, guest);
                 }
                 Ok(())
+            }
+            Some(MoveOutcome::Assessed(_)) => {
+                let entry = Entry::new(&arrival.peer, "assess-in", &name, Outcome::Done);
+                let entry = entry.emulated(emulated).with("address", address.as_str());
+                self.evidence
+                    .record_all(records.kept(), records.outcome(entry, None))?;
+                // A mover that says so after it had a guest recorded as this host's has lied.
+                self.give_back(&arrival)
             }
             Some(MoveOutcome::Failed { code, reason, .. }) => {
                 let failed = entry(Outcome::Failed)
@@ -235,6 +243,7 @@ impl Agent {
             Some(session),
         )?;
         self.fence(&plan.name, offer.epoch)?;
+        room::check(&plan.name, plan.memory_bytes, ROLE_OVERHEAD)?;
         let guest = self.build_arrival(&plan, offer.epoch)?;
         guest.vmm.call(&VmmRequest::Incoming, &[])?;
         let mover_end = guest.vmm.attach_mover()?;

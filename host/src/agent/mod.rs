@@ -4,6 +4,7 @@
 
 mod amd_processor;
 pub mod api;
+mod assessment;
 pub mod authority;
 pub mod client;
 pub mod config;
@@ -22,6 +23,7 @@ mod platform;
 pub mod platform_api;
 mod processor;
 mod record;
+mod room;
 mod second_opinion;
 mod server;
 mod sev;
@@ -50,6 +52,7 @@ use crate::agent::evidence::Evidence;
 use crate::agent::guest::Guest;
 use crate::agent::metrics::Metrics;
 use crate::agent::mover_process::MoverProcess;
+use crate::agent::outgoing::Wish;
 use crate::agent::processor::Processor;
 use crate::agent::record::{Ownership, OwnershipState, Records};
 use crate::agent::second_opinion::SecondOpinion;
@@ -234,7 +237,44 @@ impl Agent {
                 name,
                 to,
                 downtime_limit_ms,
-            } => self.migrate(caller, &name, &to, downtime_limit_ms, progress),
+                time_limit_s,
+                bandwidth_mib,
+                unthrottled,
+                read_back,
+            } => {
+                let wish = Wish {
+                    to: &to,
+                    assess: false,
+                    downtime_limit_ms,
+                    time_limit_s,
+                    bandwidth_mib,
+                    unthrottled,
+                    read_back,
+                };
+                self.migrate(caller, &name, &wish, progress)
+            }
+            Request::Assess {
+                name,
+                to,
+                downtime_limit_ms,
+                bandwidth_mib,
+                unthrottled,
+            } => {
+                let wish = Wish {
+                    to: &to,
+                    assess: true,
+                    downtime_limit_ms,
+                    bandwidth_mib,
+                    unthrottled,
+                    ..Wish::default()
+                };
+                self.assess(caller, &name, &wish, progress)
+            }
+            Request::Proceed { name } => self.proceed(caller, &name),
+            Request::MigrateSet {
+                name,
+                bandwidth_mib,
+            } => self.migrate_set(caller, &name, bandwidth_mib),
             Request::Snapshot { name, file, stop } => self.snapshot(caller, &name, &file, stop),
             Request::Restore {
                 file,

@@ -64,9 +64,12 @@ impl MoverProcess {
 
     /// Asks it to give up, if it is not too late.
     pub fn cancel(&self) -> Result<(), Failure> {
-        self.channel
-            .send(&MoverCommand::Cancel)
-            .map_err(|e| gone(&e))
+        self.order(&MoverCommand::Cancel)
+    }
+
+    /// Says what the operator wants of the move under way.
+    pub fn order(&self, order: &MoverCommand) -> Result<(), Failure> {
+        self.channel.send(order).map_err(|e| gone(&e))
     }
 
     /// State of its sandbox.

@@ -17,19 +17,51 @@ use crate::agent::mover_process::MoverProcess;
 use crate::agent::record::{Ownership, OwnershipState};
 use crate::agent::transfer::{peer_entry, role_error};
 use crate::agent::vmm_process::lock;
+use crate::machine::plan::Technology;
 use crate::mover::protocol::{
     AgentAnswer, GuestHere, MoveLimits, MoveOutcome, MoverCommand, MoverEvent, MoverRequestToAgent,
     OwnershipStep, SourceStart,
 };
 use crate::vmm::protocol::{RoleError, VmmRequest};
 
+/// What is asked of a move.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Wish<'a> {
+    /// A peer of the policy.
+    pub to: &'a str,
+    /// Only to know what it would be like.
+    pub assess: bool,
+    /// Longest pause in milliseconds; the policy's if absent.
+    pub downtime_limit_ms: Option<u32>,
+    /// Longest time for the whole, in seconds.
+    pub time_limit_s: Option<u32>,
+    /// MiB a second that the rounds may send.
+    pub bandwidth_mib: Option<u32>,
+    /// Whether the guest may not be throttled.
+    pub unthrottled: bool,
+    /// Whether both ends read all memory anew and compare it.
+    pub read_back: bool,
+}
+
 /// A guest on its way out.
-#[derive(Clone, Copy)]
-struct Leaving<'a> {
-    guest: &'a Guest,
+pub(super) struct Departure<'a> {
+    pub guest: Arc<Guest>,
     to: &'a str,
+    action: &'static str,
     caller: &'a Caller,
-    records: &'a MoveRecords<'a>,
+    pub records: MoveRecords<'a>,
+    mover: Arc<MoverProcess>,
+    /// The longest pause that is asked for.
+    pub downtime_limit_ms: u64,
+}
+
+impl Departure<'_> {
+    /// A record about it.
+    pub fn entry(&self, outcome: Outcome) -> Entry {
+        let plan = &self.guest.plan;
+        Entry::new(self.caller.name(), self.action, &plan.name, outcome)
+            .emulated(plan.technology.emulated())
+    }
 }
 
 impl Agent {
@@ -38,17 +70,28 @@ impl Agent {
         &self,
         caller: &Caller,
         name: &str,
-        to: &str,
-        downtime_limit_ms: Option<u32>,
+        wish: &Wish<'_>,
         progress: &mut dyn FnMut(serde_json::Value),
     ) -> Result<Answer, Failure> {
+        let departure = self.departure(caller, name, wish)?;
+        let outcome = self.depart(&departure, &mut |event| progress(event_json(event)))?;
+        self.conclude(&departure, outcome)
+    }
+
+    /// Decides, connects, and starts a mover.
+    pub(super) fn departure<'a>(
+        &'a self,
+        caller: &'a Caller,
+        name: &str,
+        wish: &Wish<'a>,
+    ) -> Result<Departure<'a>, Failure> {
         let guest = self.guest(name)?;
         let emulated = guest.plan.technology.emulated();
         let technology = guest.plan.technology.in_policy();
         let action = Action::MigrateOut {
             technology,
             emulated,
-            peer_name: to.to_owned(),
+            peer_name: wish.to.to_owned(),
         };
         self.decide(caller, name, &action)?;
         if lock(&guest.measurement).is_some() {
@@ -57,54 +100,107 @@ impl Agent {
                 format!("{name} waits for its owner's secret; it cannot move yet"),
             ));
         }
-        let started = self
-            .source_start(&guest, to, downtime_limit_ms)
-            .and_then(|start| Ok((start, connect(to, self.config.peers.get(to).copied())?)))
-            .and_then(|(start, socket)| {
-                let command = MoverCommand::Source(Box::new(start));
-                self.start_mover(&guest, &command, socket.as_fd())
-            });
-        let mover = started.inspect_err(|failure| {
-            self.record_undone(caller.name(), "migrate-out", name, failure);
-        })?;
-        let records = MoveRecords::leaving(self, name, to, emulated);
-        let leaving = Leaving {
-            guest: &guest,
-            to,
-            caller,
-            records: &records,
+        let action = if wish.assess {
+            "assess-out"
+        } else {
+            "migrate-out"
         };
-        let outcome = mover.serve(
-            &mut |request| self.serve_source(&leaving, request),
+        let started = self.source_start(&guest, wish).and_then(|start| {
+            let limit = start.limits.downtime_ms;
+            let socket = connect(wish.to, self.config.peers.get(wish.to).copied())?;
+            let command = match wish.assess {
+                true => MoverCommand::Assess(Box::new(start)),
+                false => MoverCommand::Source(Box::new(start)),
+            };
+            let mover = self.start_mover(&guest, &command, socket.as_fd())?;
+            Ok((mover, limit))
+        });
+        let (mover, downtime_limit_ms) = started.inspect_err(|failure| {
+            self.record_undone(caller.name(), action, name, failure);
+        })?;
+        Ok(Departure {
+            guest,
+            to: wish.to,
+            action,
+            caller,
+            records: MoveRecords::leaving(self, name, wish.to, emulated),
+            mover,
+            downtime_limit_ms,
+        })
+    }
+
+    /// Serves the mover to its end.
+    pub(super) fn depart(
+        &self,
+        departure: &Departure<'_>,
+        see: &mut dyn FnMut(&MoverEvent),
+    ) -> Result<MoveOutcome, Failure> {
+        let outcome = departure.mover.serve(
+            &mut |request| self.serve_source(departure, request),
             &mut |event| {
-                if let Err(failure) = records.see(event) {
+                if let Err(failure) = departure.records.see(event) {
                     tracing::error!(code = failure.code, "{}", failure.error);
                     // Too late is too late: the outcome will say what became of the guest.
-                    let _ = mover.cancel();
+                    let _ = departure.mover.cancel();
                 }
-                progress(event_json(event));
+                see(event);
             },
         );
-        *lock(&guest.mover) = None;
-        self.conclude(&leaving, outcome)
+        *lock(&departure.guest.mover) = None;
+        Ok(outcome.unwrap_or_else(|| self.orphaned(&departure.guest)))
     }
 
     /// Cancels a migration under way.
     pub(super) fn cancel(&self, name: &str) -> Result<Answer, Failure> {
-        let guest = self.guest(name)?;
-        let mover = lock(&guest.mover).clone();
-        mover
-            .ok_or_else(|| Failure::new("NOT_MOVING", format!("{name} is not being moved")))?
-            .cancel()?;
+        self.mover_of(name)?.cancel()?;
         Ok(Answer::Done)
     }
 
-    fn source_start(
+    /// `casemate proceed`: switches now.
+    pub(super) fn proceed(&self, caller: &Caller, name: &str) -> Result<Answer, Failure> {
+        let entry = Entry::new(caller.name(), "migrate-proceed", name, Outcome::Done);
+        self.order_move(name, &MoverCommand::Proceed, entry)
+    }
+
+    /// `casemate migrate-set`: changes what a move under way may take.
+    pub(super) fn migrate_set(
         &self,
-        guest: &Guest,
-        to: &str,
-        downtime: Option<u32>,
-    ) -> Result<SourceStart, Failure> {
+        caller: &Caller,
+        name: &str,
+        bandwidth_mib: u32,
+    ) -> Result<Answer, Failure> {
+        let limit = u64::from(bandwidth_mib) << 20;
+        let entry = Entry::new(caller.name(), "migrate-set", name, Outcome::Done);
+        let entry = entry.with("bandwidth_mib", bandwidth_mib);
+        self.order_move(name, &MoverCommand::Bandwidth(limit), entry)
+    }
+
+    /// Recorded first: what is ordered may end the move at once.
+    fn order_move(
+        &self,
+        name: &str,
+        order: &MoverCommand,
+        entry: Entry,
+    ) -> Result<Answer, Failure> {
+        let mover = self.mover_of(name)?;
+        self.evidence.record(entry)?;
+        mover.order(order)?;
+        Ok(Answer::Done)
+    }
+
+    fn mover_of(&self, name: &str) -> Result<Arc<MoverProcess>, Failure> {
+        let mover = lock(&self.guest(name)?.mover).clone();
+        mover.ok_or_else(|| Failure::new("NOT_MOVING", format!("{name} is not being moved")))
+    }
+
+    fn source_start(&self, guest: &Guest, wish: &Wish<'_>) -> Result<SourceStart, Failure> {
+        let to = wish.to;
+        if wish.read_back && guest.plan.technology != Technology::None {
+            return Err(Failure::new(
+                "READ_BACK_UNSUPPORTED",
+                "the memory of a confidential guest reads differently on each host; move it without `--read-back`",
+            ));
+        }
         let unknown = || {
             Failure::new(
                 "POLICY_PEER_UNKNOWN",
@@ -115,7 +211,9 @@ impl Agent {
         let peer = policy.peer_named(to).ok_or_else(unknown)?;
         let description = postcard::to_stdvec(&guest.plan)
             .map_err(|e| Failure::new("INTERNAL", e.to_string()))?;
-        let limit = downtime.unwrap_or(policy.migration.downtime_limit_ms.get());
+        let limit = wish
+            .downtime_limit_ms
+            .unwrap_or(policy.migration.downtime_limit_ms.get());
         Ok(SourceStart {
             credentials: self.credentials()?.credentials.clone(),
             peer: peer_entry(peer),
@@ -126,7 +224,11 @@ impl Agent {
             emulated_roots: self.emulated_roots(),
             limits: MoveLimits {
                 downtime_ms: limit.into(),
-                ..MoveLimits::default()
+                max_rounds: 0,
+                deadline_ms: u64::from(wish.time_limit_s.unwrap_or(0)) * 1000,
+                bandwidth: u64::from(wish.bandwidth_mib.unwrap_or(0)) << 20,
+                unthrottled: wish.unthrottled,
+                read_back: wish.read_back,
             },
         })
     }
@@ -155,15 +257,16 @@ impl Agent {
 
     fn serve_source(
         &self,
-        leaving: &Leaving<'_>,
+        departure: &Departure<'_>,
         request: MoverRequestToAgent,
     ) -> Result<(AgentAnswer, Option<OwnedFd>), RoleError> {
-        let Leaving {
+        let Departure {
             guest,
             to,
             caller,
             records,
-        } = *leaving;
+            ..
+        } = departure;
         let answer = match request {
             MoverRequestToAgent::Session(session) => {
                 records.agreed(*session);
@@ -210,25 +313,14 @@ impl Agent {
         Ok(AgentAnswer::Recorded)
     }
 
-    fn conclude(
-        &self,
-        leaving: &Leaving<'_>,
-        outcome: Option<MoveOutcome>,
-    ) -> Result<Answer, Failure> {
-        let Leaving {
-            guest,
-            to,
-            caller,
-            records,
-        } = *leaving;
+    fn conclude(&self, departure: &Departure<'_>, outcome: MoveOutcome) -> Result<Answer, Failure> {
+        let Departure {
+            guest, to, records, ..
+        } = departure;
         let name = &guest.plan.name;
-        let entry = |outcome| {
-            Entry::new(caller.name(), "migrate-out", name, outcome)
-                .emulated(guest.plan.technology.emulated())
-        };
-        match outcome.unwrap_or_else(|| self.orphaned(guest)) {
+        match outcome {
             MoveOutcome::Moved(report) => {
-                let done = entry(Outcome::Done).with("epoch", report.epoch);
+                let done = departure.entry(Outcome::Done).with("epoch", report.epoch);
                 self.evidence
                     .record_all(records.kept(), records.outcome(done, Some(&report)))?;
                 lock(&self.guests).remove(name);
@@ -241,7 +333,8 @@ impl Agent {
                 reason,
                 guest: here,
             } => {
-                let failed = entry(Outcome::Failed)
+                let failed = departure
+                    .entry(Outcome::Failed)
                     .code(&code)
                     .with("reason", reason.as_str());
                 self.evidence
@@ -253,6 +346,13 @@ impl Agent {
                     code,
                     error: format!("{name} did not move to {to}: {reason}; {}", fate(here)),
                 })
+            }
+            MoveOutcome::Assessed(_) => {
+                let failure = Failure::new("ROLE_PROTOCOL", "a mover assessed what it was to move");
+                let failed = departure.entry(Outcome::Failed).code(&failure.code);
+                self.evidence
+                    .record_all(records.kept(), records.outcome(failed, None))?;
+                Err(failure)
             }
         }
     }
@@ -277,7 +377,8 @@ impl Agent {
     }
 }
 
-fn fate(here: GuestHere) -> &'static str {
+/// What a failure means for the guest.
+pub(super) fn fate(here: GuestHere) -> &'static str {
     match here {
         GuestHere::Runs => "the guest runs on here",
         GuestHere::Stopped => {
@@ -310,7 +411,8 @@ fn connect(to: &str, address: Option<SocketAddr>) -> Result<TcpStream, Failure> 
     Ok(stream)
 }
 
-fn event_json(event: &MoverEvent) -> serde_json::Value {
+/// An event, for whoever follows the task.
+pub(super) fn event_json(event: &MoverEvent) -> serde_json::Value {
     match event {
         MoverEvent::Progress(progress) => serde_json::to_value(progress),
         other => serde_json::to_value(other),

@@ -194,6 +194,10 @@ impl Agent {
                     error: format!("no snapshot of {}: {reason}", guest.plan.name),
                 });
             }
+            Some(MoveOutcome::Assessed(_)) => {
+                let text = "a mover assessed what it was to write";
+                return Err(Failure::new("ROLE_PROTOCOL", text));
+            }
             None => return Err(Failure::new("MOVER_DIED", "the mover process died")),
         };
         let durable = file.sync_all().and_then(|()| sync_folder(path));

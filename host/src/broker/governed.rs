@@ -184,7 +184,12 @@ impl Governed {
         inquiry.guest = claims(&evidence.report, verdict);
         inquiry.guest.evidence_age_s = self.age(scope, &evidence.report, now);
         let decision = decide(&self.government.policy, &inquiry);
-        let entry = history::entry(&self.government.name, &inquiry, &decision, self.government.policy.digest());
+        let entry = history::entry(
+            &self.government.name,
+            &inquiry,
+            &decision,
+            self.government.policy.digest(),
+        );
         let wanted = "the host policy allows it";
         if self.government.record(entry.emulated(emulated)).is_err() {
             return Check::cannot_verify(POLICY_CHECK, wanted, "not recorded", "NOT_RECORDED");

@@ -82,16 +82,51 @@ fn run(cli: Cli) -> Result<u8, Failure> {
         Command::Migrate {
             name,
             to,
+            dry_run: true,
             downtime_limit,
+            bandwidth,
+            no_throttle,
+            ..
+        } => {
+            let request = Request::Assess {
+                name,
+                to,
+                downtime_limit_ms: downtime_limit,
+                bandwidth_mib: bandwidth,
+                unthrottled: no_throttle,
+            };
+            show(agent, &request, json)
+        }
+        Command::Migrate {
+            name,
+            to,
+            dry_run: false,
+            downtime_limit,
+            time_limit,
+            bandwidth,
+            no_throttle,
+            read_back,
         } => migrate::run(
             agent,
             &Request::Migrate {
                 name,
                 to,
                 downtime_limit_ms: downtime_limit,
+                time_limit_s: time_limit,
+                bandwidth_mib: bandwidth,
+                unthrottled: no_throttle,
+                read_back,
             },
             json,
         ),
+        Command::MigrateSet { name, bandwidth } => {
+            let request = Request::MigrateSet {
+                name,
+                bandwidth_mib: bandwidth,
+            };
+            show(agent, &request, json)
+        }
+        Command::Proceed { name } => show(agent, &Request::Proceed { name }, json),
         Command::Snapshot { name, file, stop } => {
             let file = absolute(&file)?;
             show(agent, &Request::Snapshot { name, file, stop }, json)

@@ -10,6 +10,7 @@ use casemate_crypto_migrate::guest::{
     PageContent, Refusal,
 };
 use casemate_crypto_migrate::identity::PeerIdentity;
+use casemate_crypto_migrate::pages::PageSet;
 use casemate_crypto_migrate::session::SessionFacts;
 
 use crate::confidential::protocol::PlatformEvidence;
@@ -18,7 +19,7 @@ use crate::ipc::Channel;
 use crate::mover::agent_link::AgentLink;
 use crate::mover::evidence::{SendContext, decode, encode};
 use crate::mover::protocol::{AgentAnswer, MoverRequestToAgent, OwnershipStep, PeerName};
-use crate::mover::source::address;
+use crate::mover::source::{address, content_digest, no_read_back};
 use crate::mover::vmm_link::{VmmLink, guest_error, unexpected};
 use crate::vmm::protocol::{EXCHANGE_PAGES, EXCHANGE_SIZE, MoverReply, MoverRequest, RoleError};
 
@@ -121,14 +122,21 @@ impl DestinationGuest for DestinationMachine {
         machine.restore(state).map_err(guest_error)
     }
 
-    fn activate(&mut self, epoch: u64) -> Result<(), GuestError> {
+    fn content_digest(&mut self, pages: &PageSet) -> Result<[u8; 32], GuestError> {
+        let machine = self.admitted()?;
+        no_read_back(&machine.vmm).map_err(guest_error)?;
+        machine.flush().map_err(guest_error)?;
+        content_digest(&machine.vmm.memory, pages).map_err(guest_error)
+    }
+
+    fn activate(&mut self, epoch: u64) -> Result<u32, GuestError> {
         self.agent
             .record(OwnershipStep::Activating { epoch })
             .map_err(guest_error)?;
-        self.admitted()?
-            .vmm
-            .done(&MoverRequest::Activate)
-            .map_err(guest_error)
+        let vmm = &self.admitted()?.vmm;
+        // Its answer says that the addresses have been announced too.
+        vmm.done(&MoverRequest::Activate).map_err(guest_error)?;
+        Ok(u32::try_from(vmm.plan().nets.len()).unwrap_or(u32::MAX))
     }
 
     fn abandon(&mut self) {

@@ -7,8 +7,10 @@ use casemate_crypto_migrate::guest::{
 };
 use casemate_crypto_migrate::pages::PageSet;
 use casemate_crypto_migrate::session::SessionFacts;
+use casemate_crypto_migrate::transcript::ContentDigest;
 use ring::digest::{SHA256, digest};
 
+use crate::confidential::protocol::PlatformEvidence;
 use crate::confidential::shared::GuestMemory;
 use crate::machine::plan::Technology;
 use crate::mover::agent_link::AgentLink;
@@ -36,7 +38,12 @@ impl SourceMachine {
         }
     }
 
-    fn open_send(&mut self, peer_evidence: &[u8], emulated: bool) -> Result<Vec<u8>, RoleError> {
+    /// Verifies the target platform and has that recorded, whatever comes of it.
+    fn verified_target(
+        &self,
+        peer_evidence: &[u8],
+        emulated: bool,
+    ) -> Result<PlatformEvidence, RoleError> {
         let evidence_sha256 = hex::encode(digest(&SHA256, peer_evidence));
         let target = match verify_target(peer_evidence, &self.emulated_roots, emulated) {
             Ok(target) => target,
@@ -54,10 +61,32 @@ impl SourceMachine {
             pdh: hex::encode(target.pdh),
             evidence_sha256,
         });
+        Ok(target.evidence)
+    }
+
+    /// What the peer's evidence comes to; `None` for a plain guest, of which none is wanted.
+    fn target(&self, peer_evidence: &[u8]) -> Result<Option<PlatformEvidence>, RoleError> {
+        match self.vmm.plan().technology {
+            Technology::Sev { emulated, .. } => {
+                self.verified_target(peer_evidence, emulated).map(Some)
+            }
+            Technology::SevEs { .. } | Technology::SevSnp { .. } => Err(RoleError::new(
+                "TECHNOLOGY_CANNOT_MIGRATE",
+                "no Linux kernel moves SEV-ES or SEV-SNP guests; launch the guest anew at the other site",
+            )),
+            Technology::None if peer_evidence.is_empty() => Ok(None),
+            Technology::None => Err(RoleError::new(
+                "EVIDENCE_MALFORMED",
+                "platform evidence came for a plain guest",
+            )),
+        }
+    }
+
+    fn open_send(&mut self, target: PlatformEvidence) -> Result<Vec<u8>, RoleError> {
         let request = MoverRequest::SendStart {
-            target_pdh: target.evidence.pdh,
-            platform: target.evidence.platform,
-            amd: target.evidence.amd,
+            target_pdh: target.pdh,
+            platform: target.platform,
+            amd: target.amd,
         };
         match self.vmm.call(&request)? {
             MoverReply::SendStarted {
@@ -107,22 +136,19 @@ impl SourceGuest for SourceMachine {
     }
 
     fn begin(&mut self, peer_evidence: &[u8]) -> Result<Vec<u8>, GuestError> {
-        match self.vmm.plan().technology {
-            Technology::Sev { emulated, .. } => {
-                self.open_send(peer_evidence, emulated).map_err(guest_error)
-            }
-            Technology::SevEs { .. } | Technology::SevSnp { .. } => {
-                Err(guest_error(RoleError::new(
-                    "TECHNOLOGY_CANNOT_MIGRATE",
-                    "no Linux kernel moves SEV-ES or SEV-SNP guests; launch the guest anew at the other site",
-                )))
-            }
-            Technology::None if peer_evidence.is_empty() => Ok(Vec::new()),
-            Technology::None => Err(guest_error(RoleError::new(
-                "EVIDENCE_MALFORMED",
-                "platform evidence came for a plain guest",
-            ))),
+        match self.target(peer_evidence).map_err(guest_error)? {
+            Some(target) => self.open_send(target).map_err(guest_error),
+            None => Ok(Vec::new()),
         }
+    }
+
+    fn judge(&mut self, peer_evidence: &[u8]) -> Result<(), Refusal> {
+        self.target(peer_evidence)
+            .map(drop)
+            .map_err(|error| Refusal {
+                code: error.code,
+                reason: error.text,
+            })
     }
 
     fn start_tracking(&mut self) -> Result<PageSet, GuestError> {
@@ -156,6 +182,15 @@ impl SourceGuest for SourceMachine {
         EXCHANGE_PAGES
     }
 
+    fn throttle(&mut self, percent: u8) -> Result<(), GuestError> {
+        let request = MoverRequest::Throttle { percent };
+        self.vmm.done(&request).map_err(guest_error)
+    }
+
+    fn attend(&mut self) {
+        self.agent.poll();
+    }
+
     fn pause(&mut self) -> Result<(), GuestError> {
         self.vmm.done(&MoverRequest::Pause).map_err(guest_error)
     }
@@ -164,6 +199,11 @@ impl SourceGuest for SourceMachine {
         self.vmm
             .state(&MoverRequest::SaveState)
             .map_err(guest_error)
+    }
+
+    fn content_digest(&mut self, pages: &PageSet) -> Result<[u8; 32], GuestError> {
+        no_read_back(&self.vmm).map_err(guest_error)?;
+        content_digest(&self.vmm.memory, pages).map_err(guest_error)
     }
 
     fn release(&mut self) -> Result<(), GuestError> {
@@ -189,6 +229,24 @@ impl SourceGuest for SourceMachine {
             .record(OwnershipStep::Departed)
             .map_err(guest_error)
     }
+}
+
+/// What these pages hold.
+pub fn content_digest(memory: &GuestMemory, pages: &PageSet) -> Result<[u8; 32], RoleError> {
+    ContentDigest::over(pages, |page, into| {
+        memory.read(address(page)?, into).map_err(RoleError::from)
+    })
+}
+
+/// What lies in the memory of a guest that its processor encrypts differs from host to host.
+pub(super) fn no_read_back(vmm: &VmmLink) -> Result<(), RoleError> {
+    if vmm.confidential() {
+        return Err(RoleError::new(
+            "READ_BACK_UNSUPPORTED",
+            "the memory of a confidential guest reads differently on each host; move it without `--read-back`",
+        ));
+    }
+    Ok(())
 }
 
 /// Reads pages in clear and passes them on: neighbours as one extent, pages of zeroes as such.

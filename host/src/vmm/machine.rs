@@ -200,6 +200,14 @@ impl Machine {
         Ok(())
     }
 
+    /// Takes all vCPUs off their processors for so long.
+    pub fn rest(&self, time: std::time::Duration) -> Result<(), MachineError> {
+        for vcpu in &self.vcpus {
+            vcpu.rest(time)?;
+        }
+        Ok(())
+    }
+
     /// State of everything but memory; the machine is paused.
     pub fn save(&self) -> Result<Vec<u8>, MachineError> {
         let mut vcpus = Vec::with_capacity(self.vcpus.len());

@@ -293,6 +293,11 @@ pub enum MoverRequest {
     },
     /// Bitmap of all pages that hold anything to the exchange memory; the machine is paused.
     Populated,
+    /// Source: takes so much of their time from the vCPUs; until the guest is paused or resumed, or the mover goes.
+    Throttle {
+        /// In percent, 0 to [`MAX_THROTTLE`].
+        percent: u8,
+    },
     /// Stops vCPUs and devices.
     Pause,
     /// SEND_FINISH for a SEV guest, then the state of devices and vCPUs to the exchange memory.
@@ -360,6 +365,8 @@ pub enum MoverReply {
     },
 }
 
+/// vCPUs that do not run at all never come to their pause.
+pub const MAX_THROTTLE: u8 = 99;
 /// Most pages in one exchange.
 pub const EXCHANGE_PAGES: usize = 256;
 /// A packet in the exchange memory: 52 bytes of header padded to 64, then the 4096 bytes of ciphertext.

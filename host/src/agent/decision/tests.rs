@@ -106,6 +106,10 @@ pub fn every_request() -> Vec<Request> {
             name: name(),
             to: name(),
             downtime_limit_ms: None,
+            time_limit_s: None,
+            bandwidth_mib: None,
+            unthrottled: false,
+            read_back: false,
         },
         Request::Cancel { name: name() },
         Request::Platform { processor: None },
@@ -154,6 +158,18 @@ pub fn every_request() -> Vec<Request> {
             name: name(),
             from: 7,
         },
+        Request::Assess {
+            name: name(),
+            to: name(),
+            downtime_limit_ms: None,
+            bandwidth_mib: None,
+            unthrottled: false,
+        },
+        Request::Proceed { name: name() },
+        Request::MigrateSet {
+            name: name(),
+            bandwidth_mib: 3,
+        },
     ];
     let mut kinds: Vec<usize> = all.iter().map(kind).collect();
     kinds.dedup();
@@ -161,10 +177,13 @@ pub fn every_request() -> Vec<Request> {
     all
 }
 
-const LAST: usize = 32;
+const LAST: usize = 35;
 
 fn kind(request: &Request) -> usize {
     match request {
+        Request::Assess { .. } => 33,
+        Request::Proceed { .. } => 34,
+        Request::MigrateSet { .. } => LAST,
         Request::Run { .. } => 0,
         Request::List {} => 1,
         Request::Status { .. } => 2,
@@ -197,7 +216,7 @@ fn kind(request: &Request) -> usize {
         Request::Start { .. } => 29,
         Request::Delete { .. } => 30,
         Request::Stats { .. } => 31,
-        Request::Console { .. } => LAST,
+        Request::Console { .. } => 32,
     }
 }
 
@@ -281,6 +300,10 @@ fn without_people_the_socket_s_users_are_operators_as_before() {
         name: name(),
         to: name(),
         downtime_limit_ms: None,
+        time_limit_s: None,
+        bandwidth_mib: None,
+        unthrottled: false,
+        read_back: false,
     };
     assert_eq!(host.code(0, away), "NO_SUCH_GUEST");
     std::fs::write(host.path("next.toml"), format!("version = 1\n{POLICY}")).unwrap();

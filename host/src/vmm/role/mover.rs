@@ -144,6 +144,7 @@ impl Control {
                 self.protection()?.receive_pages(&gpas)?;
                 Ok(MoverReply::Done)
             }
+            MoverRequest::Throttle { percent } => self.throttle(percent),
             MoverRequest::Pause => self.pause_for_move(),
             MoverRequest::SaveState => self.save_state(),
             MoverRequest::Release => {
@@ -209,6 +210,7 @@ impl Control {
 
     fn pause_for_move(&mut self) -> Result<MoverReply, RoleError> {
         self.expect(SOURCE, "a pause")?;
+        self.moving.throttle = None;
         if self.state == MachineState::Running {
             self.machine.pause()?;
             self.state = MachineState::Paused;
