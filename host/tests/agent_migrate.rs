@@ -8,10 +8,11 @@
 
 mod support;
 
+use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use support::counter::{Story, run_counter};
+use support::counter::{Story, rounds, run, run_counter};
 use support::pair::Pair;
 use support::{Host, SEV, until};
 
@@ -291,6 +292,147 @@ fn a_throttled_guest_gets_all_its_time_again_after_a_cancel_and_memory_is_whole_
     );
     story.leave(&pair.a);
     story.hear(&pair.b, 50);
+}
+
+/// Both hosts have a place of their own for the disk; nothing of it is shared.
+fn with_disks(tag: &str) -> (Pair, tempfile::TempDir) {
+    let folder = tempfile::tempdir().unwrap();
+    let place = |host: &str| {
+        let path = folder.path().join(format!("{host}.raw"));
+        format!("[[incoming_disk]]\nid = \"data\"\npath = {path:?}\n")
+    };
+    let pair = Pair::new(tag, [&place("a"), &place("b")]);
+    (pair, folder)
+}
+
+fn run_with_disk(host: &Host, image: &[u8]) {
+    let disk = "[[disk]]\nid = \"data\"\npath = \"data.raw\"\n";
+    host.write("host/data.raw", []);
+    let file = std::fs::File::options()
+        .write(true)
+        .open(host.path("host/data.raw"))
+        .unwrap();
+    // Zero blocks become holes.
+    file.set_len(image.len() as u64).unwrap();
+    for (number, block) in image.chunks(4096).enumerate() {
+        if block.iter().any(|byte| *byte != 0) {
+            file.write_all_at(block, number as u64 * 4096).unwrap();
+        }
+    }
+    run(host, "counter", disk);
+    until("it counts", || rounds(host, "counter") > 20);
+}
+
+/// 64 MiB, of which 300 blocks here and there hold something.
+fn image() -> Vec<u8> {
+    let mut image = vec![0; 64 << 20];
+    for block in 0..300usize {
+        let at = block * 51 % (16 << 10) * 4096;
+        let bytes = (0..4096u32).map(|n| (n as usize * 7 + block) as u8 | 1);
+        image[at..at + 4096]
+            .iter_mut()
+            .zip(bytes)
+            .for_each(|(to, from)| *to = from);
+    }
+    image
+}
+
+#[test]
+fn a_disk_moves_along_with_its_holes_and_comes_back() {
+    let (pair, folder) = with_disks("along");
+    let image = image();
+    run_with_disk(&pair.a, &image);
+    let mut story = Story::of("counter");
+    story.hear(&pair.a, 5);
+    pair.a
+        .run(&["migrate", "counter", "--to", "b", "--copy-disk", "other"])
+        .refused(1, &["NO_SUCH_DEVICE", "other"]);
+    let there = folder.path().join("b.raw");
+    let plan = pair.a.json(&[
+        "migrate",
+        "counter",
+        "--to",
+        "b",
+        "--copy-disk",
+        "data",
+        "--dry-run",
+    ]);
+    assert!(plan["populated_kib"].as_u64().unwrap() > 300 * 4);
+    pair.b.quiet(1);
+    assert!(!there.exists(), "an assessment leaves nothing");
+
+    let args = ["counter", "--to", "b", "--copy-disk", "data", "--read-back"];
+    let report = moved(&pair.a, &args);
+    story.leave(&pair.a);
+    story.hear(&pair.b, 20);
+    assert!(
+        std::fs::read(&there).unwrap() == image,
+        "the image is the same"
+    );
+    let stored = std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&there).unwrap()) * 512;
+    assert!(
+        (300 * 4096..400 * 4096).contains(&stored),
+        "{stored} bytes are stored"
+    );
+    assert!(report["verified"]["pages"].as_u64().unwrap() >= 300 + 256);
+    assert!(report["verified"]["content_sha256"].is_string());
+
+    // Somebody's file is in the way: it stays what it is, and so does the guest.
+    let back = folder.path().join("a.raw");
+    std::fs::write(&back, "somebody's").unwrap();
+    pair.b
+        .run(&["migrate", "counter", "--to", "a", "--copy-disk", "data"])
+        .refused(1, &["DISK_EXISTS", "a.raw", "runs on here"]);
+    assert_eq!(std::fs::read(&back).unwrap(), b"somebody's");
+    std::fs::remove_file(&back).unwrap();
+    moved(&pair.b, &["counter", "--to", "a", "--copy-disk", "data"]);
+    story.leave(&pair.b);
+    story.hear(&pair.a, 20);
+    assert!(std::fs::read(&back).unwrap() == image);
+}
+
+#[test]
+fn a_disk_of_an_odd_size_stays_where_it_is() {
+    let (pair, _folder) = with_disks("odd");
+    run_with_disk(&pair.a, &[7; 4096 + 512]);
+    pair.a
+        .run(&["migrate", "counter", "--to", "b", "--copy-disk", "data"])
+        .refused(1, &["DISK_SIZE", "4608"]);
+    assert!(pair.a.runs("counter"));
+}
+
+#[test]
+fn a_disk_that_finds_no_room_leaves_the_guest_and_no_trace_and_the_next_try_succeeds() {
+    let (pair, folder) = with_disks("full");
+    run_with_disk(&pair.a, &image());
+    let small = folder.path();
+    mount(small, "size=256k");
+    let args = ["migrate", "counter", "--to", "b", "--copy-disk", "data"];
+    let refused = pair.a.run(&args).refused(1, &["DISK_FULL", "runs on here"]);
+    let left: Vec<_> = std::fs::read_dir(small).unwrap().collect();
+    mount(small, "remount,size=64m");
+    let mut story = Story::of("counter");
+    story.hear(&pair.a, 20);
+    assert!(left.is_empty(), "{left:?} {refused:?}");
+    moved(&pair.a, &args[1..]);
+    story.leave(&pair.a);
+    story.hear(&pair.b, 20);
+    assert!(std::fs::read(small.join("b.raw")).unwrap() == image());
+    pair.b.run(&["stop", "counter"]).expect(0);
+    pair.b.quiet(1);
+    assert!(
+        std::process::Command::new("umount")
+            .arg(small)
+            .status()
+            .unwrap()
+            .success()
+    );
+}
+
+fn mount(at: &std::path::Path, options: &str) {
+    let mut command = std::process::Command::new("mount");
+    command.args(["-t", "tmpfs", "-o", options, "none"]).arg(at);
+    assert!(command.status().unwrap().success());
 }
 
 fn moved(host: &Host, args: &[&str]) -> Value {

@@ -126,6 +126,9 @@ pub enum Request {
         /// Whether both ends read all memory anew, the guest paused, and compare it; for a plain guest.
         #[serde(default)]
         read_back: bool,
+        /// Disks that move along, by their names in the description; the others are the same storage at both hosts.
+        #[serde(default)]
+        copy_disks: Vec<String>,
     },
     /// Finds out whether a guest could move to a peer, and what that would be like. Nothing moves.
     Assess {
@@ -142,6 +145,9 @@ pub enum Request {
         /// Whether its vCPUs might not be throttled.
         #[serde(default)]
         unthrottled: bool,
+        /// Disks that would move along.
+        #[serde(default)]
+        copy_disks: Vec<String>,
     },
     /// Pauses a guest that is being moved and switches now, however long that takes.
     Proceed {

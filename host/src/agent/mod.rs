@@ -18,6 +18,7 @@ mod launch_inputs;
 mod metrics;
 mod move_records;
 mod mover_process;
+mod moving_disks;
 mod outgoing;
 mod platform;
 pub mod platform_api;
@@ -241,6 +242,7 @@ impl Agent {
                 bandwidth_mib,
                 unthrottled,
                 read_back,
+                copy_disks,
             } => {
                 let wish = Wish {
                     to: &to,
@@ -250,6 +252,7 @@ impl Agent {
                     bandwidth_mib,
                     unthrottled,
                     read_back,
+                    copy_disks: &copy_disks,
                 };
                 self.migrate(caller, &name, &wish, progress)
             }
@@ -259,6 +262,7 @@ impl Agent {
                 downtime_limit_ms,
                 bandwidth_mib,
                 unthrottled,
+                copy_disks,
             } => {
                 let wish = Wish {
                     to: &to,
@@ -266,6 +270,7 @@ impl Agent {
                     downtime_limit_ms,
                     bandwidth_mib,
                     unthrottled,
+                    copy_disks: &copy_disks,
                     ..Wish::default()
                 };
                 self.assess(caller, &name, &wish, progress)

@@ -23,9 +23,9 @@ pub struct MoverProcess {
     probes: Exchange<ProbeReport>,
 }
 
-/// Decides what a mover asks for; the descriptor goes beside the answer.
+/// Decides what a mover asks for; the descriptors go beside the answer.
 pub type Decide<'a> =
-    dyn FnMut(MoverRequestToAgent) -> Result<(AgentAnswer, Option<OwnedFd>), RoleError> + 'a;
+    dyn FnMut(MoverRequestToAgent) -> Result<(AgentAnswer, Vec<OwnedFd>), RoleError> + 'a;
 
 impl MoverProcess {
     /// Takes over a process just spawned.
@@ -92,13 +92,13 @@ impl MoverProcess {
 
     fn answer(
         &self,
-        decision: Result<(AgentAnswer, Option<OwnedFd>), RoleError>,
+        decision: Result<(AgentAnswer, Vec<OwnedFd>), RoleError>,
     ) -> Result<(), Failure> {
-        let (answer, handle) = match decision {
-            Ok((answer, handle)) => (Ok(answer), handle),
-            Err(error) => (Err(error), None),
+        let (answer, handles) = match decision {
+            Ok((answer, handles)) => (Ok(answer), handles),
+            Err(error) => (Err(error), Vec::new()),
         };
-        let handles: Vec<BorrowedFd<'_>> = handle.iter().map(AsFd::as_fd).collect();
+        let handles: Vec<BorrowedFd<'_>> = handles.iter().map(AsFd::as_fd).collect();
         self.channel
             .send_with(&MoverCommand::Answer(answer), &handles)
             .map_err(|e| gone(&e))

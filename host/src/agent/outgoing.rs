@@ -14,6 +14,7 @@ use crate::agent::authority::Caller;
 use crate::agent::guest::Guest;
 use crate::agent::move_records::MoveRecords;
 use crate::agent::mover_process::MoverProcess;
+use crate::agent::moving_disks;
 use crate::agent::record::{Ownership, OwnershipState};
 use crate::agent::transfer::{peer_entry, role_error};
 use crate::agent::vmm_process::lock;
@@ -41,6 +42,8 @@ pub(super) struct Wish<'a> {
     pub unthrottled: bool,
     /// Whether both ends read all memory anew and compare it.
     pub read_back: bool,
+    /// Disks that move along.
+    pub copy_disks: &'a [String],
 }
 
 /// A guest on its way out.
@@ -105,14 +108,16 @@ impl Agent {
         } else {
             "migrate-out"
         };
-        let started = self.source_start(&guest, wish).and_then(|start| {
+        let started = self.source_start(&guest, wish).and_then(|(start, images)| {
             let limit = start.limits.downtime_ms;
             let socket = connect(wish.to, self.config.peers.get(wish.to).copied())?;
             let command = match wish.assess {
                 true => MoverCommand::Assess(Box::new(start)),
                 false => MoverCommand::Source(Box::new(start)),
             };
-            let mover = self.start_mover(&guest, &command, socket.as_fd())?;
+            let mut beside = vec![socket.as_fd()];
+            beside.extend(images.iter().map(AsFd::as_fd));
+            let mover = self.start_mover(&guest, &command, &beside)?;
             Ok((mover, limit))
         });
         let (mover, downtime_limit_ms) = started.inspect_err(|failure| {
@@ -193,7 +198,11 @@ impl Agent {
         mover.ok_or_else(|| Failure::new("NOT_MOVING", format!("{name} is not being moved")))
     }
 
-    fn source_start(&self, guest: &Guest, wish: &Wish<'_>) -> Result<SourceStart, Failure> {
+    fn source_start(
+        &self,
+        guest: &Guest,
+        wish: &Wish<'_>,
+    ) -> Result<(SourceStart, Vec<OwnedFd>), Failure> {
         let to = wish.to;
         if wish.read_back && guest.plan.technology != Technology::None {
             return Err(Failure::new(
@@ -214,7 +223,8 @@ impl Agent {
         let limit = wish
             .downtime_limit_ms
             .unwrap_or(policy.migration.downtime_limit_ms.get());
-        Ok(SourceStart {
+        let (disks, images) = moving_disks::open(guest, wish.copy_disks)?;
+        let start = SourceStart {
             credentials: self.credentials()?.credentials.clone(),
             peer: peer_entry(peer),
             name: guest.plan.name.clone(),
@@ -230,16 +240,18 @@ impl Agent {
                 unthrottled: wish.unthrottled,
                 read_back: wish.read_back,
             },
-        })
+            disks,
+        };
+        Ok((start, images))
     }
 
-    /// Starts a mover for a guest here, joined to its VMM; beside the channel it gets `target`, where the guest goes. One
+    /// Starts a mover for a guest here, joined to its VMM; beside the channel it gets these. One
     /// at a time: what a guest is may not change while it is being written.
     pub(super) fn start_mover(
         &self,
         guest: &Guest,
         command: &MoverCommand,
-        target: BorrowedFd<'_>,
+        beside: &[BorrowedFd<'_>],
     ) -> Result<Arc<MoverProcess>, Failure> {
         let mut slot = lock(&guest.mover);
         if slot.is_some() {
@@ -250,7 +262,9 @@ impl Agent {
         }
         let mover = Arc::new(self.spawn_mover(guest.plan.memory_bytes)?);
         let vmm = guest.vmm.attach_mover()?;
-        mover.start(command, &[vmm.as_fd(), target])?;
+        let mut handles = vec![vmm.as_fd()];
+        handles.extend(beside);
+        mover.start(command, &handles)?;
         *slot = Some(Arc::clone(&mover));
         Ok(mover)
     }
@@ -259,7 +273,7 @@ impl Agent {
         &self,
         departure: &Departure<'_>,
         request: MoverRequestToAgent,
-    ) -> Result<(AgentAnswer, Option<OwnedFd>), RoleError> {
+    ) -> Result<(AgentAnswer, Vec<OwnedFd>), RoleError> {
         let Departure {
             guest,
             to,
@@ -284,7 +298,7 @@ impl Agent {
                 return Err(role_error("ROLE_PROTOCOL", "a source admits nobody"));
             }
         };
-        Ok((answer, None))
+        Ok((answer, Vec::new()))
     }
 
     fn record_departure(

@@ -10,6 +10,7 @@ use casemate_crypto_migrate::session::SessionFacts;
 
 use super::memory::BenchMemory;
 use crate::confidential::shared::{GuestMemory, SharedError};
+use crate::mover::disks::Disks;
 use crate::mover::source::{content_digest, read_clear};
 use crate::vmm::protocol::EXCHANGE_PAGES;
 
@@ -119,7 +120,7 @@ impl DestinationGuest for Arriving<'_> {
 }
 
 fn digest_of(memory: &GuestMemory, pages: &PageSet) -> Result<[u8; 32], GuestError> {
-    content_digest(memory, pages).map_err(|e| GuestError(e.to_string()))
+    content_digest(memory, &Disks::default(), pages).map_err(|e| GuestError(e.to_string()))
 }
 
 /// About what two vCPUs and four devices save.

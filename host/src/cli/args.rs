@@ -153,6 +153,9 @@ pub enum Command {
         /// With the guest paused, read all its memory anew at both ends and compare it; for a plain guest.
         #[arg(long)]
         read_back: bool,
+        /// A disk that moves along, by its name in the description (repeat for more); the others are the same storage.
+        #[arg(long, value_name = "DISK")]
+        copy_disk: Vec<String>,
     },
     /// Change what the move of a guest may take, while it runs.
     MigrateSet {

@@ -86,6 +86,7 @@ fn run(cli: Cli) -> Result<u8, Failure> {
             downtime_limit,
             bandwidth,
             no_throttle,
+            copy_disk,
             ..
         } => {
             let request = Request::Assess {
@@ -94,6 +95,7 @@ fn run(cli: Cli) -> Result<u8, Failure> {
                 downtime_limit_ms: downtime_limit,
                 bandwidth_mib: bandwidth,
                 unthrottled: no_throttle,
+                copy_disks: copy_disk,
             };
             show(agent, &request, json)
         }
@@ -106,6 +108,7 @@ fn run(cli: Cli) -> Result<u8, Failure> {
             bandwidth,
             no_throttle,
             read_back,
+            copy_disk,
         } => migrate::run(
             agent,
             &Request::Migrate {
@@ -116,6 +119,7 @@ fn run(cli: Cli) -> Result<u8, Failure> {
                 bandwidth_mib: bandwidth,
                 unthrottled: no_throttle,
                 read_back,
+                copy_disks: copy_disk,
             },
             json,
         ),

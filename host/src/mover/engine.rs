@@ -26,6 +26,7 @@ use crate::confidential::shared::Access;
 use crate::ipc::Channel;
 use crate::mover::agent_link::{AgentLink, AgentSigner};
 use crate::mover::destination::DestinationMachine;
+use crate::mover::disks::{Disks, OfferedDisk};
 use crate::mover::protocol::{
     AssessReport, Credentials, DestinationStart, GuestHere, MoveLimits, MoveOutcome, MoveProgress,
     MoveReport, MoveVerification, MoverEvent, PeerEntry, PinnedName, SourceStart,
@@ -112,9 +113,16 @@ pub fn run_destination(
 fn prepare_source(
     agent: &Arc<AgentLink>,
     start: &SourceStart,
-    handles: Vec<OwnedFd>,
+    mut handles: Vec<OwnedFd>,
 ) -> Result<(SourceMachine, SourceConfig, WatchedSocket), RoleError> {
+    let images = handles.split_off(handles.len().min(2));
     let [vmm, socket] = take(handles)?;
+    let offered = start.disks.iter();
+    let offered = offered.map(|(disk, pages)| OfferedDisk {
+        disk: *disk,
+        pages: *pages,
+    });
+    let disks = Disks::new(offered.collect(), images)?;
     let local = local(agent, &start.credentials, std::slice::from_ref(&start.peer))?;
     let mut config = SourceConfig::new(local, &start.peer.name);
     if start.limits.downtime_ms > 0 {
@@ -134,7 +142,7 @@ fn prepare_source(
     config.controls = agent.controls();
     config.controls.set_bandwidth(start.limits.bandwidth);
     let vmm = VmmLink::attach(Channel::from_fd(vmm), Access::ReadOnly)?;
-    let machine = SourceMachine::new(vmm, agent.clone(), start.emulated_roots.clone());
+    let machine = SourceMachine::new(vmm, agent.clone(), start.emulated_roots.clone(), disks);
     Ok((machine, config, WatchedSocket::new(socket, agent.clone())))
 }
 

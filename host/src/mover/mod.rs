@@ -5,6 +5,7 @@
 
 pub mod agent_link;
 pub mod destination;
+pub mod disks;
 pub mod engine;
 pub mod evidence;
 pub mod pager;

@@ -15,7 +15,8 @@ use crate::vmm::protocol::RoleError;
 /// Agent to mover.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum MoverCommand {
-    /// Moves a guest away. Descriptors beside it: the VMM's mover channel, the connected socket.
+    /// Moves a guest away. Descriptors beside it: the VMM's mover channel, the connected socket, then the images of the
+    /// disks that move along, in their order, for reading.
     Source(Box<SourceStart>),
     /// Finds out whether and how a guest could move away, and moves nothing. Descriptors as for [`MoverCommand::Source`].
     Assess(Box<SourceStart>),
@@ -109,7 +110,8 @@ pub enum AgentAnswer {
         #[serde(with = "serde_bytes")]
         signature: Vec<u8>,
     },
-    /// Come in. Descriptor beside it: the new VMM's mover channel.
+    /// Come in. Descriptors beside it: the new VMM's mover channel, then the images of the disks that the offer brings, in
+    /// their order, new and empty.
     Admitted,
     /// Not here.
     Refused {
@@ -286,6 +288,8 @@ pub struct SourceStart {
     pub description: Vec<u8>,
     /// SHA-256 of emulated roots that policy trusts as targets; empty means AMD's roots only.
     pub emulated_roots: Vec<[u8; 32]>,
+    /// Disks that move along: place in the plan, and size in pages.
+    pub disks: Vec<(u8, u64)>,
     /// Bounds.
     pub limits: MoveLimits,
 }

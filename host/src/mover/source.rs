@@ -14,6 +14,7 @@ use crate::confidential::protocol::PlatformEvidence;
 use crate::confidential::shared::GuestMemory;
 use crate::machine::plan::Technology;
 use crate::mover::agent_link::AgentLink;
+use crate::mover::disks::{Disks, OfferedDisk, is_disk, range_of};
 use crate::mover::evidence::{SendContext, encode, verify_target};
 use crate::mover::protocol::{MoverEvent, OwnershipStep};
 use crate::mover::vmm_link::{VmmLink, guest_error, unexpected};
@@ -24,16 +25,23 @@ pub struct SourceMachine {
     vmm: VmmLink,
     agent: Arc<AgentLink>,
     emulated_roots: Vec<[u8; 32]>,
+    disks: Disks,
     released: bool,
 }
 
 impl SourceMachine {
     /// Over an attached VMM. `emulated_roots` are the software platforms that policy accepts as targets.
-    pub fn new(vmm: VmmLink, agent: Arc<AgentLink>, emulated_roots: Vec<[u8; 32]>) -> Self {
+    pub fn new(
+        vmm: VmmLink,
+        agent: Arc<AgentLink>,
+        emulated_roots: Vec<[u8; 32]>,
+        disks: Disks,
+    ) -> Self {
         Self {
             vmm,
             agent,
             emulated_roots,
+            disks,
             released: false,
         }
     }
@@ -126,9 +134,36 @@ impl SourceMachine {
     }
 }
 
+impl SourceMachine {
+    /// Pages of memory, and the blocks of each disk that `request` asks for.
+    fn with_disks(
+        &self,
+        memory: PageSet,
+        request: fn(u8) -> MoverRequest,
+    ) -> Result<PageSet, RoleError> {
+        if self.disks.ranges().next().is_none() {
+            return Ok(memory);
+        }
+        let mut all = PageSet::empty(&SourceGuest::memory(self));
+        for page in memory.iter() {
+            all.insert(page);
+        }
+        for OfferedDisk { disk, pages } in self.disks.offered() {
+            let start = range_of(disk, pages).start.0;
+            let blocks = self.vmm.disk_bitmap(&request(disk), pages)?;
+            for block in blocks {
+                all.insert(Gpn(start + block));
+            }
+        }
+        Ok(all)
+    }
+}
+
 impl SourceGuest for SourceMachine {
     fn memory(&self) -> Vec<PageRange> {
-        self.vmm.ranges()
+        let mut all = self.vmm.ranges();
+        all.extend(self.disks.ranges());
+        all
     }
 
     fn agreed(&mut self, session: &SessionFacts) -> Result<(), Refusal> {
@@ -155,6 +190,7 @@ impl SourceGuest for SourceMachine {
         self.agent.poll();
         self.vmm
             .bitmap(&MoverRequest::StartTracking)
+            .and_then(|memory| self.with_disks(memory, MoverRequest::TrackDisk))
             .map_err(guest_error)
     }
 
@@ -162,6 +198,7 @@ impl SourceGuest for SourceMachine {
         self.agent.poll();
         self.vmm
             .bitmap(&MoverRequest::TakeDirty)
+            .and_then(|memory| self.with_disks(memory, MoverRequest::TakeDisk))
             .map_err(guest_error)
     }
 
@@ -171,6 +208,9 @@ impl SourceGuest for SourceMachine {
         emit: &mut dyn FnMut(Gpn, PageContent<'_>),
     ) -> Result<(), GuestError> {
         self.agent.poll();
+        let memory = pages.partition_point(|page| !is_disk(*page));
+        let (pages, blocks) = pages.split_at_checked(memory).unwrap_or((pages, &[]));
+        self.disks.read_extents(blocks, emit).map_err(guest_error)?;
         if self.vmm.confidential() {
             self.read_packets(pages, emit).map_err(guest_error)
         } else {
@@ -203,7 +243,7 @@ impl SourceGuest for SourceMachine {
 
     fn content_digest(&mut self, pages: &PageSet) -> Result<[u8; 32], GuestError> {
         no_read_back(&self.vmm).map_err(guest_error)?;
-        content_digest(&self.vmm.memory, pages).map_err(guest_error)
+        content_digest(&self.vmm.memory, &self.disks, pages).map_err(guest_error)
     }
 
     fn release(&mut self) -> Result<(), GuestError> {
@@ -232,8 +272,15 @@ impl SourceGuest for SourceMachine {
 }
 
 /// What these pages hold.
-pub fn content_digest(memory: &GuestMemory, pages: &PageSet) -> Result<[u8; 32], RoleError> {
+pub fn content_digest(
+    memory: &GuestMemory,
+    disks: &Disks,
+    pages: &PageSet,
+) -> Result<[u8; 32], RoleError> {
     ContentDigest::over(pages, |page, into| {
+        if is_disk(page) {
+            return disks.read(page, into);
+        }
         memory.read(address(page)?, into).map_err(RoleError::from)
     })
 }
@@ -271,7 +318,7 @@ pub fn read_clear(
 }
 
 /// Passes on the pages of an extent, those between zero pages together.
-fn emit_runs(first: Gpn, data: &[u8], emit: &mut dyn FnMut(Gpn, PageContent<'_>)) {
+pub(super) fn emit_runs(first: Gpn, data: &[u8], emit: &mut dyn FnMut(Gpn, PageContent<'_>)) {
     let (pages, _) = data.as_chunks::<PAGE_SIZE>();
     let is_zero = |page: &[u8; PAGE_SIZE]| *page == [0; PAGE_SIZE];
     let mut at = first.0;

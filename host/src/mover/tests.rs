@@ -391,6 +391,7 @@ impl Sites {
             epoch: 5,
             description: b"shape".to_vec(),
             emulated_roots,
+            disks: Vec::new(),
             limits: MoveLimits::default(),
         }))
     }

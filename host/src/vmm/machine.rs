@@ -1,5 +1,6 @@
 //! One machine: built from a plan, loaded, run, paused, saved, restored. Knows no channel and no protocol.
 
+mod disks;
 mod launch;
 
 use std::fs::File;

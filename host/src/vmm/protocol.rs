@@ -281,6 +281,11 @@ pub enum MoverRequest {
     StartTracking,
     /// Bitmap of pages written since, to the exchange memory (vCPUs' and devices' writes).
     TakeDirty,
+    /// Source: notes from now on which blocks of disk `n` of the plan are written; bitmap of all blocks of 4 KiB that hold
+    /// anything to the exchange memory.
+    TrackDisk(u8),
+    /// Source: bitmap of the blocks of a tracked disk that were written since, to the exchange memory.
+    TakeDisk(u8),
     /// SEV source: packets of these pages to the exchange memory, [`PACKET_STRIDE`] bytes each, in order.
     SendPages {
         /// Page numbers, at most [`EXCHANGE_PAGES`].
@@ -352,6 +357,11 @@ pub enum MoverReply {
         /// AMD certificates (or the emulated ones).
         #[serde(with = "serde_bytes")]
         amd: Vec<u8>,
+    },
+    /// A bitmap of a disk's blocks lies in the exchange memory, little-endian u64 words.
+    DiskBitmap {
+        /// Number of words.
+        words: u64,
     },
     /// A bitmap of `bits` bits, page number = index over the packed memory, lies in the exchange memory, little-endian u64 words.
     Bitmap {

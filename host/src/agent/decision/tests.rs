@@ -110,6 +110,7 @@ pub fn every_request() -> Vec<Request> {
             bandwidth_mib: None,
             unthrottled: false,
             read_back: false,
+            copy_disks: vec![name()],
         },
         Request::Cancel { name: name() },
         Request::Platform { processor: None },
@@ -164,6 +165,7 @@ pub fn every_request() -> Vec<Request> {
             downtime_limit_ms: None,
             bandwidth_mib: None,
             unthrottled: false,
+            copy_disks: vec![name()],
         },
         Request::Proceed { name: name() },
         Request::MigrateSet {
@@ -304,6 +306,7 @@ fn without_people_the_socket_s_users_are_operators_as_before() {
         bandwidth_mib: None,
         unthrottled: false,
         read_back: false,
+        copy_disks: Vec::new(),
     };
     assert_eq!(host.code(0, away), "NO_SUCH_GUEST");
     std::fs::write(host.path("next.toml"), format!("version = 1\n{POLICY}")).unwrap();

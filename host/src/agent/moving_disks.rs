@@ -1,0 +1,175 @@
+//! Disks that move along with their guest: opened for reading here, made anew where it goes.
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::io::{Seek, SeekFrom};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use casemate_policy::HostPolicy;
+
+use crate::agent::api::Failure;
+use crate::agent::guest::Guest;
+use crate::machine::plan::{DiskFormat, MachinePlan};
+use crate::mover::disks::OfferedDisk;
+
+/// The images of these disks of a guest, for reading, with their places in the plan and sizes in pages.
+pub fn open(guest: &Guest, ids: &[String]) -> Result<(Vec<(u8, u64)>, Vec<OwnedFd>), Failure> {
+    let mut places = BTreeMap::new();
+    for id in ids {
+        let place = (0u8..)
+            .zip(&guest.plan.disks)
+            .find(|(_, disk)| disk.id == *id);
+        let (place, disk) = place.ok_or_else(|| {
+            let name = &guest.plan.name;
+            Failure::new(
+                "NO_SUCH_DEVICE",
+                format!("{name} has no disk {id:?}; its description names those it has"),
+            )
+        })?;
+        if disk.format != DiskFormat::Raw {
+            let text = format!(
+                "disk {id} is no raw image; convert it, or give both hosts the same storage"
+            );
+            return Err(Failure::new("DISK_FORMAT", text));
+        }
+        places.insert(place, id);
+    }
+    let (mut disks, mut files) = (Vec::new(), Vec::new());
+    for (place, id) in places {
+        let path = guest.local.disks.get(usize::from(place));
+        let path =
+            path.ok_or_else(|| Failure::new("INTERNAL", format!("disk {id} has no image")))?;
+        let mut file = File::open(path).map_err(|e| unusable(path, &e))?;
+        let length = file
+            .seek(SeekFrom::End(0))
+            .map_err(|e| unusable(path, &e))?;
+        if length == 0 || !length.is_multiple_of(PAGE) {
+            let text = format!(
+                "{} has {length} bytes, which is no multiple of {PAGE}; make it longer, or give both hosts the same storage",
+                path.display()
+            );
+            return Err(Failure::new("DISK_SIZE", text));
+        }
+        disks.push((place, length / PAGE));
+        files.push(file.into());
+    }
+    Ok((disks, files))
+}
+
+/// Images made for a guest that is on its way; removed again unless it has come.
+#[derive(Default)]
+pub struct NewImages {
+    paths: Vec<PathBuf>,
+    /// For the mover, in the order of the offer.
+    pub files: Vec<OwnedFd>,
+}
+
+impl NewImages {
+    /// Makes an image for each disk that is offered, empty and of its size, where this host's policy says. None may exist.
+    pub fn make(
+        offered: &[OfferedDisk],
+        plan: &MachinePlan,
+        policy: &HostPolicy,
+    ) -> Result<Self, Failure> {
+        let mut images = Self::default();
+        for one in offered {
+            let disk = plan.disks.get(usize::from(one.disk));
+            let disk = disk
+                .filter(|disk| disk.format == DiskFormat::Raw)
+                .ok_or_else(|| {
+                    Failure::new(
+                        "DESCRIPTION",
+                        format!(
+                            "the offer brings disk {}, which the guest has not, or not raw",
+                            one.disk
+                        ),
+                    )
+                })?;
+            let place = policy.incoming_disk(&disk.id).ok_or_else(|| {
+                Failure::new(
+                    "POLICY_DISK",
+                    format!("the policy has no place for disk {:?}", disk.id),
+                )
+            })?;
+            images.add(&place.path, one.pages)?;
+        }
+        Ok(images)
+    }
+
+    fn add(&mut self, path: &Path, pages: u64) -> Result<(), Failure> {
+        let made = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(path);
+        let file = made.map_err(|e| match e.kind() {
+            std::io::ErrorKind::AlreadyExists => Failure::new(
+                "DISK_EXISTS",
+                format!("{} is there already; remove it, or move the guest without this disk if it is the same storage", path.display()),
+            ),
+            _ => unusable(path, &e),
+        })?;
+        self.paths.push(path.to_owned());
+        let length = pages.checked_mul(PAGE).unwrap_or(u64::MAX);
+        file.set_len(length).map_err(|e| unusable(path, &e))?;
+        self.files.push(file.into());
+        Ok(())
+    }
+
+    /// The guest is here: they stay.
+    pub fn keep(&mut self) {
+        self.paths.clear();
+    }
+}
+
+impl Drop for NewImages {
+    fn drop(&mut self) {
+        for path in &self.paths {
+            if let Err(error) = std::fs::remove_file(path) {
+                tracing::warn!(%error, path = %path.display(), "an image that nobody needs is left");
+            }
+        }
+    }
+}
+
+fn unusable(path: &Path, error: &std::io::Error) -> Failure {
+    Failure::new(
+        "RESOURCE",
+        format!("{} cannot be used: {error}", path.display()),
+    )
+}
+
+/// What travels at once; as large as a page of memory.
+const PAGE: u64 = 4096;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn images_are_made_once_and_removed_unless_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        let (one, two) = (folder.path().join("one"), folder.path().join("two"));
+        let mut images = NewImages::default();
+        images.add(&one, 3).unwrap();
+        assert_eq!(std::fs::metadata(&one).unwrap().len(), 3 * PAGE);
+        let mut again = NewImages::default();
+        again.add(&two, 1).unwrap();
+        assert_eq!(again.add(&one, 3).unwrap_err().code, "DISK_EXISTS");
+        assert_eq!(
+            again
+                .add(&folder.path().join("no/where"), 3)
+                .unwrap_err()
+                .code,
+            "RESOURCE"
+        );
+        drop(again);
+        assert!(!two.exists() && one.exists(), "what was there before stays");
+        images.keep();
+        drop(images);
+        assert!(one.exists());
+    }
+}
