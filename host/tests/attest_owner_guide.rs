@@ -10,14 +10,14 @@
 
 #[path = "../../attest/tests/common/kds_server.rs"]
 mod kds_server;
+mod page;
 
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Command;
 
 use casemate_attest::measure::guest::{Firmware, GuestDescription, Technology};
 use casemate_attest::measure::id_block::{IdAuth, IdBlock};
@@ -30,6 +30,7 @@ use casemate_attest::processor::snp::forge::{Authority, report_fields, tcb};
 use casemate_attest::product::Product;
 use casemate_attest::report::{ReportVersion, SigningKey};
 use kds_server::{Answer, KdsServer};
+use page::{Stage, Told};
 
 /// What the page shows but the test does not run, each by its first line.
 const NOT_EXECUTED: [&str; 1] = ["[vault]"];
@@ -38,181 +39,48 @@ const EXECUTED: usize = 14;
 /// The port that the page names; the test takes a free one.
 const PORT: &str = ":8080";
 
-/// One fenced block.
-struct Block {
-    line: usize,
-    kind: String,
-    text: String,
-}
-
-/// The folder, the programs, and everything that stands in for a machine.
-struct Stage {
-    folder: tempfile::TempDir,
-    programs: PathBuf,
-    port: u16,
-    environment: Vec<(&'static str, String)>,
-    background: Vec<Child>,
-    _service: KdsServer,
-}
-
 #[test]
 fn the_owners_page_holds() {
-    let mut stage = Stage::new();
-    let (mut executed, mut left, mut printed) = (0, Vec::new(), None);
-    let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../attest/OWNERS.md");
-    for block in blocks(&fs::read_to_string(page).unwrap()) {
-        match block.kind.as_str() {
-            "sh" => printed = Some(stage.run(&block)),
-            "sh background" => stage.start(&block),
-            "text" => {
-                let printed: String = printed.take().expect("output stands below its block");
-                shows(&block, &printed);
-                continue;
-            }
-            "toml" => left.push(block.text.lines().next().unwrap().to_owned()),
-            other => panic!("OWNERS.md:{}: a `{other}` block is not run", block.line),
-        }
-        executed += usize::from(block.kind != "toml");
-    }
-    assert_eq!(left, NOT_EXECUTED);
-    assert_eq!(executed, EXECUTED);
+    let mut stage = Stage::new("attest/OWNERS.md");
+    stage.programs = programs();
+    let at = stage.folder.path();
+    let ovmf = vector("measurement/ovmf_AmdSev_suffix.bin");
+    fs::write(at.join("OVMF.amdsev.fd"), ovmf).unwrap();
+    fs::write(at.join("vmlinuz"), [0xaa; 8192]).unwrap();
+    fs::write(at.join("initrd"), [0x55; 4096]).unwrap();
+    let authority = Authority::shared();
+    fs::create_dir(at.join("emulated")).unwrap();
+    fs::write(at.join("emulated/ark.der"), authority.ark()).unwrap();
+    processor(at);
+    let service = service();
+    let root = hex::encode(authority.identity().root_fingerprint());
+    stage.environment = environment(&root, &service.base());
+    let free = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = free.local_addr().unwrap();
+    drop(free);
+    stage.instead = vec![(PORT, format!(":{}", address.port()))];
+    let told = stage.tell(|_| TcpStream::connect(address).is_ok());
+    let all = Told {
+        executed: EXECUTED,
+        shown: NOT_EXECUTED.map(str::to_owned).to_vec(),
+    };
+    assert_eq!(told, all);
 }
 
-impl Stage {
-    fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let at = folder.path();
-        let ovmf = vector("measurement/ovmf_AmdSev_suffix.bin");
-        fs::write(at.join("OVMF.amdsev.fd"), ovmf).unwrap();
-        fs::write(at.join("vmlinuz"), [0xaa; 8192]).unwrap();
-        fs::write(at.join("initrd"), [0x55; 4096]).unwrap();
-        let authority = Authority::shared();
-        fs::create_dir(at.join("emulated")).unwrap();
-        fs::write(at.join("emulated/ark.der"), authority.ark()).unwrap();
-        processor(at);
-        let service = service();
-        let free = TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = free.local_addr().unwrap().port();
-        let root = hex::encode(authority.identity().root_fingerprint());
-        let environment = vec![
-            (
-                "EMULATED_GUEST",
-                "--emulated-report-socket processor.sock".to_owned(),
-            ),
-            ("EMULATED_MIRROR", format!("--base-url {}", service.base())),
-            (
-                "EMULATED_TRUST",
-                format!("--emulated-root emulated/ark.der --allow-emulated sha256:{root}"),
-            ),
-            ("EMULATED_CHAIN", "--chain emulated".to_owned()),
-            (
-                "EMULATED_POLICY",
-                format!("allow_emulated = true\nemulated_roots = [\"sha256:{root}\"]"),
-            ),
-        ];
-        Self {
-            folder,
-            programs: programs(),
-            port,
-            environment,
-            background: Vec::new(),
-            _service: service,
-        }
-    }
-
-    /// What a block printed, on both outputs; it must succeed.
-    fn run(&self, block: &Block) -> String {
-        let output = self.command(&block.text).output().unwrap();
-        let text = [output.stdout, output.stderr].concat();
-        let text = String::from_utf8_lossy(&text).into_owned();
-        assert!(
-            output.status.success(),
-            "OWNERS.md:{}: {}\n{text}",
-            block.line,
-            output.status
-        );
-        text
-    }
-
-    /// Starts a block and waits until it listens.
-    fn start(&mut self, block: &Block) {
-        let text = format!("exec {}", block.text);
-        let child = self.command(&text).stdin(Stdio::null()).spawn().unwrap();
-        self.background.push(child);
-        let address = SocketAddr::from(([127, 0, 0, 1], self.port));
-        let end = Instant::now() + PATIENCE;
-        while TcpStream::connect(address).is_err() {
-            let ended = self.background.last_mut().unwrap().try_wait().unwrap();
-            assert_eq!(ended, None, "OWNERS.md:{}: it ended", block.line);
-            assert!(Instant::now() < end, "nothing listens on {address}");
-            std::thread::sleep(Duration::from_millis(20));
-        }
-    }
-
-    fn command(&self, script: &str) -> Command {
-        let script = script.replace(PORT, &format!(":{}", self.port));
-        let path = std::env::var("PATH").unwrap();
-        let mut command = Command::new("bash");
-        command
-            .args(["-euo", "pipefail", "-c", &script])
-            .current_dir(self.folder.path())
-            .env("PATH", format!("{}:{path}", self.programs.display()))
-            .env_remove("CASEMATE_KDS_CACHE")
-            .envs(self.environment.iter().map(|(name, value)| (name, value)));
-        command
-    }
-}
-
-impl Drop for Stage {
-    fn drop(&mut self) {
-        for child in &mut self.background {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-    }
-}
-
-/// The fenced blocks of a page.
-fn blocks(page: &str) -> Vec<Block> {
-    let mut blocks = Vec::new();
-    let mut open: Option<Block> = None;
-    for (number, line) in page.lines().enumerate() {
-        match (line.strip_prefix("```"), &mut open) {
-            (Some(kind), None) => {
-                open = Some(Block {
-                    line: number + 1,
-                    kind: kind.to_owned(),
-                    text: String::new(),
-                });
-            }
-            (Some(_), Some(_)) => blocks.extend(open.take()),
-            (None, Some(block)) => block.text += &format!("{line}\n"),
-            (None, None) => {}
-        }
-    }
-    assert!(open.is_none(), "the last block has no end");
-    blocks
-}
-
-/// Each line of the page's output is in what was printed; `…` stands for anything, spaces do not count.
-fn shows(block: &Block, printed: &str) {
-    for wanted in block.text.lines() {
-        let found = printed.lines().any(|line| {
-            let words = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
-            let line = words(line);
-            let mut rest = line.as_str();
-            wanted.split('…').map(words).all(|part| {
-                let at = rest.find(&part);
-                rest = at.map_or("", |at| &rest[at + part.len()..]);
-                at.is_some()
-            })
-        });
-        assert!(
-            found,
-            "OWNERS.md:{}: no line is `{wanted}` in\n{printed}",
-            block.line
-        );
-    }
+/// What the page leaves to the environment, so that it reads as with AMD's processor.
+fn environment(root: &str, service: &str) -> Vec<(&'static str, String)> {
+    let trust = format!("--emulated-root emulated/ark.der --allow-emulated sha256:{root}");
+    let policy = format!("allow_emulated = true\nemulated_roots = [\"sha256:{root}\"]");
+    vec![
+        (
+            "EMULATED_GUEST",
+            "--emulated-report-socket processor.sock".to_owned(),
+        ),
+        ("EMULATED_MIRROR", format!("--base-url {service}")),
+        ("EMULATED_TRUST", trust),
+        ("EMULATED_CHAIN", "--chain emulated".to_owned()),
+        ("EMULATED_POLICY", policy),
+    ]
 }
 
 /// A folder with both programs. The agent is another package's: a build of the workspace has made it; where there is
@@ -324,5 +192,3 @@ fn vector(name: &str) -> Vec<u8> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../attest/tests/vectors");
     fs::read(root.join(name)).unwrap()
 }
-
-const PATIENCE: Duration = Duration::from_secs(60);

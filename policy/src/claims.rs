@@ -6,7 +6,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::action::Action;
+use crate::action::{Action, ActionKind};
 use crate::types::{DnsName, Fingerprint, Identity, LaunchDigest, LaunchSigner, Timestamp};
 
 /// Everything a decision depends on, besides the policy. Recorded with the decision, so that it can be made again.
@@ -33,6 +33,9 @@ pub struct Inquiry {
     /// What two hosts have agreed on for a move.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub session: Option<SessionClaims>,
+    /// Files of this host that somebody named, where they really are: no link is left to follow.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub files: Vec<String>,
 }
 
 impl Inquiry {
@@ -47,6 +50,7 @@ impl Inquiry {
             guest: GuestClaims::default(),
             host: HostClaims::default(),
             session: None,
+            files: Vec::new(),
         }
     }
 
@@ -56,6 +60,35 @@ impl Inquiry {
     }
 
     /// Reads what [`Inquiry::canonical`] wrote.
+    pub fn from_canonical(text: &str) -> Option<Self> {
+        serde_json::from_str(text).ok()
+    }
+}
+
+/// The question before anything that somebody named is looked at: whether they may ask for this at all
+/// ([`may_ask`](crate::may_ask)).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Asking {
+    /// Who asks.
+    pub actor: Actor,
+    /// For what.
+    pub kind: ActionKind,
+    /// To do it to this, where that is known before looking.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub object: Option<String>,
+    /// Files of this host that the request names, as in [`Inquiry::files`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub files: Vec<String>,
+}
+
+impl Asking {
+    /// As records hold it: JSON without spaces, fields in the order above.
+    pub fn canonical(&self) -> String {
+        serde_json::to_string(self).unwrap_or_default() // strings, integers and structures of them: cannot fail
+    }
+
+    /// Reads what [`Asking::canonical`] wrote.
     pub fn from_canonical(text: &str) -> Option<Self> {
         serde_json::from_str(text).ok()
     }

@@ -35,6 +35,8 @@ pub struct HostPolicy {
     pub sandbox: Sandbox,
     /// The largest guest.
     pub limits: Limits,
+    /// Which files of the host requests may name.
+    pub files: Files,
     /// Whether and how guests may move.
     pub migration: Migration,
     peers: Vec<Peer>,
@@ -167,6 +169,16 @@ pub struct Technologies {
     /// Whether the software secure processor counts (default: no).
     #[serde(default)]
     pub allow_emulated: bool,
+}
+
+/// `[files]`
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct Files {
+    /// Folders: what a request names of this host, and what a description names, lies in one of them (default: no rule).
+    #[serde(default, deserialize_with = "parse::optional_folders")]
+    pub folders: Option<Vec<PathBuf>>,
 }
 
 /// `[sandbox]`

@@ -7,13 +7,14 @@ mod session;
 
 use std::collections::BTreeSet;
 use std::fmt::{Display, Write as _};
+use std::path::{Component, Path};
 
 use serde::Serialize;
 
 pub use crate::action::{Action, ActionKind};
 pub use code::Code;
 
-use crate::claims::{Actor, HostClaims, Inquiry, SandboxLevel};
+use crate::claims::{Actor, Asking, HostClaims, Inquiry, SandboxLevel};
 use crate::document::HostPolicy;
 use crate::floor;
 use crate::types::{Identity, Technology, Timestamp};
@@ -25,6 +26,7 @@ pub fn decide(policy: &HostPolicy, inquiry: &Inquiry) -> Decision {
     reasons.extend(people::rules(policy, inquiry));
     reasons.extend(validity_rule(policy, inquiry));
     reasons.extend(host_rules(policy, &inquiry.action));
+    reasons.extend(file_rule(policy, &inquiry.files));
     reasons.extend(ground_rules(policy, inquiry));
     reasons.extend(session::rules(policy, inquiry));
     reasons.extend(guest::rules(policy, inquiry));
@@ -33,13 +35,11 @@ pub fn decide(policy: &HostPolicy, inquiry: &Inquiry) -> Decision {
 
 /// Whether somebody may ask for a kind of action at all, before anything they named is opened: the rules of `[people]`
 /// without those for two. What passes here is still to be [`decide`]d.
-pub fn may_ask(
-    policy: &HostPolicy,
-    actor: &Actor,
-    kind: ActionKind,
-    object: Option<&str>,
-) -> Decision {
-    Decision::of(people::asking(policy, actor, kind, object))
+pub fn may_ask(policy: &HostPolicy, asking: &Asking) -> Decision {
+    let object = asking.object.as_deref();
+    let mut reasons = people::asking(policy, &asking.actor, asking.kind, object);
+    reasons.extend(file_rule(policy, &asking.files));
+    Decision::of(reasons)
 }
 
 /// [`decide`] for the host itself, of a guest without name, with no claims and no clock: what a policy without owners,
@@ -336,6 +336,37 @@ fn resource_rules(policy: &HostPolicy, disks: &[String], nets: &[String]) -> Vec
         remedy: "add an [[incoming_net]] with this id and a local bridge",
     }));
     reasons
+}
+
+/// Files outside every folder of the policy; what climbs (`..`) is nowhere.
+fn file_rule(policy: &HostPolicy, files: &[String]) -> Option<Reason> {
+    let folders = policy.files.folders.as_ref()?;
+    if files.is_empty() {
+        return None;
+    }
+    let lies_in = |file: &str, folder: &Path| {
+        let path = Path::new(file);
+        let climbs = path.components().any(|c| c == Component::ParentDir);
+        path.starts_with(folder) && path != folder && !climbs
+    };
+    let inside = |file: &str| folders.iter().any(|folder| lies_in(file, folder));
+    let outside: Vec<&str> = files
+        .iter()
+        .map(String::as_str)
+        .filter(|file| !inside(file))
+        .collect();
+    Some(Reason {
+        rule: "files.folders",
+        wanted: listing("files in", folders.iter().map(|folder| folder.display())),
+        found: if outside.is_empty() {
+            "all are".to_owned()
+        } else {
+            listing("outside:", outside.iter().map(|file| short(file)))
+        },
+        allows: outside.is_empty(),
+        code: Code::FileNotAllowed,
+        remedy: "move the file, or add its folder to files.folders",
+    })
 }
 
 /// A list for a reason; a long one is cut.

@@ -2,9 +2,9 @@
 
 use serde::Serialize;
 
-use crate::claims::Inquiry;
+use crate::claims::{Actor, Asking, Inquiry};
 use crate::document::HostPolicy;
-use crate::evaluate::{Decision, decide};
+use crate::evaluate::{Decision, decide, may_ask};
 use crate::ledger::{Detail, Entry, Outcome, Record};
 use crate::types::{Fingerprint, Timestamp};
 
@@ -16,6 +16,47 @@ pub fn entry(actor: &str, inquiry: &Inquiry, decision: &Decision, policy: Finger
         .emulated(emulated)
         .with(INPUT, inquiry.canonical())
         .with(POLICY, policy.to_string())
+}
+
+/// The same of a decision on whether somebody may ask at all; that question is in detail `asked`.
+pub fn entry_of_asking(
+    actor: &str,
+    asking: &Asking,
+    decision: &Decision,
+    policy: Fingerprint,
+) -> Entry {
+    let object = asking.object.as_deref().unwrap_or_default();
+    Entry::decided(actor, asking.kind.as_str(), object, decision)
+        .with(ASKED, asking.canonical())
+        .with(POLICY, policy.to_string())
+}
+
+/// What was asked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub enum Question {
+    /// Whether something may be done.
+    Whole(Box<Inquiry>),
+    /// Whether somebody may ask for it at all.
+    First(Asking),
+}
+
+impl Question {
+    /// The policy's answer.
+    pub fn put_to(&self, policy: &HostPolicy) -> Decision {
+        match self {
+            Self::Whole(inquiry) => decide(policy, inquiry),
+            Self::First(asking) => may_ask(policy, asking),
+        }
+    }
+
+    /// Who asked.
+    pub const fn actor(&self) -> &Actor {
+        match self {
+            Self::Whole(inquiry) => &inquiry.actor,
+            Self::First(asking) => &asking.actor,
+        }
+    }
 }
 
 /// A decision as a record has it.
@@ -36,7 +77,7 @@ pub struct Recorded {
     /// The policy that decided.
     pub policy: Option<Fingerprint>,
     /// The question; records of older versions have none.
-    pub inquiry: Option<Inquiry>,
+    pub question: Option<Question>,
 }
 
 impl Recorded {
@@ -59,7 +100,10 @@ impl Recorded {
             allowed,
             code: record.code.clone(),
             policy: text(POLICY).and_then(|digest| digest.parse().ok()),
-            inquiry: text(INPUT).and_then(Inquiry::from_canonical),
+            question: text(INPUT)
+                .and_then(Inquiry::from_canonical)
+                .map(|inquiry| Question::Whole(Box::new(inquiry)))
+                .or_else(|| Some(Question::First(Asking::from_canonical(text(ASKED)?)?))),
         })
     }
 
@@ -69,18 +113,18 @@ impl Recorded {
         find: impl FnOnce(Fingerprint) -> Option<HostPolicy>,
     ) -> Result<Explained, Unexplained> {
         let seq = self.seq;
-        let inquiry = self.inquiry.clone().ok_or(Unexplained::NoInput { seq })?;
+        let question = self.question.clone().ok_or(Unexplained::NoInput { seq })?;
         let digest = self.policy.ok_or(Unexplained::NoPolicy { seq })?;
         let policy = find(digest)
             .filter(|policy| policy.digest() == digest)
             .ok_or(Unexplained::PolicyUnknown { seq, digest })?;
-        let decision = decide(&policy, &inquiry);
+        let decision = question.put_to(&policy);
         Ok(Explained {
             seq,
             policy: digest,
             agrees: decision.allowed == self.allowed && decision.code.as_str() == self.code,
             recorded: self.code.clone(),
-            inquiry,
+            question,
             decision,
         })
     }
@@ -98,7 +142,7 @@ pub struct Explained {
     /// The recorded code.
     pub recorded: String,
     /// The question.
-    pub inquiry: Inquiry,
+    pub question: Question,
     /// The answer, with every rule.
     pub decision: Decision,
 }
@@ -173,19 +217,19 @@ pub fn diff(
 ) -> Difference {
     let mut difference = Difference::default();
     for one in recorded.into_iter().filter(|one| one.time >= since) {
-        let Some(inquiry) = one.inquiry else {
+        let Some(question) = one.question else {
             difference.not_comparable += 1;
             continue;
         };
         difference.compared += 1;
         let (was_allowed, was) = match old {
             Some(old) => {
-                let before = decide(old, &inquiry);
+                let before = question.put_to(old);
                 (before.allowed, before.code.as_str().to_owned())
             }
             None => (one.allowed, one.code),
         };
-        let now = decide(new, &inquiry);
+        let now = question.put_to(new);
         if now.allowed != was_allowed || now.code.as_str() != was {
             difference.changed.push(Changed {
                 seq: one.seq,
@@ -207,6 +251,7 @@ fn moment(text: &str) -> Option<Timestamp> {
 }
 
 const INPUT: &str = "input";
+const ASKED: &str = "asked";
 const POLICY: &str = "policy";
 
 #[cfg(test)]
@@ -214,9 +259,9 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
-    use crate::action::Action;
+    use crate::action::{Action, ActionKind};
     use crate::claims::Actor;
-    use crate::ledger::{Ledger, Signer, verify};
+    use crate::ledger::{Ledger, Signer, VerifyingKey, verify};
     use crate::types::Technology;
 
     fn policy(vcpus: u16) -> HostPolicy {
@@ -241,13 +286,7 @@ mod tests {
 
     /// Decisions for 1 to 4 vCPUs under a limit of 2, a record of another kind, and one without input: by way of a file.
     fn log() -> Vec<Record> {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("ledger");
-        let random = ring::rand::SystemRandom::new();
-        let key = ring::signature::Ed25519KeyPair::generate_pkcs8(&random).unwrap();
-        let signer = Signer::from_pkcs8("h", key.as_ref()).unwrap();
-        let public = signer.verifying_key();
-        let mut ledger = Ledger::open(&path, signer).unwrap();
+        let mut ledger = scratch();
         let policy = policy(2);
         for vcpus in 1..=4 {
             let inquiry = launch(vcpus);
@@ -262,9 +301,41 @@ mod tests {
         ledger
             .append(Entry::decided("a", "launch", "vm", &decision))
             .unwrap();
-        ledger.checkpoint().unwrap();
-        drop(ledger);
-        verify(&path, &public).unwrap().records().to_vec()
+        ledger.verified()
+    }
+
+    struct Scratch {
+        folder: tempfile::TempDir,
+        public: VerifyingKey,
+        ledger: Ledger,
+    }
+
+    fn scratch() -> Scratch {
+        let folder = tempfile::tempdir().unwrap();
+        let random = ring::rand::SystemRandom::new();
+        let key = ring::signature::Ed25519KeyPair::generate_pkcs8(&random).unwrap();
+        let signer = Signer::from_pkcs8("h", key.as_ref()).unwrap();
+        let public = signer.verifying_key();
+        let ledger = Ledger::open(&folder.path().join("ledger"), signer).unwrap();
+        Scratch {
+            folder,
+            public,
+            ledger,
+        }
+    }
+
+    impl Scratch {
+        fn append(&mut self, entry: Entry) -> Result<(), crate::ledger::LedgerError> {
+            self.ledger.append(entry).map(|_| ())
+        }
+
+        /// What an auditor reads.
+        fn verified(mut self) -> Vec<Record> {
+            self.ledger.checkpoint().unwrap();
+            drop(self.ledger);
+            let path = self.folder.path().join("ledger");
+            verify(&path, &self.public).unwrap().records().to_vec()
+        }
     }
 
     #[test]
@@ -298,6 +369,36 @@ mod tests {
         forged.code = "allowed".to_owned();
         forged.allowed = true;
         assert!(!forged.explain(|_| Some(policy(2))).unwrap().agrees);
+    }
+
+    #[test]
+    fn who_was_not_heard_is_explained_and_compared_too() {
+        let people = |uid: u32| {
+            let text = format!(
+                "host = {{ name = 'h' }}\ntechnologies = {{ allowed = ['sev'] }}\n\
+                 limits = {{ max_vcpus = 2, max_memory_mib = 64 }}\n\
+                 person = [{{ name = 'olga', role = 'operator', uid = {uid} }}]\n"
+            );
+            HostPolicy::parse("p", &text).unwrap()
+        };
+        let (then, now) = (people(7), people(8));
+        let asking = Asking {
+            actor: Actor::Local { uid: 8 },
+            kind: ActionKind::Launch,
+            object: None,
+            files: Vec::new(),
+        };
+        let decision = may_ask(&then, &asking);
+        let entry = entry_of_asking("uid 8", &asking, &decision, then.digest());
+        let mut ledger = scratch();
+        ledger.append(entry).unwrap();
+        let records = ledger.verified();
+        let recorded = Recorded::of(&records[0]).unwrap();
+        assert_eq!(recorded.question, Some(Question::First(asking)));
+        let explained = recorded.explain(|_| Some(then.clone())).unwrap();
+        assert!(explained.agrees && !explained.decision.allowed);
+        let changed = diff([recorded], Timestamp::from_unix(0), None, &now).changed;
+        assert!(changed[0].now.allowed && !changed[0].was_allowed);
     }
 
     #[test]

@@ -3,7 +3,9 @@
 use std::path::Path;
 use std::time::SystemTime;
 
-use casemate_policy::claims::{Firmware, GuestClaims, HostClaims, SandboxLevel, SessionClaims};
+use casemate_policy::claims::{
+    Asking, Firmware, GuestClaims, HostClaims, SandboxLevel, SessionClaims,
+};
 use casemate_policy::ledger::{Entry, Outcome};
 use casemate_policy::{
     Action, ActionKind, Code, Decision, HostPolicy, Inquiry, Timestamp, decide, history, may_ask,
@@ -108,21 +110,18 @@ impl Agent {
         object: Option<&str>,
     ) -> Result<(), Failure> {
         let policy = self.policy();
-        let decision = may_ask(&policy, caller.actor(), kind, object);
+        let asking = Asking {
+            actor: caller.actor().clone(),
+            kind,
+            object: object.map(|object| object.chars().take(MAX_OBJECT).collect()),
+        };
+        let decision = may_ask(&policy, &asking);
         if decision.allowed {
             return Ok(());
         }
-        let entry = Entry::decided(
-            caller.name(),
-            kind.as_str(),
-            object.unwrap_or_default(),
-            &decision,
-        );
-        self.evidence.record(
-            entry
-                .with("policy", policy.digest().to_string())
-                .with("asked_by", caller.actor().to_string()),
-        )?;
+        let name = caller.name();
+        let entry = history::entry_of_asking(name, &asking, &decision, policy.digest());
+        self.evidence.record(entry)?;
         Err(self.refusal(&decision))
     }
 
@@ -182,7 +181,7 @@ impl Agent {
         if alone {
             let id = self.authority.wait_for_second(&inquiry);
             refusal.error.push_str(&format!(
-                " It waits 15 minutes: a second person runs `casemate policy approve {id}`, then ask again."
+                ". It waits 15 minutes: a second person runs `casemate policy approve {id}`, then ask again."
             ));
         }
         Err(refusal)

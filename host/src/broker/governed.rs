@@ -21,6 +21,7 @@ use casemate_policy::{Action, Actor, HostPolicy, Inquiry, Technology, Timestamp,
 use ring::digest::{SHA256, digest};
 
 use super::BrokerError;
+use super::acts::Acts;
 use super::config::BrokerConfig;
 use crate::agent::authority::PolicyText;
 use crate::agent::evidence::Evidence;
@@ -29,6 +30,7 @@ use crate::agent::evidence::Evidence;
 pub struct Government {
     policy: HostPolicy,
     ledger: Evidence,
+    acts: Acts,
     name: String,
 }
 
@@ -56,13 +58,16 @@ impl Government {
         Ok(Self {
             policy,
             ledger,
+            acts: Acts::of(&config.state_dir),
             name: config.name.clone(),
         })
     }
 
+    /// What owners did to the store comes before what it led to.
     fn record(&self, entry: Entry) -> Result<(), NotRecorded> {
-        self.ledger
-            .record(entry)
+        self.acts
+            .take(&self.name, |act| self.ledger.record(act))
+            .and_then(|()| self.ledger.record(entry))
             .map_err(|e| NotRecorded(e.to_string()))
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! The protocol itself, and what must hold before a secret leaves, is [`casemate_attest::broker`].
 
+mod acts;
 pub mod admin;
 mod appraise;
 pub mod config;
@@ -25,6 +26,7 @@ use casemate_attest::broker::{
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 
+use acts::Acts;
 use admin::StoreAdmin;
 use config::{BrokerConfig, TlsFiles};
 use governed::{Governed, Government};
@@ -138,6 +140,13 @@ pub fn open_store(config: &mut BrokerConfig) -> Result<Box<dyn StoreAdmin>, Brok
     let key = files::read_key(&store.key)?;
     let sealed = sealed::SealedStore::new(&store.file, key, &config.state_dir);
     Ok(Box::new(sealed))
+}
+
+/// The same for its owner: each change leaves a note for the ledger.
+pub fn owners_store(config: &mut BrokerConfig) -> Result<Box<dyn StoreAdmin>, BrokerError> {
+    let acts = Acts::of(&config.state_dir);
+    let store = open_store(config)?;
+    Ok(Box::new(acts::Noting { store, acts }))
 }
 
 /// Serves until SIGTERM or SIGINT.

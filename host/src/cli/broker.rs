@@ -17,6 +17,7 @@ use crate::broker::{self, BrokerError};
     after_help = "Exit status: 0 done, 1 failed or not there, 64 usage.\n\n\
         The least configuration (TOML; paths are relative to its folder; policies as for `casemate attest verify`):\n\n  \
         state_dir = \"state\"\n  \
+        policy = \"site.toml\"\n  \
         listen = [\"tcp:127.0.0.1:8080\"]\n  \
         references = [\"reference.toml\"]\n  \
         store = { file = \"secrets.sealed\", key = \"store.key\" }\n  \
@@ -60,7 +61,7 @@ pub fn run(args: BrokerArgs, json: bool) -> Result<u8, Failure> {
         super::roles::log();
         return broker::serve(config).map(|()| 0).map_err(failed);
     };
-    let store = broker::open_store(&mut config).map_err(failed)?;
+    let store = broker::owners_store(&mut config).map_err(failed)?;
     match command {
         BrokerCommand::Put { path, from } => {
             let secret = read(from.as_deref())?;

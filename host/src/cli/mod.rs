@@ -184,6 +184,28 @@ fn run(cli: Cli) -> Result<u8, Failure> {
     }
 }
 
+/// Every command that does something, in its words (`vm start`).
+pub fn commands() -> Vec<String> {
+    let mut leaves = Vec::new();
+    collect(&Cli::command(), "", &mut leaves);
+    leaves
+}
+
+fn collect(command: &clap::Command, words: &str, leaves: &mut Vec<String>) {
+    if !words.is_empty() && !command.is_subcommand_required_set() {
+        leaves.push(words.to_owned());
+    }
+    for below in command.get_subcommands() {
+        let name = below.get_name();
+        let words = if words.is_empty() {
+            name.to_owned()
+        } else {
+            format!("{words} {name}")
+        };
+        collect(below, &words, leaves);
+    }
+}
+
 /// The page of a command, and behind it those of its own commands, as `man` shows several.
 fn manual(command: &clap::Command, text: &mut Vec<u8>) -> std::io::Result<()> {
     clap_mangen::Man::new(command.clone()).render(text)?;

@@ -10,7 +10,7 @@ use toml::Spanned;
 use super::guest::{GuestBook, GuestRules};
 use super::people::{People, Person};
 use super::{
-    FirmwareMinimum, Host, HostPolicy, IncomingDisk, IncomingNet, Limits, Migration, Peer,
+    Files, FirmwareMinimum, Host, HostPolicy, IncomingDisk, IncomingNet, Limits, Migration, Peer,
     PeerPath, PolicyError, Sandbox, Technologies, Validity,
 };
 use crate::action::ActionKind;
@@ -38,6 +38,8 @@ struct Document {
     #[serde(default)]
     sandbox: Sandbox,
     limits: Limits,
+    #[serde(default)]
+    files: Files,
     #[serde(default)]
     migration: Migration,
     #[serde(default)]
@@ -102,6 +104,7 @@ impl Document {
             technologies: self.technologies,
             sandbox: self.sandbox,
             limits: self.limits,
+            files: self.files,
             migration: self.migration,
             peers,
             incoming_disks,
@@ -281,14 +284,26 @@ pub(super) fn optional_label<'de, D: Deserializer<'de>>(
     label(from).map(Some)
 }
 
+/// A list of folders that may be left out.
+pub(super) fn optional_folders<'de, D: Deserializer<'de>>(
+    from: D,
+) -> Result<Option<Vec<PathBuf>>, D::Error> {
+    let folders = Vec::<PathBuf>::deserialize(from)?;
+    let checked = folders.into_iter().map(absolute);
+    checked.collect::<Result<_, D::Error>>().map(Some)
+}
+
 /// A path that means the same from every directory.
 pub(super) fn absolute_path<'de, D: Deserializer<'de>>(from: D) -> Result<PathBuf, D::Error> {
-    let path = PathBuf::deserialize(from)?;
+    absolute(PathBuf::deserialize(from)?)
+}
+
+fn absolute<E: de::Error>(path: PathBuf) -> Result<PathBuf, E> {
     let climbs = path.components().any(|c| matches!(c, Component::ParentDir));
     if path.is_absolute() && !climbs {
         Ok(path)
     } else {
-        Err(de::Error::custom(
+        Err(E::custom(
             "write an absolute path without `..`, such as \"/var/lib/casemate/data.img\"",
         ))
     }

@@ -56,6 +56,8 @@ codes! {
     DiskNotAllowed = "disk-not-allowed",
     /// A network is not among `[[incoming_net]]`.
     NetNotAllowed = "net-not-allowed",
+    /// A file is in none of `files.folders`.
+    FileNotAllowed = "file-not-allowed",
     /// A policy that fewer signed than must have.
     PolicyUnsigned = "unsigned",
     /// A policy that is older than, or contradicts, the one in force.

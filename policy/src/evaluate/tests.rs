@@ -252,3 +252,48 @@ proptest! {
         prop_assert_eq!(decision.allowed, decision.code == Code::Allowed);
     }
 }
+
+#[test]
+fn files_lie_in_the_folders_that_are_named() {
+    let rule = |folders: &str, files: &[&str]| {
+        let text = format!(
+            "host = {{ name = 'h' }}\ntechnologies = {{ allowed = ['none'] }}\n\
+             limits = {{ max_vcpus = 1, max_memory_mib = 1 }}\nfiles = {{ {folders} }}\n"
+        );
+        let policy = HostPolicy::parse("p", &text).unwrap();
+        let files: Vec<String> = files.iter().map(|file| (*file).to_owned()).collect();
+        let clock = Timestamp::from_unix(0);
+        let mut inquiry = Inquiry::new(Actor::Host, "vm", Action::Snapshot, clock);
+        inquiry.files.clone_from(&files);
+        let asking = Asking {
+            actor: Actor::Host,
+            kind: ActionKind::Launch,
+            object: None,
+            files,
+        };
+        let (whole, first) = (decide(&policy, &inquiry), may_ask(&policy, &asking));
+        assert_eq!(whole.code, first.code);
+        whole.code
+    };
+    let folders = "folders = ['/srv/guests', '/var/lib/images']";
+    for good in [
+        &["/srv/guests/a.toml", "/var/lib/images/deep/er/disk.raw"][..],
+        &[],
+    ] {
+        assert_eq!(rule(folders, good), Code::Allowed, "{good:?}");
+    }
+    for bad in [
+        &["/etc/shadow"][..],
+        &["/srv/guests/a.toml", "/etc/shadow"],
+        &["/srv/guests/../../etc/shadow"],
+        &["/srv/guests-2/disk"],
+        &["/srv/guests"],
+        &["srv/guests/disk"],
+        &[""],
+    ] {
+        assert_eq!(rule(folders, bad), Code::FileNotAllowed, "{bad:?}");
+    }
+    // No rule; and an empty list allows nothing.
+    assert_eq!(rule("", &["/etc/shadow"]), Code::Allowed);
+    assert_eq!(rule("folders = []", &["/srv/x"]), Code::FileNotAllowed);
+}

@@ -182,3 +182,49 @@ fn strangers_cannot_fill_the_ledger() {
     }
     assert_eq!(records(&case).len(), before);
 }
+
+/// Who changes the store is in the ledger before anything that the change led to.
+#[test]
+fn what_owners_do_to_the_store_is_recorded_first() {
+    let case = Case::new();
+    let running = case.start();
+    let mut client = running.client();
+    client.attest(&mut Emulated::default()).unwrap();
+    let store = crate::broker::owners_store(&mut case.config()).unwrap();
+    store.put(&path(DISK), b"another").unwrap();
+    assert!(!store.remove(&path("default/key/nothing")).unwrap());
+    assert_eq!(*client.resource(&path(DISK)).unwrap(), *b"another");
+    assert!(store.remove(&path(DISK)).unwrap());
+    client.resource(&path(OTHER)).unwrap_err();
+    // A note that nobody can read is an act too.
+    let notes = case.folder.path().join("state/store-acts");
+    case.write("state/store-acts/1.json", "{");
+    assert_eq!(std::fs::read_dir(&notes).unwrap().count(), 1);
+    client.attest(&mut Emulated::default()).unwrap();
+    assert_eq!(std::fs::read_dir(&notes).unwrap().count(), 0);
+
+    let all = records(&case);
+    let place = |action: &str, call: &str| {
+        let found = all.iter().position(|r| {
+            r.action == action
+                && (call.is_empty() || r.detail.get("call") == Some(&Detail::Text(call.to_owned())))
+        });
+        found.unwrap_or_else(|| panic!("{action} {call}: {all:#?}"))
+    };
+    let put = place("call", "secret-put");
+    assert!(put < place("secret-release", ""));
+    assert!(place("secret-release", "") < place("call", "secret-remove"));
+    assert_eq!(all[put].object, DISK);
+    assert_eq!(
+        all[put].actor,
+        format!("uid:{}", nix::unistd::getuid().as_raw())
+    );
+    assert_eq!(
+        all[place("call", "unreadable-note")].outcome,
+        Outcome::Failed
+    );
+    assert_eq!(
+        of(&all, "call").iter().filter(|r| r.object == DISK).count(),
+        2
+    );
+}

@@ -139,7 +139,7 @@ fn explained_text(recorded: &Recorded, explained: &Explained) -> String {
         recorded.action,
         recorded.object,
         recorded.time,
-        explained.inquiry.actor,
+        explained.question.actor(),
         view::answer(&explained.decision),
         explained.policy,
         view::reasons(&explained.decision),
