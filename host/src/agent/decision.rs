@@ -114,6 +114,7 @@ impl Agent {
             actor: caller.actor().clone(),
             kind,
             object: object.map(|object| object.chars().take(MAX_OBJECT).collect()),
+            files: Vec::new(),
         };
         let decision = may_ask(&policy, &asking);
         if decision.allowed {

@@ -13,6 +13,7 @@ use crate::agent::api::Failure;
 use crate::agent::guest::Guest;
 use crate::machine::plan::{DiskFormat, MachinePlan};
 use crate::mover::disks::OfferedDisk;
+use crate::vmm::protocol::EXCHANGE_SIZE;
 
 /// The images of these disks of a guest, for reading, with their places in the plan and sizes in pages.
 pub fn open(guest: &Guest, ids: &[String]) -> Result<(Vec<(u8, u64)>, Vec<OwnedFd>), Failure> {
@@ -45,17 +46,29 @@ pub fn open(guest: &Guest, ids: &[String]) -> Result<(Vec<(u8, u64)>, Vec<OwnedF
         let length = file
             .seek(SeekFrom::End(0))
             .map_err(|e| unusable(path, &e))?;
-        if length == 0 || !length.is_multiple_of(PAGE) {
-            let text = format!(
-                "{} has {length} bytes, which is no multiple of {PAGE}; make it longer, or give both hosts the same storage",
-                path.display()
-            );
-            return Err(Failure::new("DISK_SIZE", text));
-        }
+        check_size(path, length)?;
         disks.push((place, length / PAGE));
         files.push(file.into());
     }
     Ok((disks, files))
+}
+
+fn check_size(path: &Path, length: u64) -> Result<(), Failure> {
+    let refuse = |why: String| {
+        let text = format!(
+            "{} {why}; give both hosts the same storage instead",
+            path.display()
+        );
+        Err(Failure::new("DISK_SIZE", text))
+    };
+    match length {
+        0 => refuse("is empty".to_owned()),
+        _ if !length.is_multiple_of(PAGE) => refuse(format!(
+            "has {length} bytes, which is no multiple of {PAGE}"
+        )),
+        _ if length > MAX_DISK => refuse(format!("has {length} bytes, more than {MAX_DISK}")),
+        _ => Ok(()),
+    }
 }
 
 /// Images made for a guest that is on its way; removed again unless it has come.
@@ -142,12 +155,25 @@ fn unusable(path: &Path, error: &std::io::Error) -> Failure {
     )
 }
 
+/// Largest disk that moves along: its bitmap fits the memory that VMM and mover exchange.
+const MAX_DISK: u64 = EXCHANGE_SIZE as u64 * 8 * PAGE;
 /// What travels at once; as large as a page of memory.
 const PAGE: u64 = 4096;
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn disks_that_do_not_fit_are_refused() {
+        let code = |length| check_size(Path::new("d"), length).map_err(|e| e.code);
+        for length in [PAGE, 128 << 30] {
+            assert_eq!(code(length), Ok(()));
+        }
+        for length in [0, PAGE - 1, PAGE + 512, (128 << 30) + PAGE] {
+            assert_eq!(code(length), Err("DISK_SIZE".to_owned()), "{length}");
+        }
+    }
 
     #[test]
     fn images_are_made_once_and_removed_unless_kept() {
