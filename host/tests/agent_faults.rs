@@ -27,6 +27,10 @@ fn a_killed_mover_leaves_the_guest_where_it_was_and_the_next_move_succeeds() {
     let mut stage = Stage::new("mover");
     for phase in BEFORE {
         for at_source in [true, false] {
+            if phase == "manifest" && !at_source {
+                // Its word that all is well may be on the way already; then it is the commit's matter.
+                continue;
+            }
             stage.fails(phase, |from, to, _| {
                 let host = if at_source { from } else { to };
                 // Before the first answer the destination's may not have begun.
@@ -81,8 +85,14 @@ fn after_the_commit_one_side_has_the_guest_and_the_other_does_not_run_it() {
             "mover" => slay(&from.roles_of("mover")),
             _ => way.cut(),
         });
-        let ran = ran.refused(1, &["until the peer has been asked"]);
         let (here, there) = stage.sides();
+        if ran.err.contains("runs on here") {
+            // The mover was dead before it could give the guest up.
+            assert!(here.runs("counter") && there.listed("counter").is_none());
+            stage.moves();
+            continue;
+        }
+        let ran = ran.refused(1, &["until the peer has been asked"]);
         assert_eq!(
             here.listed("counter").unwrap()["state"],
             "paused",
@@ -135,7 +145,7 @@ fn a_guest_that_ends_in_its_move_runs_nowhere() {
             assert!(!pair.a.runs("counter"));
             pair.a.run(&["stop", "counter"]).expect(0);
         }
-        run_counter(&pair.a, "counter");
+        run_counter(&pair.a, "again");
     }
 }
 

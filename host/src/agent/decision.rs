@@ -14,7 +14,7 @@ use casemate_policy::{
 use crate::agent::api::{Answer, Failure, Request};
 use crate::agent::authority::{Caller, PolicyText};
 use crate::agent::processor::OperatedProcessor as _;
-use crate::agent::{Agent, platform};
+use crate::agent::{Agent, files, platform};
 use crate::machine::plan::{MachinePlan, Technology};
 use crate::machine::spec::MachineSpec;
 use crate::vmm::boot::{BootImage, measured};
@@ -25,6 +25,20 @@ enum Asked<'a> {
     Whole(Action, &'a str),
     /// Whether the caller may ask for this at all; what it comes to is decided once that is known.
     First(ActionKind, Option<&'a str>),
+}
+
+/// A request that the gate has let through, its file where that really is. Nothing else is done.
+pub(super) struct Gated(pub(super) Request);
+
+/// What is known besides the question.
+#[derive(Default)]
+pub(super) struct Facts {
+    /// What was verified of the guest.
+    pub(super) guest: GuestClaims,
+    /// The session of a move.
+    pub(super) session: Option<SessionClaims>,
+    /// Files that were named, where they really are.
+    pub(super) files: Vec<String>,
 }
 
 impl Request {
@@ -95,11 +109,20 @@ impl Request {
 
 impl Agent {
     /// Decides a request as far as it can be decided unseen.
-    pub(super) fn gate(&self, caller: &Caller, request: &Request) -> Result<(), Failure> {
+    pub(super) fn gate(&self, caller: &Caller, request: Request) -> Result<Gated, Failure> {
+        let request = request.with_real_file();
+        let files = files::in_words(request.file());
         match request.asked() {
-            Asked::Whole(action, object) => self.decide(caller, object, &action),
-            Asked::First(kind, object) => self.may_ask(caller, kind, object),
+            Asked::Whole(action, object) => {
+                let facts = Facts {
+                    files,
+                    ..Facts::default()
+                };
+                self.decide_knowing(caller, object, &action, facts)?;
+            }
+            Asked::First(kind, object) => self.may_ask(caller, kind, object, files)?,
         }
+        Ok(Gated(request))
     }
 
     /// Whether somebody may ask for a kind of action at all; on this guest, if it is known which.
@@ -108,13 +131,14 @@ impl Agent {
         caller: &Caller,
         kind: ActionKind,
         object: Option<&str>,
+        files: Vec<String>,
     ) -> Result<(), Failure> {
         let policy = self.policy();
         let asking = Asking {
             actor: caller.actor().clone(),
             kind,
             object: object.map(|object| object.chars().take(MAX_OBJECT).collect()),
-            files: Vec::new(),
+            files,
         };
         let decision = may_ask(&policy, &asking);
         if decision.allowed {
@@ -133,35 +157,24 @@ impl Agent {
         object: &str,
         action: &Action,
     ) -> Result<(), Failure> {
-        self.decide_on(caller, object, action, GuestClaims::default())
+        self.decide_knowing(caller, object, action, Facts::default())
     }
 
-    /// [`Agent::decide`], with what was verified of the guest. Looking that is allowed leaves no record.
-    pub(super) fn decide_on(
+    /// [`Agent::decide`], with what else is known. Looking that is allowed leaves no record.
+    pub(super) fn decide_knowing(
         &self,
         caller: &Caller,
         object: &str,
         action: &Action,
-        claims: GuestClaims,
-    ) -> Result<(), Failure> {
-        self.decide_all(caller, object, action, claims, None)
-    }
-
-    /// [`Agent::decide_on`], with the session of a move.
-    pub(super) fn decide_all(
-        &self,
-        caller: &Caller,
-        object: &str,
-        action: &Action,
-        claims: GuestClaims,
-        session: Option<SessionClaims>,
+        facts: Facts,
     ) -> Result<(), Failure> {
         let policy = self.policy();
         let clock = Timestamp::of(SystemTime::now());
         let object: String = object.chars().take(MAX_OBJECT).collect();
         let mut inquiry = Inquiry::new(caller.actor().clone(), &object, action.clone(), clock);
-        inquiry.guest = claims;
-        inquiry.session = session;
+        inquiry.guest = facts.guest;
+        inquiry.session = facts.session;
+        inquiry.files = facts.files;
         inquiry.host = self.host_claims(&policy, action);
         inquiry.approvals = self.authority.approvals(&inquiry);
         let decision = decide(&policy, &inquiry);
@@ -317,5 +330,7 @@ const EVIDENCE: &str = "ledger";
 /// The longest object in an inquiry, in characters; guests' names are shorter.
 const MAX_OBJECT: usize = 128;
 
+#[cfg(test)]
+mod file_tests;
 #[cfg(test)]
 pub(super) mod tests;

@@ -10,11 +10,12 @@ use casemate_policy::ActionKind;
 use casemate_policy::ledger::{Entry, Outcome};
 use serde::{Deserialize, Serialize};
 
-use crate::agent::Agent;
 use crate::agent::api::{Answer, DefinitionInfo, Failure, SessionText, StatsInfo};
 use crate::agent::authority::Caller;
 use crate::agent::evidence::replace_secret;
+use crate::agent::launch::description_text;
 use crate::agent::vmm_process::lock;
+use crate::agent::{Agent, files};
 use crate::machine::plan::is_name;
 use crate::machine::spec::MachineSpec;
 use crate::vmm::protocol::MachineState;
@@ -34,11 +35,10 @@ impl Agent {
         if !description.is_absolute() {
             return Err(wrong(&"want an absolute path"));
         }
-        // Whole, bounded and checked; read again for its text, which is what is kept if it is as good.
-        MachineSpec::load(description).map_err(|e| wrong(&e))?;
-        let text = fs::read_to_string(description).map_err(|e| wrong(&e))?;
+        let text = description_text(description)?;
         let spec = MachineSpec::parse(description, &text).map_err(|e| wrong(&e))?;
-        self.may_ask(caller, ActionKind::Launch, Some(&spec.name))?;
+        let files = files::in_words(spec.files());
+        self.may_ask(caller, ActionKind::Launch, Some(&spec.name), files)?;
         let folder = self.definitions_folder();
         fs::create_dir_all(&folder).map_err(|e| unusable(&folder, &e))?;
         if self.kept()?.len() >= MAX_KEPT {

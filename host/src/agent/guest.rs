@@ -11,6 +11,7 @@ use kvm_ioctls::Kvm;
 use serde::{Deserialize, Serialize};
 
 use crate::agent::api::{Failure, GuestInfo};
+use crate::agent::files;
 use crate::agent::mover_process::MoverProcess;
 use crate::agent::tap;
 use crate::agent::vmm_process::{VmmProcess, lock};
@@ -138,10 +139,7 @@ impl Resources {
         let console = folder.join("console.log");
         handles.push((HandleKind::Console, console_pipe(&console)?));
         for (number, (path, disk)) in (0u8..).zip(disks.iter().zip(&plan.disks)) {
-            let file = OpenOptions::new()
-                .read(true)
-                .write(!disk.read_only)
-                .open(path);
+            let file = files::open(path, !disk.read_only);
             handles.push((
                 HandleKind::Disk(number),
                 file.map_err(|e| unusable(path, &e))?.into(),
@@ -179,7 +177,9 @@ impl Resources {
         for (kind, path) in [(HandleKind::Kernel, kernel), (HandleKind::Initrd, initrd)] {
             self.handles.push((
                 kind,
-                File::open(path).map_err(|e| unusable(path, &e))?.into(),
+                files::open(path, false)
+                    .map_err(|e| unusable(path, &e))?
+                    .into(),
             ));
         }
         Ok(self)

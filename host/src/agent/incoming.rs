@@ -2,23 +2,23 @@
 
 use std::net::TcpStream;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use casemate_crypto_migrate::guest::GuestOffer;
-use casemate_policy::claims::GuestClaims;
 use casemate_policy::ledger::{Entry, Outcome};
 use casemate_policy::{Action, Fingerprint, Identity};
 
 use crate::agent::api::Failure;
 use crate::agent::authority::Caller;
+use crate::agent::decision::Facts;
 use crate::agent::guest::{Guest, Resources, TapChoice};
 use crate::agent::move_records::MoveRecords;
 use crate::agent::moving_disks::NewImages;
 use crate::agent::record::{Ownership, OwnershipState};
 use crate::agent::transfer::{peer_entries, role_error};
 use crate::agent::vmm_process::lock;
-use crate::agent::{Agent, ROLE_OVERHEAD, room};
+use crate::agent::{Agent, ROLE_OVERHEAD, files, room};
 use crate::ipc::Channel;
 use crate::machine::plan::MachinePlan;
 use crate::mover::disks;
@@ -246,13 +246,11 @@ impl Agent {
             disks: plan.disks.iter().map(|d| d.id.clone()).collect(),
             nets: plan.nets.iter().map(|n| n.id.clone()).collect(),
         };
-        self.decide_all(
-            &Caller::peer(&arrival.peer),
-            &plan.name,
-            &action,
-            GuestClaims::default(),
-            Some(session),
-        )?;
+        let facts = Facts {
+            session: Some(session),
+            ..Facts::default()
+        };
+        self.decide_knowing(&Caller::peer(&arrival.peer), &plan.name, &action, facts)?;
         self.fence(&plan.name, offer.epoch, &arrival.peer)?;
         room::check(&plan.name, plan.memory_bytes, ROLE_OVERHEAD)?;
         let (_, disks) = disks::split(&offer.memory).map_err(Failure::from)?;
@@ -266,12 +264,13 @@ impl Agent {
 
     fn build_arrival(&self, plan: &MachinePlan, epoch: u64) -> Result<Arc<Guest>, Failure> {
         let policy = self.policy();
-        let disks: Vec<&Path> = plan
+        let disks: Vec<PathBuf> = plan
             .disks
             .iter()
             .filter_map(|d| policy.incoming_disk(&d.id))
-            .map(|d| d.path.as_path())
+            .map(|d| files::real(&d.path))
             .collect();
+        let disks: Vec<&Path> = disks.iter().map(PathBuf::as_path).collect();
         let bridges = plan.nets.iter().filter_map(|n| policy.incoming_net(&n.id));
         let taps: Vec<TapChoice> = bridges
             .map(|net| TapChoice {

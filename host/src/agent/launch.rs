@@ -1,6 +1,5 @@
 //! Launching a guest from its description.
 
-use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 use std::sync::Arc;
@@ -9,16 +8,17 @@ use std::time::Instant;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use casemate_attest::measure::id_block::{IdAuth, IdBlock, IdBlockError};
-use casemate_policy::Action;
 use casemate_policy::ledger::{Entry, Outcome};
+use casemate_policy::{Action, ActionKind};
 
-use crate::agent::Agent;
 use crate::agent::api::{Answer, Failure, MeasurementInfo, SessionText};
 use crate::agent::authority::Caller;
+use crate::agent::decision::Facts;
 use crate::agent::guest::{Guest, Resources, TapChoice, cpu_baseline};
 use crate::agent::launch_inputs::{LaunchInputs, sha256};
 use crate::agent::record::{Ownership, OwnershipState};
 use crate::agent::vmm_process::lock;
+use crate::agent::{Agent, files};
 use crate::machine::plan::MachinePlan;
 use crate::machine::spec::{ConfidentialSpec, MachineSpec, SnpSpec};
 use crate::vmm::protocol::{
@@ -33,7 +33,8 @@ impl Agent {
         description: &Path,
         session: Option<SessionText>,
     ) -> Result<Answer, Failure> {
-        let spec = MachineSpec::load(description)
+        let text = description_text(description)?;
+        let spec = MachineSpec::parse(description, &text)
             .map_err(|e| Failure::new("DESCRIPTION", e.to_string()))?;
         self.launch_described(caller, &spec, session)
     }
@@ -46,6 +47,8 @@ impl Agent {
         session: Option<SessionText>,
     ) -> Result<Answer, Failure> {
         let begun = Instant::now();
+        let files = files::in_words(spec.files());
+        self.may_ask(caller, ActionKind::Launch, Some(&spec.name), files.clone())?;
         let binding = Box::new(binding(spec, session)?);
         let plan = spec.plan(random_id()?, self.offer(spec.vsock_cid));
         let action = Action::Launch {
@@ -55,8 +58,12 @@ impl Agent {
             memory_mib: plan.memory_bytes >> 20,
             policy_bits: plan.technology.policy_bits(),
         };
-        let claims = self.launch_claims(spec, &plan)?;
-        self.decide_on(caller, &plan.name, &action, claims)?;
+        let facts = Facts {
+            guest: self.launch_claims(spec, &plan)?,
+            files,
+            ..Facts::default()
+        };
+        self.decide_knowing(caller, &plan.name, &action, facts)?;
         let launched = self.launch_decided(caller, spec, &plan, binding, begun);
         if let Err(failure) = &launched {
             self.record_failure(caller.name(), "launch", &plan, failure);
@@ -301,6 +308,19 @@ fn snp_binding(snp: &SnpSpec) -> Result<SnpBinding, Failure> {
     })
 }
 
+/// The text of a description, from where it really is.
+pub(super) fn description_text(path: &Path) -> Result<String, Failure> {
+    let wrong = |e: &dyn std::fmt::Display| Failure::new("DESCRIPTION", e.to_string());
+    let file = files::open(path, false).map_err(|e| {
+        let text = format!(
+            "{} cannot be read: {e}; want a description (TOML)",
+            path.display()
+        );
+        wrong(&text)
+    })?;
+    MachineSpec::read(path, file).map_err(|e| wrong(&e))
+}
+
 /// A file that a description names and that is at most a few pages long.
 fn small_file(path: &Path) -> Result<Vec<u8>, Failure> {
     let unusable = |problem: String| {
@@ -309,7 +329,7 @@ fn small_file(path: &Path) -> Result<Vec<u8>, Failure> {
             format!("{} cannot be used: {problem}", path.display()),
         )
     };
-    let file = File::open(path).map_err(|e| unusable(e.to_string()))?;
+    let file = files::open(path, false).map_err(|e| unusable(e.to_string()))?;
     let mut bytes = Vec::new();
     file.take(MAX_SMALL_FILE + 1)
         .read_to_end(&mut bytes)

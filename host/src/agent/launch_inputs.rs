@@ -1,6 +1,5 @@
 //! What a guest was launched from, by its hashes, for the record of the launch. Read beside the launch, not before it.
 
-use std::fs::File;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::thread::{JoinHandle, spawn};
@@ -9,6 +8,7 @@ use casemate_policy::ledger::Entry;
 use ring::digest::{Context, SHA256};
 
 use crate::agent::api::Failure;
+use crate::agent::files;
 use crate::machine::plan::MachinePlan;
 use crate::machine::spec::MachineSpec;
 
@@ -70,7 +70,7 @@ pub fn sha256(bytes: &[u8]) -> String {
 }
 
 fn hash_of(path: &Path) -> std::io::Result<String> {
-    let mut file = File::open(path)?;
+    let mut file = files::open(path, false)?;
     let mut context = Context::new(&SHA256);
     let mut block = vec![0; 1 << 20];
     loop {

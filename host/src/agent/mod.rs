@@ -11,6 +11,7 @@ pub mod config;
 mod decision;
 mod definitions;
 pub mod evidence;
+mod files;
 mod guest;
 mod incoming;
 mod launch;
@@ -49,6 +50,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::agent::api::{Answer, Failure, GuestInfo, Request};
 use crate::agent::authority::{Authority, Caller};
 use crate::agent::config::AgentConfig;
+use crate::agent::decision::Gated;
 use crate::agent::evidence::Evidence;
 use crate::agent::guest::Guest;
 use crate::agent::metrics::Metrics;
@@ -178,21 +180,22 @@ impl Agent {
         request: Request,
         progress: &mut dyn FnMut(serde_json::Value),
     ) -> Result<Answer, Failure> {
-        self.gate_counted(caller, &request)?;
-        self.perform(caller, request, progress)
+        let gated = self.gate_counted(caller, request)?;
+        self.perform(caller, gated, progress)
     }
 
     /// [`Agent::gate`], with a refusal in the metrics.
-    fn gate_counted(&self, caller: &Caller, request: &Request) -> Result<(), Failure> {
+    fn gate_counted(&self, caller: &Caller, request: Request) -> Result<Gated, Failure> {
+        let operation = request.operation();
         self.gate(caller, request)
-            .inspect_err(|failure| self.metrics.ended(request.operation(), Err(failure)))
+            .inspect_err(|failure| self.metrics.ended(operation, Err(failure)))
     }
 
-    /// A request that [`Agent::gate`] has let through.
+    /// Does what the gate has let through.
     fn perform(
         &self,
         caller: &Caller,
-        request: Request,
+        Gated(request): Gated,
         progress: &mut dyn FnMut(serde_json::Value),
     ) -> Result<Answer, Failure> {
         let operation = request.operation();

@@ -5,7 +5,7 @@
 
 use std::sync::Mutex;
 
-use casemate_policy::claims::{GuestClaims, SessionClaims};
+use casemate_policy::claims::SessionClaims;
 use casemate_policy::ledger::Entry;
 use casemate_policy::ledger::events::Migration;
 use casemate_policy::{Action, Fingerprint, HostPolicy, Identity};
@@ -13,6 +13,7 @@ use casemate_policy::{Action, Fingerprint, HostPolicy, Identity};
 use crate::agent::Agent;
 use crate::agent::api::Failure;
 use crate::agent::authority::Caller;
+use crate::agent::decision::Facts;
 use crate::agent::vmm_process::lock;
 use crate::mover::protocol::{MoveReport, MoveVerification, MoverEvent, PeerName, SessionText};
 
@@ -220,14 +221,11 @@ impl Agent {
             emulated: guest.plan.technology.emulated(),
             peer_name: to.to_owned(),
         };
-        let session = records.claims(&self.policy());
-        self.decide_all(
-            caller,
-            &guest.plan.name,
-            &action,
-            GuestClaims::default(),
-            session,
-        )
+        let facts = Facts {
+            session: records.claims(&self.policy()),
+            ..Facts::default()
+        };
+        self.decide_knowing(caller, &guest.plan.name, &action, facts)
     }
 
     /// What was allowed and did not come about, where nothing else says so.

@@ -18,7 +18,7 @@ use crate::vmm::protocol::RoleError;
 /// A running mover. Dropping it kills the process.
 pub struct MoverProcess {
     channel: Channel,
-    _process: Mutex<RoleProcess>,
+    process: Mutex<RoleProcess>,
     reports: Exchange<SandboxReport>,
     probes: Exchange<ProbeReport>,
 }
@@ -32,7 +32,7 @@ impl MoverProcess {
     pub fn new(process: RoleProcess, channel: Channel) -> Self {
         Self {
             channel,
-            _process: Mutex::new(process),
+            process: Mutex::new(process),
             reports: Exchange::new(),
             probes: Exchange::new(),
         }
@@ -59,6 +59,14 @@ impl MoverProcess {
                 MoverMessage::SandboxReport(report) => self.reports.put(report),
                 MoverMessage::SandboxProbe(probe) => self.probes.put(probe),
             }
+        }
+    }
+
+    /// Ends it; on return it holds no channel any more.
+    pub fn end(&self) {
+        let process = lock(&self.process);
+        if let Err(error) = process.kill().and_then(|()| process.wait().map(drop)) {
+            tracing::warn!(%error, "a mover cannot be waited for");
         }
     }
 

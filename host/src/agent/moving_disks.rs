@@ -1,7 +1,7 @@
 //! Disks that move along with their guest: opened for reading here, made anew where it goes.
 
 use std::collections::BTreeMap;
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io::{Seek, SeekFrom};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use casemate_policy::HostPolicy;
 
 use crate::agent::api::Failure;
+use crate::agent::files;
 use crate::agent::guest::Guest;
 use crate::machine::plan::{DiskFormat, MachinePlan};
 use crate::mover::disks::OfferedDisk;
@@ -42,7 +43,7 @@ pub fn open(guest: &Guest, ids: &[String]) -> Result<(Vec<(u8, u64)>, Vec<OwnedF
         let path = guest.local.disks.get(usize::from(place));
         let path =
             path.ok_or_else(|| Failure::new("INTERNAL", format!("disk {id} has no image")))?;
-        let mut file = File::open(path).map_err(|e| unusable(path, &e))?;
+        let mut file = files::open(path, false).map_err(|e| unusable(path, &e))?;
         let length = file
             .seek(SeekFrom::End(0))
             .map_err(|e| unusable(path, &e))?;

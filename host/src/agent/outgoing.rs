@@ -23,7 +23,7 @@ use crate::mover::protocol::{
     AgentAnswer, GuestHere, MoveLimits, MoveOutcome, MoverCommand, MoverEvent, MoverRequestToAgent,
     OwnershipStep, SourceStart,
 };
-use crate::vmm::protocol::{RoleError, VmmRequest};
+use crate::vmm::protocol::{MachineState, RoleError};
 
 /// What is asked of a move.
 #[derive(Clone, Copy, Debug, Default)]
@@ -152,7 +152,10 @@ impl Agent {
             },
         );
         *lock(&departure.guest.mover) = None;
-        Ok(outcome.unwrap_or_else(|| self.orphaned(&departure.guest)))
+        Ok(outcome.unwrap_or_else(|| {
+            departure.mover.end();
+            self.orphaned(&departure.guest)
+        }))
     }
 
     /// Cancels a migration under way.
@@ -371,16 +374,19 @@ impl Agent {
         }
     }
 
-    /// The mover died without a word: whether the guest may go on here depends on what the record says.
+    /// The mover died without a word: whether the guest may go on here depends on what the record says, and on whether
+    /// its VMM let it.
     fn orphaned(&self, guest: &Guest) -> MoveOutcome {
         let record = self.records.read(&guest.plan.name).ok().flatten();
         let here = match record.map(|r| r.state) {
-            // If the guest was not stopped there is nothing to resume.
-            Some(OwnershipState::Owner) => match guest.vmm.call(&VmmRequest::Resume, &[]) {
-                Ok(_) => GuestHere::Runs,
-                Err(_) => GuestHere::Stopped,
-            },
+            Some(OwnershipState::Owner) if runs_on(guest) => GuestHere::Runs,
+            Some(OwnershipState::Owner) => GuestHere::Stopped,
             Some(OwnershipState::HandedOver) => GuestHere::Elsewhere,
+            // A VMM lets a guest run on only if it was not told to give it up, which the commit comes after.
+            Some(OwnershipState::HandingOver) if runs_on(guest) => match self.own_again(guest) {
+                Ok(()) => GuestHere::Runs,
+                Err(_) => GuestHere::InDoubt,
+            },
             _ => GuestHere::InDoubt,
         };
         MoveOutcome::Failed {
@@ -389,6 +395,28 @@ impl Agent {
             guest: here,
         }
     }
+
+    fn own_again(&self, guest: &Guest) -> Result<(), Failure> {
+        let record = Ownership {
+            vm_id: hex::encode(guest.plan.vm_id),
+            epoch: *lock(&guest.epoch),
+            state: OwnershipState::Owner,
+            peer: None,
+        };
+        self.record_ownership(&guest.plan.name, &record)
+    }
+}
+
+/// Whether the guest of a mover that has ended runs, as soon as its VMM has noticed.
+fn runs_on(guest: &Guest) -> bool {
+    (0..NOTICE_TRIES).any(|number| {
+        if number > 0 {
+            std::thread::sleep(NOTICE_STEP);
+        }
+        guest
+            .info()
+            .is_ok_and(|info| info.state == MachineState::Running)
+    })
 }
 
 /// What a failure means for the guest.
@@ -434,4 +462,7 @@ pub(super) fn event_json(event: &MoverEvent) -> serde_json::Value {
     .unwrap_or_default()
 }
 
+/// How long a VMM has to notice that its mover is gone: at the next turn of its loop.
+const NOTICE_TRIES: u32 = 25;
+const NOTICE_STEP: Duration = Duration::from_millis(20);
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);

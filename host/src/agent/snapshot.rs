@@ -14,12 +14,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::agent::api::{Answer, Failure};
 use crate::agent::authority::Caller;
+use crate::agent::decision::Facts;
 use crate::agent::guest::{Guest, Local, Resources};
 use crate::agent::record::{Ownership, OwnershipState};
 use crate::agent::snapshot_keys::SnapshotKeys;
 use crate::agent::transfer::role_error;
 use crate::agent::vmm_process::lock;
-use crate::agent::{Agent, Reserved};
+use crate::agent::{Agent, Reserved, files};
 use crate::ipc::Channel;
 use crate::machine::plan::{MachinePlan, Technology, is_name};
 use crate::mover::protocol::{
@@ -89,7 +90,7 @@ struct DiskMark {
 
 impl DiskMark {
     fn of(path: &Path) -> std::io::Result<Self> {
-        let file = File::open(path)?;
+        let file = files::open(path, false)?;
         file.sync_all()?;
         let found = file.metadata()?;
         Ok(Self {
@@ -345,7 +346,11 @@ impl Restoring<'_> {
             memory_mib: plan.memory_bytes >> 20,
             policy_bits: 0,
         };
-        agent.decide(self.caller, &plan.name, &action)?;
+        let facts = Facts {
+            files: files::in_words(kept.local.disks.iter().map(PathBuf::as_path)),
+            ..Facts::default()
+        };
+        agent.decide_knowing(self.caller, &plan.name, &action, facts)?;
         self.reserved = Some(agent.reserve(&plan.name)?);
         if !self.wanted.allow_changed_disks {
             check_disks(&kept)?;
@@ -551,19 +556,8 @@ fn new_file(path: &Path) -> Result<File, Failure> {
     })
 }
 
-/// A pipe must not hold up the agent at its opening.
 fn existing_file(path: &Path) -> Result<File, Failure> {
-    let file = OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_NONBLOCK)
-        .open(path)
-        .map_err(|e| file_failed(path, &e))?;
-    let found = file.metadata().map_err(|e| file_failed(path, &e))?;
-    if !found.is_file() {
-        let text = format!("{} is not a regular file", path.display());
-        return Err(Failure::new("SNAPSHOT_FILE", text));
-    }
-    Ok(file)
+    files::open(path, false).map_err(|e| file_failed(path, &e))
 }
 
 fn sync_folder(path: &Path) -> std::io::Result<()> {

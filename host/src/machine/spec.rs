@@ -8,6 +8,7 @@ mod devices;
 mod resources;
 
 use std::fmt;
+use std::fs::File;
 use std::io::Read;
 use std::net::Ipv4Addr;
 use std::ops::Range;
@@ -94,13 +95,18 @@ pub struct NetSpec {
 impl MachineSpec {
     /// Reads and checks a description.
     pub fn load(path: &Path) -> Result<Self, SpecError> {
-        let unreadable = |e: std::io::Error| SpecError::unreadable(path, &e);
-        // A pipe must neither hold up the agent at its opening, nor feed it without end.
+        // A pipe must not hold up its opening.
         let file = std::fs::OpenOptions::new()
             .read(true)
             .custom_flags(libc::O_NONBLOCK)
             .open(path)
-            .map_err(unreadable)?;
+            .map_err(|e| SpecError::unreadable(path, &e))?;
+        Self::parse(path, &Self::read(path, file)?)
+    }
+
+    /// The text of a description in an open file; `path` names it in errors.
+    pub fn read(path: &Path, file: File) -> Result<String, SpecError> {
+        let unreadable = |e: std::io::Error| SpecError::unreadable(path, &e);
         let found = file.metadata().map_err(unreadable)?;
         if !found.is_file() {
             let problem = "is not a regular file; want a description (TOML)";
@@ -117,7 +123,7 @@ impl MachineSpec {
         file.take(MAX_DESCRIPTION)
             .read_to_string(&mut text)
             .map_err(unreadable)?;
-        Self::parse(path, &text)
+        Ok(text)
     }
 
     /// Checks a description that has been read from `path`.
@@ -131,6 +137,14 @@ impl MachineSpec {
             }
         })?;
         Reader { path, text }.spec(document)
+    }
+
+    /// Every file and folder that the description names, where each really is.
+    pub fn files(&self) -> Vec<&Path> {
+        let boot = [self.kernel.as_path(), &self.initrd];
+        let disks = self.disks.iter().map(|disk| disk.path.as_path());
+        let others = self.confidential.files();
+        boot.into_iter().chain(disks).chain(others).collect()
     }
 
     /// The plan for a VMM on a host with this offer.
@@ -510,11 +524,12 @@ impl Reader<'_> {
         ))
     }
 
+    /// A regular file, where it really is.
     fn file(&self, key: &str, value: Spanned<PathBuf>) -> Result<PathBuf, SpecError> {
-        let folder = self.path.parent().unwrap_or(Path::new(""));
-        let path = folder.join(value.get_ref());
-        match std::fs::metadata(&path) {
-            Ok(meta) if meta.is_file() => Ok(path),
+        let path = self.beside(&value);
+        let real = path.canonicalize();
+        match real.and_then(|real| Ok((std::fs::metadata(&real)?, real))) {
+            Ok((meta, real)) if meta.is_file() => Ok(real),
             Ok(_) => Err(self.at(
                 value.span(),
                 format!(
@@ -532,17 +547,21 @@ impl Reader<'_> {
         }
     }
 
+    /// A folder, where it really is.
     fn folder(&self, key: &str, value: Spanned<PathBuf>) -> Result<PathBuf, SpecError> {
-        let path = self
-            .path
-            .parent()
-            .unwrap_or(Path::new(""))
-            .join(value.get_ref());
-        if path.is_dir() {
-            return Ok(path);
+        let path = self.beside(&value);
+        match path.canonicalize() {
+            Ok(real) if real.is_dir() => Ok(real),
+            _ => {
+                let problem = format!("`{key}` names {}, which is no folder", path.display());
+                Err(self.at(value.span(), problem))
+            }
         }
-        let problem = format!("`{key}` names {}, which is no folder", path.display());
-        Err(self.at(value.span(), problem))
+    }
+
+    fn beside(&self, value: &Spanned<PathBuf>) -> PathBuf {
+        let folder = self.path.parent().unwrap_or(Path::new(""));
+        folder.join(value.get_ref())
     }
 
     /// Not too many devices of a kind, each with a name of its own.

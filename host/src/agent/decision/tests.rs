@@ -12,21 +12,21 @@ use crate::agent::config::AgentConfig;
 use crate::agent::platform_api::PlatformOrderText;
 use crate::agent::server::Who;
 
-const POLICY: &str = "[host]\nname = 'h'\n[technologies]\nallowed = ['none', 'sev']\n[limits]\nmax_vcpus = 1\nmax_memory_mib = 64\n";
+pub(super) const POLICY: &str = "[host]\nname = 'h'\n[technologies]\nallowed = ['none', 'sev']\n[limits]\nmax_vcpus = 1\nmax_memory_mib = 64\n";
 const PEOPLE: &str = "[people]\ntwo_person = ['policy-load']\n\
     [[person]]\nname = 'olga'\nrole = 'operator'\nuid = 1000\n\
     [[person]]\nname = 'vera'\nrole = 'viewer'\nuid = 1001\n\
     [[person]]\nname = 'sam'\nrole = 'security-officer'\nuid = 1002\n\
     [[person]]\nname = 'sue'\nrole = 'security-officer'\nuid = 1003\n";
 
-struct Host {
+pub(super) struct Host {
     folder: tempfile::TempDir,
     agent: Option<Agent>,
 }
 
 impl Host {
     /// An agent without roles: nothing here is emulated, so it starts no process.
-    fn new(policy: &str, trust: &str) -> Self {
+    pub(super) fn new(policy: &str, trust: &str) -> Self {
         let mut host = Self {
             folder: tempfile::tempdir().unwrap(),
             agent: None,
@@ -50,17 +50,23 @@ impl Host {
         Ok(())
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    /// The same host under another policy.
+    pub(super) fn restart_with(&mut self, policy: &str) {
+        std::fs::write(self.path("policy.toml"), policy).unwrap();
+        self.start().unwrap();
+    }
+
+    pub(super) fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
-    fn ask(&self, uid: u32, request: Request) -> Result<Answer, Failure> {
+    pub(super) fn ask(&self, uid: u32, request: Request) -> Result<Answer, Failure> {
         let agent = self.agent.as_ref().unwrap();
         let caller = Caller::local(uid, &agent.policy());
         agent.handle(&caller, request, &mut |_| {})
     }
 
-    fn code(&self, uid: u32, request: Request) -> String {
+    pub(super) fn code(&self, uid: u32, request: Request) -> String {
         match self.ask(uid, request) {
             Ok(_) => "ok".to_owned(),
             Err(failure) => failure.code,
@@ -72,7 +78,7 @@ impl Host {
         self.ask(uid, Request::PolicyLoad { policy })
     }
 
-    fn records(&self) -> Vec<Record> {
+    pub(super) fn records(&self) -> Vec<Record> {
         let text = std::fs::read_to_string(self.path("state/ledger.pub")).unwrap();
         let key: VerifyingKey = text.trim().parse().unwrap();
         let verified = verify(&self.path("state/ledger"), &key).unwrap();

@@ -213,18 +213,19 @@ async fn begin(
 ) -> Result<TaskInfo, Failure> {
     let agent = Arc::clone(&shared.agent);
     let gated = work(shared, move || {
-        agent.gate_counted(&caller, &request)?;
-        Ok((caller, request))
+        let guest = request.guest().map(str::to_owned);
+        let gated = agent.gate_counted(&caller, request)?;
+        Ok((caller, guest, gated))
     });
-    let (caller, request) = gated.await?;
+    let (caller, guest, gated) = gated.await?;
     let task = shared
         .agent
         .tasks
-        .begin(route.operation, &caller, request.guest())?;
+        .begin(route.operation, &caller, guest.as_deref())?;
     let info = task.info();
     let agent = Arc::clone(&shared.agent);
     tokio::task::spawn_blocking(move || {
-        let end = agent.perform(&caller, request, &mut |event| task.say(event));
+        let end = agent.perform(&caller, gated, &mut |event| task.say(event));
         task.end(end);
     });
     Ok(info)

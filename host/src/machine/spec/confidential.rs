@@ -1,6 +1,6 @@
 //! The `[confidential]` section: which technology, under which guest policy, bound to what.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use toml::Spanned;
@@ -78,6 +78,18 @@ pub enum Strongest {
 }
 
 impl ConfidentialSpec {
+    /// Files and folders that it names.
+    pub fn files(&self) -> Vec<&Path> {
+        match self {
+            Self::None | Self::Auto => Vec::new(),
+            Self::Sev(sev) | Self::SevEs(sev) => sev.owner_session.as_deref().into_iter().collect(),
+            Self::SevSnp(snp) => {
+                let id = snp.id.iter();
+                id.flat_map(|id| [id.block.as_path(), &id.auth]).collect()
+            }
+        }
+    }
+
     /// The technology of the guest on a host with this offer. `auto` is never a plain guest.
     pub fn technology(&self, offer: Offer) -> Technology {
         let emulated = offer.emulated;
