@@ -8,6 +8,8 @@
 //! | | |
 //! | --- | --- |
 //! | [`source::migrate`] | moves a guest away: give it a [`guest::SourceGuest`] |
+//! | [`source::assess`] | finds out what that would be like, and moves nothing |
+//! | [`destination::serve`] | takes a guest in, or answers an assessment |
 //! | [`destination::receive`] | takes a guest in: give it a [`guest::DestinationGuest`] |
 //! | [`identity`] | who this host is, who is allowed, and the way to them |
 //! | [`vault`] | a guest at rest: a file of sealed pages |

@@ -16,8 +16,17 @@ use crate::machine::plan::{DiskFormat, MachinePlan};
 use crate::mover::disks::OfferedDisk;
 use crate::vmm::protocol::EXCHANGE_SIZE;
 
-/// The images of these disks of a guest, for reading, with their places in the plan and sizes in pages.
-pub fn open(guest: &Guest, ids: &[String]) -> Result<(Vec<(u8, u64)>, Vec<OwnedFd>), Failure> {
+/// The disks that leave with a guest.
+#[derive(Default)]
+pub struct Leaving {
+    /// Their places in the plan, and sizes in pages.
+    pub disks: Vec<(u8, u64)>,
+    /// Their images, for reading, in the same order.
+    pub images: Vec<OwnedFd>,
+}
+
+/// Opens these disks of a guest.
+pub fn open(guest: &Guest, ids: &[String]) -> Result<Leaving, Failure> {
     let mut places = BTreeMap::new();
     for id in ids {
         let place = (0u8..)
@@ -38,7 +47,7 @@ pub fn open(guest: &Guest, ids: &[String]) -> Result<(Vec<(u8, u64)>, Vec<OwnedF
         }
         places.insert(place, id);
     }
-    let (mut disks, mut files) = (Vec::new(), Vec::new());
+    let mut leaving = Leaving::default();
     for (place, id) in places {
         let path = guest.local.disks.get(usize::from(place));
         let path =
@@ -48,10 +57,10 @@ pub fn open(guest: &Guest, ids: &[String]) -> Result<(Vec<(u8, u64)>, Vec<OwnedF
             .seek(SeekFrom::End(0))
             .map_err(|e| unusable(path, &e))?;
         check_size(path, length)?;
-        disks.push((place, length / PAGE));
-        files.push(file.into());
+        leaving.disks.push((place, length / PAGE));
+        leaving.images.push(file.into());
     }
-    Ok((disks, files))
+    Ok(leaving)
 }
 
 fn check_size(path: &Path, length: u64) -> Result<(), Failure> {
@@ -127,7 +136,7 @@ impl NewImages {
             _ => unusable(path, &e),
         })?;
         self.paths.push(path.to_owned());
-        let length = pages.checked_mul(PAGE).unwrap_or(u64::MAX);
+        let length = pages.saturating_mul(PAGE);
         file.set_len(length).map_err(|e| unusable(path, &e))?;
         self.files.push(file.into());
         Ok(())

@@ -226,7 +226,7 @@ impl Agent {
         let limit = wish
             .downtime_limit_ms
             .unwrap_or(policy.migration.downtime_limit_ms.get());
-        let (disks, images) = moving_disks::open(guest, wish.copy_disks)?;
+        let moving_disks::Leaving { disks, images } = moving_disks::open(guest, wish.copy_disks)?;
         let start = SourceStart {
             credentials: self.credentials()?.credentials.clone(),
             peer: peer_entry(peer),

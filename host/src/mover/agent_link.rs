@@ -151,10 +151,11 @@ impl AgentLink {
         };
         loop {
             match inner.channel.recv::<MoverCommand>(Some(Duration::ZERO)) {
-                Ok(received) => match inner.serve(received.body)? {
-                    Some(order) => self.obey(order)?,
-                    None => {}
-                },
+                Ok(received) => {
+                    if let Some(order) = inner.serve(received.body)? {
+                        self.obey(order)?;
+                    }
+                }
                 Err(IpcError::Deadline(_)) => return Ok(()),
                 Err(error) => return Err(error.into()),
             }
