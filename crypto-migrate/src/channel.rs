@@ -138,8 +138,8 @@ impl<T: Transport> Channel<T> {
             let tag = keys.send.seal(self.sent, &header, &mut payload)?;
             payload.extend_from_slice(&tag);
         }
-        let frame = [header.as_slice(), &payload].concat();
-        self.write(&frame)
+        let mut frame = [header.as_slice(), &payload, &[0]].concat();
+        self.write(&mut frame)
     }
 
     /// Sends the batch, if it has any entry, and empties it.
@@ -276,11 +276,12 @@ impl<T: Transport> Channel<T> {
         }
     }
 
-    fn write(&mut self, frame: &[u8]) -> Result<(), ChannelError> {
+    /// Writes a frame and nothing of the byte behind it.
+    fn write(&mut self, frame: &mut [u8]) -> Result<(), ChannelError> {
         self.tls
-            .write_all(frame, Instant::now() + self.frame_time)?;
+            .write_but_last(frame, Instant::now() + self.frame_time)?;
         self.sent += 1;
-        self.bytes += frame.len() as u64;
+        self.bytes += frame.len().saturating_sub(1) as u64;
         Ok(())
     }
 }

@@ -302,7 +302,7 @@ fn run<T: Transport>(
     guest.begin(&begin.start).map_err(at(Phase::Begin))?;
     let receiver = Receiver {
         table: PageTable::new(&offer.memory)?,
-        opener: PageOpener::new(session.page_key, session.binding),
+        opener: PageOpener::new(session.page_keys, session.binding),
         peer: session.peer,
         path: session.path,
         offer_hash: session.offer_hash,

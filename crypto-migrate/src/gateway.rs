@@ -178,7 +178,8 @@ impl Gateway {
         match hook(direction, frame) {
             Action::Forward(frames) => {
                 for frame in frames {
-                    to.write_all(&frame.encode()?, deadline).map_err(failed)?;
+                    to.write_all(&mut frame.encode()?, deadline)
+                        .map_err(failed)?;
                 }
                 Ok(Passed::Frame)
             }

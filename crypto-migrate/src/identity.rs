@@ -200,16 +200,6 @@ impl PeerIdentity {
         })
     }
 
-    /// Nobody: the state before a handshake has named anybody.
-    pub(crate) fn unknown() -> Self {
-        Self {
-            san: Vec::new(),
-            spki_sha256: [0; 32],
-            certificate: Vec::new(),
-            point: Vec::new(),
-        }
-    }
-
     /// Verifies this peer's signature (ECDSA P-256, SHA-256).
     pub fn verify_signature(&self, message: &[u8], signature: &[u8]) -> Result<(), IdentityError> {
         crypto::verify_p256(&self.point, message, signature).map_err(|_| IdentityError::Signature)

@@ -14,6 +14,7 @@
 //! | [`identity`] | who this host is, who is allowed, and the way to them |
 //! | [`vault`] | a guest at rest: a file of sealed pages |
 //! | [`dev_ca`] | a site authority for development |
+//! | [`parts`] | what each part of the stream costs alone, for the benchmark |
 //! | [`gateway`] | forwards, and sees nothing; the attack drill's tool |
 //! | [`code`] | the stable codes of every refusal |
 //!
@@ -34,6 +35,7 @@ pub mod guest;
 pub mod identity;
 pub mod page;
 pub mod pages;
+pub mod parts;
 pub mod precopy;
 pub mod progress;
 pub mod session;
@@ -49,4 +51,4 @@ mod crypto;
 mod rogue_tests;
 
 pub use channel::ChannelError;
-pub use crypto::{CryptoError, Provider};
+pub use crypto::{CryptoError, Provider, SEALS_PER_KEY};

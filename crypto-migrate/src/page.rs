@@ -5,8 +5,9 @@
 //! never travels. Not yet believed: the clear header, until it equals what must come next and the seal opens.
 
 use crate::code::Code;
-use crate::crypto::{AeadKey, CryptoError, TAG_SIZE};
+use crate::crypto::{CryptoError, KeyChain, TAG_SIZE};
 use crate::guest::{Gpn, PACKET_HEADER_SIZE, PageContent};
+use crate::wire::WireError;
 use crate::wire::batch::{BatchBuilder, ENTRY_HEADER_SIZE, Entries, Entry, EntryHeader, PageKind};
 
 /// A page that is refused.
@@ -48,6 +49,9 @@ pub enum PageError {
     /// A key reached its limit or a primitive failed.
     #[error(transparent)]
     Crypto(#[from] CryptoError),
+    /// The batch is full.
+    #[error(transparent)]
+    Wire(#[from] WireError),
     /// The guest handed over a page of the wrong size.
     #[error("page {0:#x}: the guest handed over a page of the wrong size")]
     Size(u64),
@@ -65,6 +69,7 @@ impl PageError {
             PageError::FutureRound { .. } => Code::RoundMismatch,
             PageError::Session(_) => Code::SessionMismatch,
             PageError::Crypto(error) => (*error).into(),
+            PageError::Wire(error) => error.code(),
             PageError::Size(_) => Code::GuestFailed,
         }
     }
@@ -92,16 +97,16 @@ impl Binding {
 
 /// Seals pages at the source.
 pub struct PageSealer {
-    key: AeadKey,
+    keys: KeyChain,
     binding: Binding,
     aad: Aad,
     next: u64,
 }
 
 impl PageSealer {
-    pub(crate) fn new(key: AeadKey, binding: Binding) -> Self {
+    pub(crate) fn new(keys: KeyChain, binding: Binding) -> Self {
         Self {
-            key,
+            keys,
             aad: Aad::new(&binding),
             binding,
             next: 0,
@@ -146,11 +151,19 @@ impl PageSealer {
         if first.len() + second.len() != header.body_length() || !firmware_fits || !count_fits {
             return Err(PageError::Size(page.0));
         }
-        let (key, aad) = (&self.key, self.aad.fill(&header));
+        let (key, aad) = (self.keys.of(sequence)?, self.aad.fill(&header));
         let mut sealed_tag = [0; TAG_SIZE];
-        batch.push(&header.encode(), parts, |data| {
-            sealed_tag = key.seal(sequence, aad, data)?;
-            Ok::<_, CryptoError>(sealed_tag)
+        batch.push(&header.encode(), header.body_length(), |out| {
+            sealed_tag = match kind {
+                PageKind::Data | PageKind::Zero => key.seal_from(sequence, aad, first, out)?,
+                PageKind::Firmware => {
+                    let (head, body) = out.split_at_mut(PACKET_HEADER_SIZE);
+                    head.copy_from_slice(first);
+                    body.copy_from_slice(second);
+                    key.seal(sequence, aad, out)?
+                }
+            };
+            Ok::<_, PageError>(sealed_tag)
         })?;
         self.next += 1;
         Ok((header, sealed_tag))
@@ -159,7 +172,7 @@ impl PageSealer {
 
 /// Opens pages at the destination.
 pub struct PageOpener {
-    key: AeadKey,
+    keys: KeyChain,
     binding: Binding,
     aad: Aad,
     expected: u64,
@@ -177,9 +190,9 @@ pub struct Opened<'a> {
 }
 
 impl PageOpener {
-    pub(crate) fn new(key: AeadKey, binding: Binding) -> Self {
+    pub(crate) fn new(keys: KeyChain, binding: Binding) -> Self {
         Self {
-            key,
+            keys,
             aad: Aad::new(&binding),
             binding,
             expected: 0,
@@ -259,7 +272,8 @@ impl PageOpener {
             .ok_or(refused.clone())?;
         let aad = self.aad.fill(&header);
         let plain = self
-            .key
+            .keys
+            .of(self.expected)?
             .open(self.expected, aad, entry.sealed)
             .map_err(|_| refused.clone())?;
         let content = match header.kind {
@@ -285,7 +299,7 @@ impl PageOpener {
 pub enum OpenError {
     /// The batch does not parse.
     #[error(transparent)]
-    Wire(#[from] crate::wire::WireError),
+    Wire(#[from] WireError),
     /// The page is refused.
     #[error(transparent)]
     Page(#[from] PageError),
@@ -332,7 +346,30 @@ impl Aad {
     }
 }
 
-const PAGE_SEAL_VERSION: u16 = 2;
+/// An example for the document: the entry's header and the associated data.
+#[cfg(test)]
+pub(crate) fn associated_data() -> ([u8; ENTRY_HEADER_SIZE], [u8; AAD_SIZE]) {
+    let binding = Binding {
+        session_id: [1; 16],
+        vm_id: [2; 16],
+        epoch: 3,
+        stream: 4,
+    };
+    let header = EntryHeader {
+        sequence: 5,
+        page: 6,
+        count: 2,
+        round: 7,
+        session: binding.session_tag(),
+        stream: binding.stream,
+        kind: PageKind::Data,
+    };
+    let mut aad = Aad::new(&binding);
+    aad.fill(&header);
+    (header.encode(), aad.0)
+}
+
+const PAGE_SEAL_VERSION: u16 = 3;
 const PREFIX_SIZE: usize = 2 + 16 + 16 + 8 + 2;
 const AAD_SIZE: usize = PREFIX_SIZE + ENTRY_HEADER_SIZE + 4;
 
@@ -354,9 +391,9 @@ mod tests {
         }
     }
 
-    fn key() -> AeadKey {
+    fn key() -> KeyChain {
         KeySchedule::extract(b"salt", b"secret")
-            .aead(Provider::default(), b"page")
+            .chain(Provider::default(), b"page")
             .unwrap()
     }
 
@@ -379,7 +416,8 @@ mod tests {
         sealer
             .seal(&mut batch, 1, Gpn(21), 1, PageContent::Data(&page))
             .unwrap();
-        batch.finish(&[0; 16])[16..].to_vec()
+        let frame = batch.finish(&[0; 16]);
+        frame[16..frame.len() - 1].to_vec()
     }
 
     fn open_all(opener: &mut PageOpener, payload: &[u8]) -> Result<usize, Code> {
@@ -473,6 +511,30 @@ mod tests {
         let mut longer = whole;
         longer.count = 17;
         assert!(EntryHeader::parse(&longer.encode()).is_err());
+    }
+
+    #[test]
+    fn the_key_changes_within_a_stream_and_only_where_it_must() {
+        let open = |sealed_per_key: u64, opened_per_key: u64| {
+            let keys = key().with_seals_per_key(sealed_per_key);
+            let mut sealer = PageSealer::new(keys, binding());
+            let mut batch = BatchBuilder::new();
+            for page in 0..10 {
+                let content = PageContent::Data(&[0x5a; PAGE_SIZE]);
+                sealer.seal(&mut batch, 1, Gpn(page), 1, content).unwrap();
+            }
+            let frame = batch.finish(&[0; 16]);
+            let keys = key().with_seals_per_key(opened_per_key);
+            open_all(
+                &mut PageOpener::new(keys, binding()),
+                &frame[16..frame.len() - 1],
+            )
+        };
+        assert_eq!(open(3, 3), Ok(10), "over three changes");
+        assert_eq!(open(3, 4), Err(Code::PageAuthentication));
+        assert_eq!(open(4, 3), Err(Code::PageAuthentication));
+        assert_eq!(open(10, 9), Err(Code::PageAuthentication));
+        assert_eq!(open(10, 11), Ok(10), "the same key still");
     }
 
     #[test]

@@ -246,7 +246,7 @@ fn speak(channel: &mut Channel<TcpStream>, local: &Local, script: Script) -> Opt
     let session =
         session::offer(channel, local, "b", None, &offer, Purpose::Move, deadline).ok()?;
     channel.send(&Begin { start: vec![] }).ok()?;
-    let mut sealer = PageSealer::new(session.page_key, session.binding);
+    let mut sealer = PageSealer::new(session.page_keys, session.binding);
     let mut table = PageTable::new(&offer.memory).unwrap();
     let mut batch = BatchBuilder::new();
     for (page, count, round) in script.pages.iter().copied() {

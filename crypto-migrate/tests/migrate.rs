@@ -322,14 +322,14 @@ fn silence_ends_at_the_deadline_at_either_end() {
 }
 
 /// A peer with a valid identity that sends these bytes instead of an offer, then nothing.
-fn bad_peer(bytes: Vec<u8>) -> String {
+fn bad_peer(mut bytes: Vec<u8>) -> String {
     let site = Site::new();
     let (a, b) = UnixStream::pair().unwrap();
     let local = site.source(Path::Direct).local;
     let bad = std::thread::spawn(move || {
         let time = Duration::from_secs(5);
         let mut tls = tls::connect(a, &local, time).unwrap();
-        tls.write_all(&bytes, Instant::now() + time).unwrap();
+        tls.write_all(&mut bytes, Instant::now() + time).unwrap();
         tls.linger(Instant::now() + time);
     });
     let mut destination = site.destination(Path::Direct);

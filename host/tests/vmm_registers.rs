@@ -17,6 +17,7 @@ fn what_is_measured_of_each_vcpu_is_what_kvm_holds() {
     let vm = Kvm::new().unwrap().create_vm().unwrap();
     vm.create_irq_chip().unwrap();
     let plan = MachinePlan {
+        firmware: None,
         name: "registers".into(),
         vm_id: [0; 16],
         vcpus: 2,

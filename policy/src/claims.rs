@@ -195,6 +195,8 @@ pub struct SessionClaims {
     pub suite: String,
     /// Key agreement group: `X25519`.
     pub group: String,
+    /// Who does the bulk cryptography at this end: `ring` or `aws-lc`.
+    pub provider: String,
 }
 
 /// A generation of processors with SEV-SNP.

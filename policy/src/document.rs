@@ -13,7 +13,7 @@ use std::io::Read;
 use std::num::{NonZeroU16, NonZeroU32, NonZeroU64};
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::claims::{Firmware, SandboxLevel};
 use crate::types::{Fingerprint, Identity, Technology, Timestamp};
@@ -248,6 +248,28 @@ pub struct Migration {
     pub suites: Option<BTreeSet<String>>,
     /// Key agreement groups with which guests may move (default: those of the program).
     pub groups: Option<BTreeSet<String>>,
+    /// Who does this host's bulk cryptography of a move (default: the program's own choice, AWS-LC where it is built in).
+    pub provider: Option<CryptoProvider>,
+}
+
+/// An implementation of TLS and of page seals.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CryptoProvider {
+    /// AWS-LC, not its FIPS build.
+    AwsLc,
+    /// ring.
+    Ring,
+}
+
+impl CryptoProvider {
+    /// As it is written.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::AwsLc => "aws-lc",
+            Self::Ring => "ring",
+        }
+    }
 }
 
 /// `[[peer]]`: another host.
@@ -361,6 +383,7 @@ impl Default for Migration {
             trusted_emulated_roots: Vec::new(),
             suites: None,
             groups: None,
+            provider: None,
         }
     }
 }

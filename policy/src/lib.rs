@@ -51,7 +51,7 @@ mod types;
 
 pub use action::{Action, ActionKind};
 pub use claims::{Actor, Inquiry};
-pub use document::{HostPolicy, PolicyError};
+pub use document::{CryptoProvider, HostPolicy, PolicyError};
 pub use evaluate::{Code, Decision, Reason, decide, evaluate, may_ask};
 pub use ledger::{Ledger, LedgerError};
 pub use types::{

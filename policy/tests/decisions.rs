@@ -413,7 +413,7 @@ fn tcb_of_turin_has_a_part_more() {
 /// Who is there, over whom, and by which cipher: each is looked at before a page travels, and what is not known refuses.
 #[test]
 fn a_session_must_be_the_one_that_the_policy_means() {
-    let lists = "[migration]\nsuites = ['AES']\ngroups = ['X25519']";
+    let lists = "[migration]\nsuites = ['AES']\ngroups = ['X25519']\nprovider = 'ring'";
     let policy = parse(&BASE.replace("[migration]", lists));
     let identity = |san: &str, key| Identity {
         san: san.parse().unwrap(),
@@ -426,6 +426,7 @@ fn a_session_must_be_the_one_that_the_policy_means() {
         path: "direct".to_owned(),
         suite: "AES".to_owned(),
         group: "X25519".to_owned(),
+        provider: "ring".to_owned(),
     };
     let leaving = |peer: &str, session| {
         let action = Action::MigrateSession {
@@ -446,6 +447,10 @@ fn a_session_must_be_the_one_that_the_policy_means() {
         };
         assert_eq!(with(&|s| s.suite = "NULL".into()), Code::SessionNotAllowed);
         assert_eq!(with(&|s| s.group = "P256".into()), Code::SessionNotAllowed);
+        assert_eq!(
+            with(&|s| s.provider = "aws-lc".into()),
+            Code::SessionNotAllowed
+        );
         assert_ne!(code(&policy, good, |i| i.session = None), Code::Allowed);
     }
     // At the source, the peer that signed is the one that was named.

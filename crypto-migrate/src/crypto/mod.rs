@@ -6,13 +6,20 @@
 //! long as one session, in the mover process, which ends with it.
 
 mod aead;
+mod chain;
 mod provider;
+mod record;
 
 use ring::{agreement, digest, hkdf, hmac, rand::SecureRandom, rand::SystemRandom, signature};
 use zeroize::Zeroizing;
 
 pub(crate) use aead::{AeadKey, TAG_SIZE};
+pub(crate) use chain::KeyChain;
+pub use chain::SEALS_PER_KEY;
 pub use provider::Provider;
+#[cfg(test)]
+pub(crate) use record::MAX_RECORDS;
+pub(crate) use record::{RecordKey, TrafficSecret};
 
 /// A primitive refused its input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -123,19 +130,31 @@ impl KeySchedule {
     }
 
     pub(crate) fn mac(&self, info: &[u8]) -> Result<MacKey, CryptoError> {
-        Ok(MacKey(hmac::Key::new(
-            hmac::HMAC_SHA256,
-            self.expand(info)?.as_ref(),
-        )))
+        let key: Zeroizing<[u8; 32]> = self.expand(info)?;
+        Ok(MacKey(hmac::Key::new(hmac::HMAC_SHA256, key.as_ref())))
     }
 
-    fn expand(&self, info: &[u8]) -> Result<Zeroizing<[u8; 32]>, CryptoError> {
-        let mut out = Zeroizing::new([0; 32]);
+    /// The first of a chain of keys.
+    pub(crate) fn chain(&self, provider: Provider, info: &[u8]) -> Result<KeyChain, CryptoError> {
+        KeyChain::new(provider, self.expand(info)?)
+    }
+
+    fn expand<const N: usize>(&self, info: &[u8]) -> Result<Zeroizing<[u8; N]>, CryptoError> {
+        let mut out = Zeroizing::new([0; N]);
         self.0
-            .expand(&[info], hkdf::HKDF_SHA256) // only names an output of 32 bytes
+            .expand(&[info], Length(N))
             .and_then(|okm| okm.fill(out.as_mut()))
             .map_err(|_| CryptoError::Agreement)?;
         Ok(out)
+    }
+}
+
+/// An output of so many bytes.
+struct Length(usize);
+
+impl hkdf::KeyType for Length {
+    fn len(&self) -> usize {
+        self.0
     }
 }
 

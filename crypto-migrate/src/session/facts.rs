@@ -1,6 +1,7 @@
 //! What two hosts have agreed on, for policies and records. No key, and no exporter: only its hash.
 
 use super::{SessionError, channel_binding};
+use crate::crypto::Provider;
 use crate::identity::PeerIdentity;
 use crate::tls::{TlsStream, Transport};
 use crate::wire::messages::PathKind;
@@ -20,6 +21,8 @@ pub struct SessionFacts {
     pub group: String,
     /// A hash of this TLS connection's exporter (RFC 9266); on a direct path the same at both ends.
     pub exporter_sha256: [u8; 32],
+    /// Who does the bulk cryptography at this end.
+    pub provider: Provider,
 }
 
 impl SessionFacts {
@@ -27,6 +30,7 @@ impl SessionFacts {
         tls: &TlsStream<T>,
         peer: &PeerIdentity,
         path: PathKind,
+        provider: Provider,
     ) -> Result<Self, SessionError> {
         Ok(Self {
             peer: peer.clone(),
@@ -35,6 +39,7 @@ impl SessionFacts {
             suite: tls.suite(),
             group: tls.group(),
             exporter_sha256: channel_binding(tls)?,
+            provider,
         })
     }
 }

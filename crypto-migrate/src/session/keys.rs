@@ -4,7 +4,9 @@ use zeroize::Zeroizing;
 
 use super::{Session, SessionError, encode};
 use crate::channel::STREAM;
-use crate::crypto::{self, AeadKey, CryptoError, EphemeralKey, KeySchedule, MacKey, Provider};
+use crate::crypto::{
+    self, AeadKey, CryptoError, EphemeralKey, KeyChain, KeySchedule, MacKey, Provider,
+};
 use crate::guest::GuestOffer;
 use crate::identity::{HostIdentity, PeerIdentity};
 use crate::page::Binding;
@@ -38,7 +40,7 @@ impl Facts<'_> {
     pub(super) fn session(
         &self,
         peer: PeerIdentity,
-        page_key: AeadKey,
+        page_keys: KeyChain,
         evidence: Vec<u8>,
     ) -> Session {
         let (vm_id, epoch) = (self.guest.vm_id, self.guest.epoch);
@@ -52,7 +54,7 @@ impl Facts<'_> {
             peer,
             path: self.path,
             binding,
-            page_key,
+            page_keys,
             offer_hash: self.offer_hash,
             evidence,
         }
@@ -90,7 +92,7 @@ pub(super) struct Keys {
     pub(super) confirm_destination: MacKey,
     pub(super) control_source: AeadKey,
     pub(super) control_destination: AeadKey,
-    pub(super) page: AeadKey,
+    pub(super) pages: KeyChain,
 }
 
 impl Keys {
@@ -107,7 +109,7 @@ impl Keys {
             confirm_destination: schedule.mac(&facts.info("confirm", Role::Destination))?,
             control_source: aead("control", Role::Source)?,
             control_destination: aead("control", Role::Destination)?,
-            page: aead("page", Role::Source)?,
+            pages: schedule.chain(provider, &facts.info("page", Role::Source))?,
         })
     }
 }
@@ -197,4 +199,43 @@ pub(super) fn secret<T: Transport>(
 fn append(out: &mut Vec<u8>, field: &[u8]) {
     out.extend_from_slice(&(field.len() as u64).to_le_bytes());
     out.extend_from_slice(field);
+}
+
+/// What the keys of an example session, under the nonce 0, make of a known text: by name.
+#[cfg(test)]
+pub(crate) fn example_keys(
+    transcript: &[u8; 48],
+    secret: &[u8],
+) -> Result<[(&'static str, Vec<u8>); 5], CryptoError> {
+    let guest = GuestOffer {
+        vm_id: [2; 16],
+        name: "example".to_owned(),
+        epoch: 3,
+        memory: Vec::new(),
+        description: Vec::new(),
+    };
+    let facts = Facts {
+        session_id: [1; 16],
+        guest: &guest,
+        path: PathKind::Direct,
+        offer_hash: [0; 32],
+    };
+    let mut keys = Keys::derive(transcript, secret, &facts, Provider::default())?;
+    let seal = |key: &AeadKey| {
+        let mut data = b"probe".to_vec();
+        let tag = key.seal(0, b"", &mut data)?;
+        Ok::<_, CryptoError>([data.as_slice(), &tag].concat())
+    };
+    let mut pages = seal(keys.pages.of(0)?)?;
+    pages.extend(seal(keys.pages.of(crate::SEALS_PER_KEY)?)?);
+    Ok([
+        ("confirm_source", keys.confirm_source.mac(b"probe").to_vec()),
+        (
+            "confirm_destination",
+            keys.confirm_destination.mac(b"probe").to_vec(),
+        ),
+        ("control_source", seal(&keys.control_source)?),
+        ("control_destination", seal(&keys.control_destination)?),
+        ("pages", pages),
+    ])
 }

@@ -22,6 +22,9 @@
 mod facts;
 mod keys;
 
+#[cfg(test)]
+pub(crate) use self::keys::example_keys;
+
 use std::time::Instant;
 
 use rustls_pki_types::CertificateDer;
@@ -32,7 +35,7 @@ pub use self::keys::OwnerKey;
 use self::keys::{Facts, Keys, Role, Transcript, secret};
 use crate::channel::{Channel, ChannelError, ControlKeys};
 use crate::code::Code;
-use crate::crypto::{self, AeadKey, CryptoError, EphemeralKey, MacKey};
+use crate::crypto::{self, CryptoError, EphemeralKey, KeyChain, MacKey};
 use crate::guest::{Admission, GuestOffer, Refusal};
 use crate::identity::{AllowedPeer, IdentityError, Local, MAX_CHAIN, Path, PeerIdentity, Usage};
 use crate::page::Binding;
@@ -134,7 +137,7 @@ pub(crate) struct Session {
     pub(crate) peer: PeerIdentity,
     pub(crate) path: PathKind,
     pub(crate) binding: Binding,
-    pub(crate) page_key: AeadKey,
+    pub(crate) page_keys: KeyChain,
     pub(crate) offer_hash: [u8; 32],
     /// Platform evidence of the destination.
     pub(crate) evidence: Vec<u8>,
@@ -217,7 +220,7 @@ pub(crate) fn offer<T: Transport>(
         send: keys.control_source,
         receive: keys.control_destination,
     });
-    Ok(facts.session(peer, keys.page, accept.evidence))
+    Ok(facts.session(peer, keys.pages, accept.evidence))
 }
 
 /// What [`accept`] leaves behind besides the session.
@@ -260,7 +263,7 @@ pub(crate) fn accept<T: Transport>(
         return Err(SessionError::Confirmation);
     }
 
-    let session = SessionFacts::of(channel.tls(), &peer, path)?;
+    let session = SessionFacts::of(channel.tls(), &peer, path, local.provider)?;
     let Admission { evidence } = admit(&offer.guest, &session).map_err(SessionError::Refused)?;
     if evidence.len() > MAX_EVIDENCE {
         return Err(SessionError::Offer("platform evidence"));
@@ -299,7 +302,7 @@ pub(crate) fn accept<T: Transport>(
         send: keys.control_destination,
         receive: keys.control_source,
     });
-    let session = facts.session(peer, keys.page, evidence);
+    let session = facts.session(peer, keys.pages, evidence);
     Ok(Accepted {
         session,
         guest: offer.guest,

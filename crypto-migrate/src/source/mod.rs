@@ -357,14 +357,19 @@ fn run<T: Transport>(
         deadline,
     )
     .map_err(SourceError::Agree)?;
-    let facts =
-        SessionFacts::of(channel.tls(), &session.peer, session.path).map_err(SourceError::Agree)?;
+    let facts = SessionFacts::of(
+        channel.tls(),
+        &session.peer,
+        session.path,
+        config.local.provider,
+    )
+    .map_err(SourceError::Agree)?;
     guest.agreed(&facts).map_err(SourceError::Refused)?;
     progress(Progress::new(Phase::Begin, started));
     let start = guest.begin(&session.evidence).map_err(at(Phase::Begin))?;
     channel.send(&Begin { start }).map_err(on(Phase::Begin))?;
     let table = PageTable::new(&offer.memory)?;
-    let sealer = PageSealer::new(session.page_key, session.binding);
+    let sealer = PageSealer::new(session.page_keys, session.binding);
     let mut stream = Stream {
         channel,
         config,

@@ -238,27 +238,27 @@ pub fn join(entries: &[Vec<u8>]) -> Vec<u8> {
     out
 }
 
-/// A frame under construction: room for its header, the count, then entries. Allocated once, reused.
+/// A frame under construction: room for its header, the count, then entries, and a byte of room behind them.
+/// Allocated once, reused.
 pub struct BatchBuilder {
     bytes: Vec<u8>,
+    used: usize,
     entries: u16,
 }
 
 impl BatchBuilder {
     /// An empty batch.
     pub fn new() -> Self {
-        let mut builder = Self {
-            bytes: Vec::with_capacity(HEADER_SIZE + MAX_PAYLOAD),
+        Self {
+            bytes: vec![0; HEADER_SIZE + MAX_PAYLOAD + 1],
+            used: HEADER_SIZE + COUNT_SIZE,
             entries: 0,
-        };
-        builder.clear();
-        builder
+        }
     }
 
     /// Empties the batch, keeping its memory.
     pub fn clear(&mut self) {
-        self.bytes.clear();
-        self.bytes.resize(HEADER_SIZE + COUNT_SIZE, 0);
+        self.used = HEADER_SIZE + COUNT_SIZE;
         self.entries = 0;
     }
 
@@ -269,33 +269,39 @@ impl BatchBuilder {
 
     /// Bytes of payload so far.
     pub fn payload_length(&self) -> usize {
-        self.bytes.len().saturating_sub(HEADER_SIZE)
+        self.used.saturating_sub(HEADER_SIZE)
     }
 
-    /// Appends an entry: `parts` are copied once, `seal` encrypts them in place and returns the tag.
-    pub fn push<E>(
+    /// Appends an entry: `seal` writes the ciphertext of `length` bytes and returns the tag. Where it fails, or there is
+    /// no room, the batch is what it was.
+    pub fn push<E: From<WireError>>(
         &mut self,
         header: &[u8; ENTRY_HEADER_SIZE],
-        parts: [&[u8]; 2],
+        length: usize,
         seal: impl FnOnce(&mut [u8]) -> Result<[u8; TAG_SIZE], E>,
     ) -> Result<(), E> {
-        self.bytes.extend_from_slice(header);
-        let start = self.bytes.len();
-        parts
-            .iter()
-            .for_each(|part| self.bytes.extend_from_slice(part));
-        let tag = seal(self.bytes.get_mut(start..).unwrap_or_default())?;
-        self.bytes.extend_from_slice(&tag);
-        self.entries += 1;
+        let full = || WireError::Malformed("page batch without room for another entry");
+        let room = self.bytes.split_last_mut().and_then(|(_, bytes)| {
+            let (place, rest) = bytes
+                .get_mut(self.used..)?
+                .split_first_chunk_mut::<ENTRY_HEADER_SIZE>()?;
+            let (body, rest) = rest.split_at_mut_checked(length)?;
+            Some((place, body, rest.first_chunk_mut::<TAG_SIZE>()?))
+        });
+        let (place, body, tag) = room.ok_or_else(full)?;
+        *place = *header;
+        *tag = seal(body)?;
+        self.used += ENTRY_HEADER_SIZE + length + TAG_SIZE;
+        self.entries = self.entries.checked_add(1).ok_or_else(full)?;
         Ok(())
     }
 
-    /// Completes the frame with its header and returns all its bytes.
-    pub fn finish(&mut self, header: &[u8; HEADER_SIZE]) -> &[u8] {
+    /// Completes the frame with its header and returns all its bytes, and one of room behind them.
+    pub fn finish(&mut self, header: &[u8; HEADER_SIZE]) -> &mut [u8] {
         let [c0, c1] = self.entries.to_le_bytes();
         let front = header.iter().copied().chain([c0, c1, 0, 0]);
         self.bytes.iter_mut().zip(front).for_each(|(b, f)| *b = f);
-        &self.bytes
+        self.bytes.get_mut(..=self.used).unwrap_or_default()
     }
 }
 

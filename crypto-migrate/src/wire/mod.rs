@@ -3,6 +3,8 @@
 //! Not yet believed: every byte. A header names at most the maximum of its type before anything is
 //! allocated; whether the frame was sent by the peer is decided later, by the seals.
 //!
+//! `WIRE.md` has it all in tables.
+//!
 //! | Bytes | Field | |
 //! | --- | --- | --- |
 //! | 0 | version | [`VERSION`] |
@@ -15,6 +17,8 @@
 //! the header is its associated data. A page batch carries seals of its own: see [`batch`].
 
 pub mod batch;
+#[cfg(test)]
+mod document;
 pub mod messages;
 
 use crate::code::Code;

@@ -1,5 +1,6 @@
 //! Every request passes here: the policy decides, the ledger keeps the decision, and only then something is done.
 
+use std::io::Read as _;
 use std::path::Path;
 use std::time::SystemTime;
 
@@ -265,9 +266,17 @@ impl Agent {
         let failed = |path: &Path, e: &dyn std::fmt::Display| {
             Failure::new("DESCRIPTION", format!("{}: {e}", path.display()))
         };
-        let read = |path: &Path| std::fs::read(path).map_err(|e| failed(path, &e));
-        let image = BootImage::assemble(plan, &read(&spec.kernel)?, &read(&spec.initrd)?)
-            .map_err(|e| failed(&spec.kernel, &e))?;
+        let read = |path: &Path| {
+            let mut bytes = Vec::new();
+            let read = files::open(path, false).and_then(|mut f| f.read_to_end(&mut bytes));
+            read.map(|_| bytes).map_err(|e| failed(path, &e))
+        };
+        // Firmware only a plain guest has, of which nothing is measured.
+        let Some(boot) = spec.boot.kernel() else {
+            return Ok(claims);
+        };
+        let image = BootImage::assemble(plan, &read(&boot.kernel)?, &read(&boot.initrd)?)
+            .map_err(|e| failed(&boot.kernel, &e))?;
         claims.launch_digest = measured::launch_digest(plan, &image.pieces)
             .and_then(|digest| digest.to_string().parse().ok());
         Ok(claims)

@@ -17,6 +17,7 @@ use crate::agent::tap;
 use crate::agent::vmm_process::{VmmProcess, lock};
 use crate::machine::cpu::{CpuBaseline, CpuModel};
 use crate::machine::plan::MachinePlan;
+use crate::machine::spec::BootSpec;
 use crate::vmm::protocol::{HandleKind, MachineState, Measurement, VmmReply, VmmRequest};
 use crate::vmm::vcpu::model;
 
@@ -173,8 +174,12 @@ impl Resources {
     }
 
     /// Adds kernel and initramfs, for a launch.
-    pub fn with_boot(mut self, kernel: &Path, initrd: &Path) -> Result<Self, Failure> {
-        for (kind, path) in [(HandleKind::Kernel, kernel), (HandleKind::Initrd, initrd)] {
+    pub fn with_boot(mut self, boot: &BootSpec) -> Result<Self, Failure> {
+        let kinds = match boot {
+            BootSpec::Kernel(_) => &[HandleKind::Kernel, HandleKind::Initrd][..],
+            BootSpec::Firmware(_) => &[HandleKind::Firmware],
+        };
+        for (kind, path) in kinds.iter().copied().zip(boot.files()) {
             self.handles.push((
                 kind,
                 files::open(path, false)

@@ -16,7 +16,7 @@ use crate::agent::guest::{Guest, Resources, TapChoice};
 use crate::agent::move_records::MoveRecords;
 use crate::agent::moving_disks::NewImages;
 use crate::agent::record::{Ownership, OwnershipState};
-use crate::agent::transfer::{peer_entries, role_error};
+use crate::agent::transfer::{peer_entries, provider_name, role_error};
 use crate::agent::vmm_process::lock;
 use crate::agent::{Agent, ROLE_OVERHEAD, files, room};
 use crate::ipc::Channel;
@@ -52,6 +52,7 @@ impl Agent {
         let start = DestinationStart {
             credentials: self.credentials()?.credentials.clone(),
             peers: peer_entries(&self.policy()),
+            provider: provider_name(&self.policy()),
             limits: MoveLimits::default(),
         };
         let socket = OwnedFd::from(stream);

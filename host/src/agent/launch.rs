@@ -189,8 +189,8 @@ impl Agent {
             .collect();
         let processor = self.processor_for(plan)?;
         let folder = self.guest_folder(&plan.name);
-        let resources = Resources::open(plan, &folder, &disks, &taps, processor)?
-            .with_boot(&spec.kernel, &spec.initrd)?;
+        let resources =
+            Resources::open(plan, &folder, &disks, &taps, processor)?.with_boot(&spec.boot)?;
         let vmm = self.spawn_vmm(plan, spec.share.clone())?;
         resources.prepare(vmm, plan.clone(), FIRST_EPOCH)
     }

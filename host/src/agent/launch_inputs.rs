@@ -14,8 +14,8 @@ use crate::machine::spec::MachineSpec;
 
 /// Hashes under way.
 pub struct LaunchInputs {
-    kernel: Hashing,
-    initrd: Hashing,
+    /// What the guest starts in, and what that would have been.
+    files: [(&'static str, Option<Hashing>); 3],
     command_line: String,
 }
 
@@ -25,22 +25,29 @@ struct Hashing {
 }
 
 impl LaunchInputs {
-    /// Begins to read. There is no firmware: kernels are booted directly.
+    /// Begins to read.
     pub fn begin(spec: &MachineSpec, plan: &MachinePlan) -> Self {
+        let begin = |path: Option<&PathBuf>| path.map(|path| Hashing::begin(path));
+        let kernel = spec.boot.kernel();
+        let firmware = spec.boot.firmware();
         Self {
-            kernel: Hashing::begin(&spec.kernel),
-            initrd: Hashing::begin(&spec.initrd),
+            files: [
+                ("input.kernel", begin(kernel.map(|files| &files.kernel))),
+                ("input.initrd", begin(kernel.map(|files| &files.initrd))),
+                ("input.firmware", begin(firmware.map(|spec| &spec.image))),
+            ],
             command_line: sha256(plan.cmdline.as_bytes()),
         }
     }
 
-    /// The record with every input in it.
+    /// The record with every input in it; what a guest starts without is `none`.
     pub fn describe(self, entry: Entry) -> Result<Entry, Failure> {
-        Ok(entry
-            .with("input.kernel", self.kernel.end()?)
-            .with("input.initrd", self.initrd.end()?)
-            .with("input.command_line", self.command_line)
-            .with("input.firmware", "none"))
+        let mut entry = entry.with("input.command_line", self.command_line);
+        for (name, hashing) in self.files {
+            let hash = hashing.map_or(Ok("none".to_owned()), Hashing::end)?;
+            entry = entry.with(name, hash);
+        }
+        Ok(entry)
     }
 }
 

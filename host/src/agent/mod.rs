@@ -578,7 +578,7 @@ impl Agent {
     fn spawn_vmm(&self, plan: &MachinePlan, cpu: CpuShare) -> Result<VmmProcess, Failure> {
         let bounds = Bounds {
             cpu,
-            memory: Some(plan.memory_bytes),
+            memory: Some(plan.mapped_bytes()),
             vcpus: plan.vcpus.into(),
             locked: sev::locked_memory(plan),
         };

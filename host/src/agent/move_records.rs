@@ -78,6 +78,7 @@ impl<'a> MoveRecords<'a> {
             path: session.path.clone(),
             suite: session.suite.clone(),
             group: session.group.clone(),
+            provider: session.provider.clone(),
         })
     }
 
@@ -160,7 +161,9 @@ impl State {
             None => entry,
         };
         match &self.session {
-            Some(session) => entry.with("path", session.path.as_str()),
+            Some(session) => entry
+                .with("path", session.path.as_str())
+                .with("provider", session.provider.as_str()),
             None => entry,
         }
     }

@@ -16,7 +16,7 @@ use crate::agent::move_records::MoveRecords;
 use crate::agent::mover_process::MoverProcess;
 use crate::agent::moving_disks;
 use crate::agent::record::{Ownership, OwnershipState};
-use crate::agent::transfer::{peer_entry, role_error};
+use crate::agent::transfer::{peer_entry, provider_name, role_error};
 use crate::agent::vmm_process::lock;
 use crate::machine::plan::Technology;
 use crate::mover::protocol::{
@@ -235,6 +235,7 @@ impl Agent {
             epoch: *lock(&guest.epoch),
             description,
             emulated_roots: self.emulated_roots(),
+            provider: provider_name(&policy),
             limits: MoveLimits {
                 downtime_ms: limit.into(),
                 max_rounds: 0,
@@ -263,7 +264,7 @@ impl Agent {
                 format!("{} is being moved or snapshot already", guest.plan.name),
             ));
         }
-        let mover = Arc::new(self.spawn_mover(guest.plan.memory_bytes)?);
+        let mover = Arc::new(self.spawn_mover(guest.plan.mapped_bytes())?);
         let vmm = guest.vmm.attach_mover()?;
         let mut handles = vec![vmm.as_fd()];
         handles.extend(beside);

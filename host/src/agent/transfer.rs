@@ -73,6 +73,12 @@ pub fn peer_entries(policy: &HostPolicy) -> Vec<PeerEntry> {
     policy.peers().iter().map(peer_entry).collect()
 }
 
+/// Who shall do a mover's cryptography, if the policy says so.
+pub fn provider_name(policy: &HostPolicy) -> Option<String> {
+    let provider = policy.migration.provider?;
+    Some(provider.as_str().to_owned())
+}
+
 /// An error for a mover.
 pub fn role_error(code: &str, text: impl std::fmt::Display) -> RoleError {
     RoleError {

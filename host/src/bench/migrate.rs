@@ -29,6 +29,7 @@ use serde::{Deserialize, Serialize};
 use super::BenchError;
 use super::machine::{Arriving, Leaving};
 use super::memory::BenchMemory;
+use super::parts::Sum;
 use super::unprotected::{self, Pipe};
 use super::usage::Usage;
 
@@ -90,6 +91,8 @@ pub struct Report {
     /// From the last byte of memory to the word that the other end runs: state, manifest, commit. Without page
     /// seals: to the word that all is placed.
     pub switch_ms: f64,
+    /// What its parts cost alone, in the same run.
+    pub parts: Sum,
 }
 
 /// Both ends on this machine, over loopback.
@@ -179,6 +182,13 @@ pub fn connect(address: SocketAddr, keys: &Path, plan: Plan) -> Result<Report, B
         ));
     }
     let gigabytes = plan.size as f64 / 1e9;
+    let parts = Sum::measure(
+        &memory,
+        plan.protect,
+        provider,
+        (cpu_s + there.cpu_s) / gigabytes,
+        seconds / gigabytes,
+    )?;
     Ok(Report {
         size: plan.size,
         protect: plan.protect,
@@ -191,6 +201,7 @@ pub fn connect(address: SocketAddr, keys: &Path, plan: Plan) -> Result<Report, B
         peak_rss_mib_source,
         peak_rss_mib_destination: there.peak_rss_mib,
         switch_ms: switch.as_secs_f64() * 1e3,
+        parts,
     })
 }
 

@@ -6,11 +6,13 @@
 //! | [`machine`] | memory that never changes, as a guest the engine moves |
 //! | [`unprotected`] | the same bytes without seals, or without TLS either: what protection is compared with |
 //! | [`memory`] | that memory: random at the source, populated at the destination |
+//! | [`parts`] | what copies, seals, TLS and the socket cost alone, in the same run |
 //! | [`usage`] | processor time and peak memory of one end |
 
 pub mod machine;
 pub mod memory;
 pub mod migrate;
+pub mod parts;
 pub mod unprotected;
 pub mod usage;
 

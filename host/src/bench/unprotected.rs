@@ -20,7 +20,8 @@ pub enum Pipe {
 }
 
 impl Pipe {
-    fn send(&mut self, bytes: &[u8]) -> Result<(), BenchError> {
+    /// What is left in `bytes` is of no use.
+    fn send(&mut self, bytes: &mut Vec<u8>) -> Result<(), BenchError> {
         match self {
             Pipe::Clear(stream) => stream.write_all(bytes).map_err(BenchError::system("send")),
             Pipe::Tls(stream) => Ok(stream.write_all(bytes, deadline())?),
@@ -39,17 +40,16 @@ impl Pipe {
 
 /// Sends all memory; returns the time from the last piece to the other end's word that it is placed.
 pub fn send(pipe: &mut Pipe, memory: &BenchMemory) -> Result<Duration, BenchError> {
-    let mut piece = vec![0; HEADER + CHUNK];
+    let mut piece = Vec::with_capacity(HEADER + CHUNK + 1);
     memory.each_chunk(|at, length| {
+        piece.resize(HEADER + length, 0);
         let (header, body) = piece.split_at_mut(HEADER);
         put_header(header, at, length);
-        memory
-            .guest
-            .read(at, body.get_mut(..length).unwrap_or_default())?;
-        pipe.send(piece.get(..HEADER + length).unwrap_or_default())
+        memory.guest.read(at, body)?;
+        pipe.send(&mut piece)
     })?;
     let sent = Instant::now();
-    pipe.send(&[0; HEADER])?;
+    pipe.send(&mut vec![0; HEADER])?;
     pipe.receive(&mut [0])?;
     Ok(sent.elapsed())
 }
@@ -64,7 +64,7 @@ pub fn receive(pipe: &mut Pipe, memory: &BenchMemory) -> Result<(), BenchError> 
         let at = u64::from_le_bytes([a0, a1, a2, a3, a4, a5, a6, a7]);
         let length = u32::from_le_bytes([l0, l1, l2, l3]);
         if length == 0 {
-            return pipe.send(&[1]);
+            return pipe.send(&mut vec![1]);
         }
         let piece = usize::try_from(length)
             .ok()

@@ -93,7 +93,8 @@ fn table(report: &Report) -> String {
          \x20 processor, destination {:10.2} s/GB\n\
          \x20 peak memory, source    {:10.1} MiB\n\
          \x20 peak memory, dest.     {:10.1} MiB\n\
-         \x20 switch                 {:10.2} ms\n",
+         \x20 switch                 {:10.2} ms\n\
+         \x20 of its parts' sum      {:10.2} x processor, {:.2} x time\n",
         report.provider,
         report.size as f64 / f64::from(1 << 30),
         report.seconds,
@@ -103,6 +104,8 @@ fn table(report: &Report) -> String {
         report.peak_rss_mib_source,
         report.peak_rss_mib_destination,
         report.switch_ms,
+        report.parts.cpu_measured,
+        report.parts.wall_measured,
     )
 }
 

@@ -81,11 +81,11 @@ impl Described {
             strongest: Strongest::Sev,
         };
         let plan = spec.plan([0; 16], anywhere);
-        let image = BootImage::assemble(&plan, &read(&spec.kernel)?, &read(&spec.initrd)?)
+        let nothing = || refuse("describes no confidential guest; there is nothing to measure");
+        let files = spec.boot.kernel().ok_or_else(nothing)?;
+        let image = BootImage::assemble(&plan, &read(&files.kernel)?, &read(&files.initrd)?)
             .map_err(|e| Failure::new("DESCRIPTION", format!("{}: {e}", description.display())))?;
-        let digest = measured::launch_digest(&plan, &image.pieces).ok_or_else(|| {
-            refuse("describes no confidential guest; there is nothing to measure")
-        })?;
+        let digest = measured::launch_digest(&plan, &image.pieces).ok_or_else(nothing)?;
         let registers = measured::vcpu_states(&plan).concat();
         let registers = (!registers.is_empty()).then_some(("vcpu-registers", registers.as_slice()));
         let parts = image

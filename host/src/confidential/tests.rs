@@ -53,6 +53,7 @@ pub(crate) fn plan(technology: Technology) -> MachinePlan {
         vcpus: 1,
         cpu: Default::default(),
         memory_bytes: PAGES * PAGE,
+        firmware: None,
         cmdline: String::new(),
         technology,
         disks: vec![],

@@ -45,6 +45,18 @@ impl Watchdog {
         })
     }
 
+    /// Makes the place of its registers the guest's to choose.
+    pub fn with_movable_bar(self) -> Self {
+        self.space().set_movable_bar(BAR_SIZE);
+        self
+    }
+
+    /// How far into its movable BAR an address is.
+    pub fn in_placed_bar(&self, address: u64) -> Option<u64> {
+        let offset = address.checked_sub(self.space().placed_bar()?)?;
+        (offset < u64::from(BAR_SIZE)).then_some(offset)
+    }
+
     /// Reads its registers.
     pub fn bar_read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);
@@ -457,5 +469,16 @@ mod tests {
         watchdog.config_write(0x10, &[0xff; 4]);
         watchdog.config_read(0x10, &mut id);
         assert_eq!(u32::from_le_bytes(id), 0xffff_f000);
+    }
+
+    #[test]
+    fn a_movable_place_is_the_guests_to_choose() {
+        let watchdog = watchdog().with_movable_bar();
+        assert_eq!(watchdog.in_placed_bar(0xe000_8000), None);
+        watchdog.config_write(0x10, &0xc000_0000u32.to_le_bytes());
+        assert_eq!(watchdog.in_placed_bar(0xc000_0000), None);
+        watchdog.config_write(0x04, &[2, 0]);
+        assert_eq!(watchdog.in_placed_bar(0xc000_000c), Some(RELOAD));
+        assert_eq!(watchdog.in_placed_bar(0xc000_1000), None);
     }
 }

@@ -22,6 +22,8 @@ pub struct MachinePlan {
     pub cpu: CpuPlan,
     /// Guest memory in bytes, a multiple of 2 MiB, at most 64 GiB; of a confidential guest 3 GiB (all below the PCI hole).
     pub memory_bytes: u64,
+    /// Firmware that it starts in; without, its kernel is booted directly.
+    pub firmware: Option<FirmwarePlan>,
     /// Kernel command line, without what the VMM appends.
     pub cmdline: String,
     /// Confidential technology.
@@ -60,6 +62,14 @@ impl MachinePlan {
             (
                 self.technology == Technology::None || self.memory_bytes <= MAX_LOW_MEMORY,
                 "more than 3 GiB of memory for a confidential guest",
+            ),
+            (
+                self.firmware.is_none_or(|firmware| firmware.fits()),
+                "firmware that is not a multiple of 2 MiB, at most 16 MiB",
+            ),
+            (
+                self.firmware.is_none() || self.technology == Technology::None,
+                "firmware in a confidential guest, whose kernel is booted directly",
             ),
             (
                 self.cmdline.len() <= MAX_CMDLINE
@@ -134,6 +144,22 @@ impl MachinePlan {
         }
     }
 
+    /// Bytes of all that is mapped into the guest, firmware's place with its memory.
+    pub fn mapped_bytes(&self) -> u64 {
+        let rom = self.firmware.map_or(0, |firmware| firmware.rom_bytes);
+        self.memory_bytes.saturating_add(rom)
+    }
+
+    /// How much of its memory lies below 4 GiB. Firmware puts the ECAM ranges of all buses there too, Debian 12's from
+    /// 2.75 GiB on.
+    pub fn low_memory(&self) -> u64 {
+        let most = match self.firmware {
+            Some(_) => MAX_LOW_MEMORY_OF_FIRMWARE,
+            None => MAX_LOW_MEMORY,
+        };
+        self.memory_bytes.min(most)
+    }
+
     /// How many PCI functions the machine has, without the host bridge.
     pub fn functions(&self) -> usize {
         self.disks.len()
@@ -164,6 +190,28 @@ pub fn is_name(name: &str) -> bool {
         && name
             .bytes()
             .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+}
+
+/// Firmware of a guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FirmwarePlan {
+    /// Room for the image in front of 4 GiB, in bytes: a multiple of [`FIRMWARE_UNIT`].
+    pub rom_bytes: u64,
+}
+
+impl FirmwarePlan {
+    /// Room for an image of `length` bytes, if there is so much.
+    pub fn for_image(length: u64) -> Option<Self> {
+        let plan = Self {
+            rom_bytes: length.checked_next_multiple_of(FIRMWARE_UNIT)?,
+        };
+        plan.fits().then_some(plan)
+    }
+
+    fn fits(self) -> bool {
+        (FIRMWARE_UNIT..=MAX_FIRMWARE).contains(&self.rom_bytes)
+            && self.rom_bytes.is_multiple_of(FIRMWARE_UNIT)
+    }
 }
 
 /// Confidential technology of a guest.
@@ -286,6 +334,12 @@ pub const MIN_MEMORY: u64 = 64 << 20;
 pub const MAX_MEMORY: u64 = 64 << 30;
 /// Most memory below 4 GiB in bytes, and most of a confidential guest.
 pub const MAX_LOW_MEMORY: u64 = 3 << 30;
+/// Most memory below 4 GiB of a guest with firmware, in bytes.
+pub const MAX_LOW_MEMORY_OF_FIRMWARE: u64 = 2 << 30;
+/// The unit of firmware's place in memory, in bytes.
+pub const FIRMWARE_UNIT: u64 = 2 << 20;
+/// Most firmware in bytes.
+pub const MAX_FIRMWARE: u64 = 16 << 20;
 /// Longest command line in bytes.
 pub const MAX_CMDLINE: usize = 1600;
 /// Longest disk name: a virtio serial has 20 bytes.
@@ -308,6 +362,7 @@ mod tests {
             vcpus: 2,
             cpu: Default::default(),
             memory_bytes: 512 << 20,
+            firmware: None,
             cmdline: "console=ttyS0".into(),
             technology: Technology::None,
             disks: vec![DiskPlan {
@@ -351,7 +406,7 @@ mod tests {
     fn what_a_peer_may_not_ask_for_is_refused() {
         plan().check().unwrap();
         type Spoil = fn(&mut MachinePlan);
-        let spoil: [(&str, Spoil); 12] = [
+        let spoil: [(&str, Spoil); 14] = [
             ("name", |p| p.name = "../vault".into()),
             ("vCPUs", |p| p.vcpus = 65),
             ("threads", |p| {
@@ -368,6 +423,16 @@ mod tests {
                     policy: 1,
                 };
                 p.memory_bytes = 4 << 30;
+            }),
+            ("2 MiB, at most 16", |p| {
+                p.firmware = Some(FirmwarePlan { rom_bytes: 1 << 20 });
+            }),
+            ("firmware in a confidential", |p| {
+                p.firmware = FirmwarePlan::for_image(1);
+                p.technology = Technology::Sev {
+                    emulated: true,
+                    policy: 1,
+                };
             }),
             ("command line", |p| p.cmdline = "a\nb".into()),
             ("disk whose name", |p| p.disks[0].id = String::new()),

@@ -3,6 +3,7 @@
 //! Every error names the file, the line, the key, and what would be right. Paths are relative to the
 //! description's own folder.
 
+mod boot;
 mod confidential;
 mod devices;
 mod resources;
@@ -18,6 +19,8 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use toml::Spanned;
 
+use self::boot::Boot;
+pub use self::boot::{BootSpec, FirmwareSpec, KernelFiles};
 use self::confidential::Confidential;
 pub use self::confidential::{ConfidentialSpec, IdFiles, Offer, SevSpec, SnpSpec, Strongest};
 use self::resources::Resources;
@@ -40,10 +43,8 @@ pub struct MachineSpec {
     pub cpu: CpuPlan,
     /// Memory in bytes.
     pub memory_bytes: u64,
-    /// Kernel image: a bzImage, or an ELF file with a PVH entry.
-    pub kernel: PathBuf,
-    /// Initramfs.
-    pub initrd: PathBuf,
+    /// What it starts in.
+    pub boot: BootSpec,
     /// Kernel command line, without what the VMM appends.
     pub cmdline: String,
     /// Confidential technology and what goes with it.
@@ -141,7 +142,7 @@ impl MachineSpec {
 
     /// Every file and folder that the description names, where each really is.
     pub fn files(&self) -> Vec<&Path> {
-        let boot = [self.kernel.as_path(), &self.initrd];
+        let boot = self.boot.files();
         let disks = self.disks.iter().map(|disk| disk.path.as_path());
         let others = self.confidential.files();
         boot.into_iter().chain(disks).chain(others).collect()
@@ -155,6 +156,7 @@ impl MachineSpec {
             vcpus: self.vcpus,
             cpu: self.cpu.clone(),
             memory_bytes: self.memory_bytes,
+            firmware: self.boot.firmware().map(|firmware| firmware.plan),
             cmdline: self.cmdline.clone(),
             technology: self.confidential.technology(offer),
             disks: self
@@ -238,7 +240,7 @@ struct Document {
     vcpus: Spanned<u64>,
     cpu: Option<Cpu>,
     memory: Spanned<String>,
-    boot: Boot,
+    boot: Spanned<Boot>,
     confidential: Option<Confidential>,
     #[serde(default)]
     disk: Vec<Disk>,
@@ -259,14 +261,6 @@ struct Cpu {
     sockets: Option<u8>,
     cores: Option<Spanned<u8>>,
     threads: Option<u8>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Boot {
-    kernel: Spanned<PathBuf>,
-    initrd: Spanned<PathBuf>,
-    cmdline: Spanned<String>,
 }
 
 #[derive(Deserialize)]
@@ -314,9 +308,6 @@ impl Reader<'_> {
             .map_or(Ok(CpuPlan::default()), |cpu| self.cpu(cpu, vcpus))?;
         let memory_span = document.memory.span();
         let memory_bytes = self.memory(document.memory)?;
-        let kernel = self.file("boot.kernel", document.boot.kernel)?;
-        let initrd = self.file("boot.initrd", document.boot.initrd)?;
-        let cmdline = self.cmdline(document.boot.cmdline)?;
         let confidential = document
             .confidential
             .map_or(Ok(ConfidentialSpec::None), |c| self.confidential(c))?;
@@ -324,6 +315,8 @@ impl Reader<'_> {
             let problem = "`memory` of a confidential guest is at most 3 GiB in this version";
             return Err(self.at(memory_span, problem.to_owned()));
         }
+        let plain = matches!(confidential, ConfidentialSpec::None);
+        let (boot, cmdline) = self.boot(document.boot, plain)?;
         self.names("disk", document.disk.iter().map(|d| &d.id))?;
         self.names("net", document.net.iter().map(|n| &n.id))?;
         let disks = document
@@ -343,7 +336,6 @@ impl Reader<'_> {
             console: document.console,
             watchdog: document.watchdog,
         };
-        let plain = matches!(confidential, ConfidentialSpec::None);
         let small = self.small(small, !plain)?;
         let share = document.resources.map(|r| self.resources(r)).transpose()?;
         Ok(MachineSpec {
@@ -352,8 +344,7 @@ impl Reader<'_> {
             vcpus,
             cpu,
             memory_bytes,
-            kernel,
-            initrd,
+            boot,
             cmdline,
             confidential,
             disks,

@@ -123,7 +123,12 @@ fn prepare_source(
         pages: *pages,
     });
     let disks = Disks::new(offered.collect(), images)?;
-    let local = local(agent, &start.credentials, std::slice::from_ref(&start.peer))?;
+    let local = local(
+        agent,
+        &start.credentials,
+        std::slice::from_ref(&start.peer),
+        start.provider.as_deref(),
+    )?;
     let mut config = SourceConfig::new(local, &start.peer.name);
     if start.limits.downtime_ms > 0 {
         config.limits.downtime = Duration::from_millis(start.limits.downtime_ms);
@@ -152,7 +157,12 @@ fn prepare_destination(
     handles: Vec<OwnedFd>,
 ) -> Result<(DestinationConfig, WatchedSocket), RoleError> {
     let [socket] = take(handles)?;
-    let mut config = DestinationConfig::new(local(agent, &start.credentials, &start.peers)?);
+    let mut config = DestinationConfig::new(local(
+        agent,
+        &start.credentials,
+        &start.peers,
+        start.provider.as_deref(),
+    )?);
     config.cancel = agent.cancel_flag();
     Ok((config, WatchedSocket::new(socket, agent.clone())))
 }
@@ -171,14 +181,21 @@ fn local(
     agent: &Arc<AgentLink>,
     credentials: &Credentials,
     peers: &[PeerEntry],
+    provider: Option<&str>,
 ) -> Result<Local, RoleError> {
+    let provider = match provider {
+        None => Provider::default(),
+        Some(name) => name
+            .parse()
+            .map_err(|e: String| RoleError::new("PROVIDER_UNAVAILABLE", e))?,
+    };
     let refuse = |error: IdentityError| RoleError::new(error.code().as_str(), &error);
     let signer = Arc::new(AgentSigner(agent.clone()));
     Ok(Local {
         identity: HostIdentity::from_pem(&credentials.chain_pem, signer).map_err(refuse)?,
         anchors: TrustAnchors::from_pem(&credentials.authority_pem).map_err(refuse)?,
         allow: AllowList::new(peers.iter().map(allowed).collect()),
-        provider: Provider::default(),
+        provider,
     })
 }
 

@@ -33,7 +33,10 @@ pub fn main() -> Result<(), RoleError> {
 /// Runs the role for one move: closes the cell, says [`MoverEvent::Ready`], waits for the start, moves, and
 /// says [`MoverEvent::Outcome`] last.
 pub fn run(channel: Channel, mut cell: Box<dyn Cell + Send>) -> Result<(), RoleError> {
-    casemate_crypto_migrate::Provider::default().warm_up();
+    // Which of them serves is known only once the cell is closed.
+    casemate_crypto_migrate::Provider::ALL
+        .iter()
+        .for_each(|provider| provider.warm_up());
     cell.close()?;
     let agent = Arc::new(AgentLink::new(channel, cell));
     agent.tell(MoverEvent::Ready);

@@ -208,6 +208,8 @@ pub struct SessionText {
     pub group: String,
     /// Hash of the TLS exporter.
     pub exporter_sha256: [u8; 32],
+    /// Who does the bulk cryptography at this end.
+    pub provider: String,
 }
 
 impl SessionText {
@@ -220,6 +222,7 @@ impl SessionText {
             suite: facts.suite.clone(),
             group: facts.group.clone(),
             exporter_sha256: facts.exporter_sha256,
+            provider: facts.provider.to_string(),
         }
     }
 }
@@ -290,6 +293,8 @@ pub struct SourceStart {
     pub emulated_roots: Vec<[u8; 32]>,
     /// Disks that move along: place in the plan, and size in pages.
     pub disks: Vec<(u8, u64)>,
+    /// Who does the bulk cryptography, by name; `None`: the engine's default.
+    pub provider: Option<String>,
     /// Bounds.
     pub limits: MoveLimits,
 }
@@ -301,6 +306,8 @@ pub struct DestinationStart {
     pub credentials: Credentials,
     /// Who may come.
     pub peers: Vec<PeerEntry>,
+    /// Who does the bulk cryptography, by name; `None`: the engine's default.
+    pub provider: Option<String>,
     /// Bounds.
     pub limits: MoveLimits,
 }

@@ -2,6 +2,7 @@
 
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -392,6 +393,7 @@ impl Sites {
             description: b"shape".to_vec(),
             emulated_roots,
             disks: Vec::new(),
+            provider: None,
             limits: MoveLimits::default(),
         }))
     }
@@ -400,6 +402,7 @@ impl Sites {
         MoverCommand::Destination(Box::new(DestinationStart {
             credentials: self.credentials(&self.b),
             peers: vec![entry("site-a", &self.a)],
+            provider: None,
             limits: MoveLimits::default(),
         }))
     }
@@ -602,6 +605,24 @@ fn a_mover_whose_agent_has_ended_lets_the_guest_run_on() {
     drop(agent);
     link.poll();
     assert!(flag.load(std::sync::atomic::Ordering::Relaxed));
+}
+
+#[test]
+fn a_provider_that_the_program_lacks_moves_nothing() {
+    let sites = Sites::new();
+    let MoverCommand::Destination(mut start) = sites.destination() else {
+        panic!("not a destination");
+    };
+    start.provider = Some("openssl".into());
+    let (_near, far) = UnixStream::pair().unwrap();
+    let command = MoverCommand::Destination(start);
+    let side = Side::start(&sites.b, &command, &[far.into()], None);
+    let (code, reason, guest) = failed(side.finish().1);
+    assert_eq!(
+        (code.as_str(), guest),
+        ("PROVIDER_UNAVAILABLE", GuestHere::Absent)
+    );
+    assert!(reason.contains("openssl") && reason.contains("ring"));
 }
 
 #[test]

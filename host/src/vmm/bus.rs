@@ -7,9 +7,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::chipset::{Chipset, Written};
 use super::layout::{
-    COM1, ECAM, ECAM_SIZE, EVENTS, I8042_COMMAND, PCI_CONFIG_ADDRESS, PCI_CONFIG_DATA, PVPANIC,
-    RESET_VALUE, S5_SLEEP_TYPE, SLEEP_CONTROL, SLEEP_STATUS, VIRTIO_BAR_SIZE, VIRTIO_BARS,
+    BEHIND_FIRMWARE, COM1, ECAM, ECAM_SIZE, EVENTS, I8042_COMMAND, PCI_CONFIG_ADDRESS,
+    PCI_CONFIG_DATA, PVPANIC, RESET_VALUE, S5_SLEEP_TYPE, SLEEP_CONTROL, SLEEP_STATUS,
+    VIRTIO_BAR_SIZE, VIRTIO_BARS,
 };
 use super::page_sharing::PageSharing;
 use super::pci::PciBus;
@@ -45,6 +47,7 @@ pub struct MachineBus {
     watchdog: Option<Arc<Watchdog>>,
     stop: Arc<StopNotice>,
     sharing: Option<Arc<PageSharing>>,
+    chipset: Option<Arc<Chipset>>,
 }
 
 impl MachineBus {
@@ -66,11 +69,20 @@ impl MachineBus {
             watchdog,
             stop,
             sharing,
+            chipset: None,
         }
+    }
+
+    /// The same on a board that firmware knows, where it places BARs and the ECAM range.
+    pub fn on_board(self, chipset: Option<Arc<Chipset>>) -> Self {
+        Self { chipset, ..self }
     }
 
     /// Whose BAR an address is in, and where.
     fn device_at(&self, address: u64) -> Option<(Registers<'_>, u64)> {
+        if self.chipset.is_some() {
+            return self.placed_at(address);
+        }
         let offset = address.checked_sub(VIRTIO_BARS)?;
         let index = usize::try_from(offset / VIRTIO_BAR_SIZE).ok()?;
         let registers = match self.functions.get(index) {
@@ -83,6 +95,32 @@ impl MachineBus {
     }
 }
 
+impl MachineBus {
+    /// The same where the guest has placed them.
+    fn placed_at(&self, address: u64) -> Option<(Registers<'_>, u64)> {
+        let found = self.functions.iter().find_map(|function| {
+            let offset = function.in_placed_bar(address)?;
+            Some((Registers::Virtio(function.as_ref()), offset))
+        });
+        found.or_else(|| {
+            let watchdog = self.watchdog.as_ref()?;
+            let offset = watchdog.in_placed_bar(address)?;
+            Some((Registers::Watchdog(watchdog), offset))
+        })
+    }
+
+    /// How far into the ECAM range an address is.
+    fn ecam_offset(&self, address: u64) -> Option<u64> {
+        let base = match &self.chipset {
+            Some(chipset) => chipset.ecam()?,
+            None => ECAM,
+        };
+        address
+            .checked_sub(base)
+            .filter(|offset| *offset < ECAM_SIZE)
+    }
+}
+
 /// A device with registers in memory.
 enum Registers<'a> {
     Virtio(&'a VirtioPci),
@@ -91,6 +129,11 @@ enum Registers<'a> {
 
 impl GuestBus for MachineBus {
     fn port_read(&self, port: u16, data: &mut [u8]) {
+        let port = match &self.chipset {
+            Some(chipset) if chipset.port_read(port, data) => return,
+            Some(_) => behind_board(port),
+            None => port,
+        };
         data.fill(0xff);
         match port {
             COM1..=COM1_LAST => self.console.read((port - COM1) as u8, data),
@@ -110,6 +153,12 @@ impl GuestBus for MachineBus {
     }
 
     fn port_write(&self, port: u16, data: &[u8]) {
+        let port = match self.chipset.as_ref().map(|c| c.port_write(port, data)) {
+            Some(Written::Taken) => return,
+            Some(Written::Off) => return self.stop.stop("shutdown"),
+            Some(Written::Elsewhere) => behind_board(port),
+            None => port,
+        };
         match (port, data) {
             (COM1..=COM1_LAST, _) => self.console.write((port - COM1) as u8, data),
             (PCI_CONFIG_ADDRESS..PCI_CONFIG_DATA, _) => {
@@ -127,7 +176,7 @@ impl GuestBus for MachineBus {
     }
 
     fn memory_read(&self, address: u64, data: &mut [u8]) {
-        match (self.device_at(address), ecam_offset(address)) {
+        match (self.device_at(address), self.ecam_offset(address)) {
             (Some((Registers::Virtio(function), offset)), _) => function.bar_read(offset, data),
             (Some((Registers::Watchdog(watchdog), offset)), _) => watchdog.bar_read(offset, data),
             (None, Some(offset)) => self.pci.read_ecam(offset, data),
@@ -136,7 +185,7 @@ impl GuestBus for MachineBus {
     }
 
     fn memory_write(&self, address: u64, data: &[u8]) {
-        match (self.device_at(address), ecam_offset(address)) {
+        match (self.device_at(address), self.ecam_offset(address)) {
             (Some((Registers::Virtio(function), offset)), _) => function.bar_write(offset, data),
             (Some((Registers::Watchdog(watchdog), offset)), _) => watchdog.bar_write(offset, data),
             (None, Some(offset)) => self.pci.write_ecam(offset, data),
@@ -161,10 +210,14 @@ impl GuestBus for MachineBus {
     }
 }
 
-fn ecam_offset(address: u64) -> Option<u64> {
-    address
-        .checked_sub(ECAM)
-        .filter(|offset| *offset < ECAM_SIZE)
+/// The board has registers of its own at the places of our ACPI ports, which therefore lie behind them.
+fn behind_board(port: u16) -> u16 {
+    let place = port.wrapping_sub(BEHIND_FIRMWARE);
+    if [SLEEP_CONTROL, SLEEP_STATUS, EVENTS].contains(&place) {
+        place
+    } else {
+        port
+    }
 }
 
 /// Says once, to everyone, that the guest has stopped itself.

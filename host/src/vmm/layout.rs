@@ -54,14 +54,21 @@ pub const VIRTIO_BAR_SIZE: u64 = 0x8000;
 pub const ECAM: u64 = 0xe000_0000;
 /// Its size.
 pub const ECAM_SIZE: u64 = 1 << 20;
+/// What firmware sets aside for the ECAM ranges of all buses; its PCI window lies behind.
+pub const PCI_ECAM_SPAN: u64 = 256 << 20;
+/// Last byte of the PCI window of firmware.
+pub const PCI_FIRMWARE_LAST: u64 = 0xfbff_ffff;
 /// I/O APIC.
 pub const IOAPIC: u32 = 0xfec0_0000;
 /// Local APIC.
 pub const LAPIC: u32 = 0xfee0_0000;
 /// KVM's identity map page for real mode on old processors.
-pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
+pub const KVM_IDENTITY_MAP: u64 = 0xfeff_c000;
 /// KVM's task state segment, three pages.
-pub const KVM_TSS: usize = 0xfffb_d000;
+pub const KVM_TSS: usize = 0xfeff_d000;
+
+/// End of firmware's place, the reset vector in its last 16 bytes: 4 GiB.
+pub const FIRMWARE_END: u64 = 4 << 30;
 
 /// COM1.
 pub const COM1: u16 = 0x3f8;
@@ -83,6 +90,14 @@ pub const SLEEP_STATUS: u16 = 0x604;
 pub const S5_SLEEP_TYPE: u8 = 5;
 /// The panic device: one byte of events.
 pub const PVPANIC: u16 = 0x505;
+/// Clock and memory of a PC: index and data port; only behind firmware.
+pub const CMOS: u16 = 0x70;
+/// `fw_cfg`: selector and data port, and, from the fourth on, the address of a DMA request; only for firmware.
+pub const FW_CFG: u16 = 0x510;
+/// Power management registers of the chipset, where firmware puts them.
+pub const POWER_MANAGEMENT: u16 = 0x600;
+/// How far the ACPI sleep and event ports lie behind their places where firmware has the chipset's registers there.
+pub const BEHIND_FIRMWARE: u16 = 0x10;
 /// PCI configuration address port, 4 bytes; the data port follows.
 pub const PCI_CONFIG_ADDRESS: u16 = 0xcf8;
 /// PCI configuration data port, 4 bytes.

@@ -1,5 +1,6 @@
 //! One machine: built from a plan, loaded, run, paused, saved, restored. Knows no channel and no protocol.
 
+mod board;
 mod disks;
 mod launch;
 
@@ -7,12 +8,14 @@ use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use kvm_ioctls::{IoEventAddress, NoDatamatch, VcpuFd};
+use kvm_ioctls::VcpuFd;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::boot::BootError;
 use super::bus::{GuestBus, MachineBus, StopNotice};
+use super::chipset::Chipset;
 use super::device_thread::{DeviceThread, DeviceThreadError};
+use super::doorbells::{Doorbells, KvmDoorbells};
 use super::hooks::{BareMachine, Handles, Hooks, ThreadKind};
 use super::irq::{Interrupts, MsiRouter};
 use super::kvm::{KvmError, Vm, during};
@@ -50,6 +53,7 @@ pub struct Machine {
     console: Arc<Console>,
     events: Arc<Events>,
     pci: Arc<PciBus>,
+    chipset: Option<Arc<Chipset>>,
     context: Arc<StateContext>,
     vm: Vm,
     memory: Arc<GuestMemory>,
@@ -57,6 +61,7 @@ pub struct Machine {
     // kept to the end: without it who waits for a page would get zeros
     faults: Option<Faults>,
     stop: Arc<StopNotice>,
+    firmware: Option<File>,
     kernel: Option<File>,
     initrd: Option<File>,
     protection: Option<GuestProtection>,
@@ -73,7 +78,7 @@ impl Machine {
         hooks: &Hooks,
     ) -> Result<Self, MachineError> {
         check_plan(&plan)?;
-        let mut memory = GuestMemory::new(plan.memory_bytes)?;
+        let mut memory = GuestMemory::of(&plan)?;
         let reader = (hooks.reopen_read_only)(memory.file()).map_err(MachineError::Confine)?;
         memory.set_reader(reader);
         let memory = Arc::new(memory);
@@ -108,27 +113,35 @@ impl Machine {
             handles.require(HandleKind::Console)?,
         )?);
         let watchdog = place_watchdog(&plan, functions.len(), &wake)?;
+        let chipset = board::chipset(&plan, &memory).map(Arc::new);
         let events = Arc::new(Events::new(interrupts.legacy_line(EVENTS_GSI)?));
-        let pci = Arc::new(PciBus::new(
-            functions
-                .iter()
-                .map(|f| Arc::clone(f) as Arc<dyn PciFunction>)
-                .chain(
-                    watchdog
-                        .iter()
-                        .map(|w| Arc::clone(w) as Arc<dyn PciFunction>),
-                ),
-        ));
+        let pci = Arc::new(
+            PciBus::new(
+                functions
+                    .iter()
+                    .map(|f| Arc::clone(f) as Arc<dyn PciFunction>)
+                    .chain(
+                        watchdog
+                            .iter()
+                            .map(|w| Arc::clone(w) as Arc<dyn PciFunction>),
+                    ),
+            )
+            .on_board(chipset.iter().flat_map(|board| board.functions())),
+        );
         let stop = Arc::new(StopNotice::new()?);
-        let bus: Arc<dyn GuestBus> = Arc::new(MachineBus::new(
-            Arc::clone(&console),
-            Arc::clone(&events),
-            Arc::clone(&pci),
-            functions.clone(),
-            watchdog.clone(),
-            Arc::clone(&stop),
-            sharing.clone(),
-        ));
+        let bus: Arc<dyn GuestBus> = Arc::new(
+            MachineBus::new(
+                Arc::clone(&console),
+                Arc::clone(&events),
+                Arc::clone(&pci),
+                functions.clone(),
+                watchdog.clone(),
+                Arc::clone(&stop),
+                sharing.clone(),
+            )
+            .on_board(chipset.clone()),
+        );
+        let firmware = handles.take(HandleKind::Firmware).map(File::from);
         let kernel = handles.take(HandleKind::Kernel).map(File::from);
         let initrd = handles.take(HandleKind::Initrd).map(File::from);
 
@@ -158,12 +171,14 @@ impl Machine {
             console,
             events,
             pci,
+            chipset,
             context,
             vm,
             memory,
             exchange,
             faults,
             stop,
+            firmware,
             kernel,
             initrd,
             protection,
@@ -227,6 +242,7 @@ impl Machine {
                 .map(|function| function.save())
                 .collect(),
             watchdog: self.watchdog.as_ref().map(|watchdog| watchdog.save()),
+            chipset: self.chipset.as_ref().map(|chipset| chipset.save()),
         };
         Ok(state.encode()?)
     }
@@ -237,6 +253,7 @@ impl Machine {
         if state.vcpus.len() != self.vcpus.len()
             || state.functions.len() != self.functions.len()
             || state.watchdog.is_some() != self.watchdog.is_some()
+            || state.chipset.is_some() != self.chipset.is_some()
         {
             return Err(MachineError::Shape);
         }
@@ -253,6 +270,9 @@ impl Machine {
         }
         if let (Some(watchdog), Some(saved)) = (&self.watchdog, state.watchdog) {
             watchdog.restore(saved).ok_or(MachineError::Shape)?;
+        }
+        if let (Some(chipset), Some(saved)) = (&self.chipset, state.chipset) {
+            chipset.restore(saved).ok_or(MachineError::Shape)?;
         }
         for function in &self.functions {
             function.rouse();
@@ -449,9 +469,9 @@ pub enum MachineError {
     /// The state has other numbers of vCPUs or devices than the machine.
     #[error("machine state is of another machine: numbers of vCPUs or devices differ")]
     Shape,
-    /// There is no kernel to load, or not any more.
-    #[error("no kernel image was handed in, or it was used already")]
-    NoKernel,
+    /// There is nothing to start in, or not any more.
+    #[error("no {0} image was handed in, or it was used already")]
+    NoImage(&'static str),
     /// A confidential guest has no VM generation id.
     #[error("a confidential guest has no VM generation id: it could not believe its host's")]
     NoGeneration,
@@ -491,7 +511,7 @@ impl MachineError {
             | Self::Console(_)
             | Self::Format(_)
             | Self::Shape => "BAD_STATE",
-            Self::Boot(_) | Self::NoKernel => "BAD_IMAGE",
+            Self::Boot(_) | Self::NoImage(_) => "BAD_IMAGE",
             Self::NoGeneration => "NO_GENERATION",
             Self::Lock(..) => "DEVICE_LOCK",
             Self::NoDevice(_) => "NO_SUCH_DEVICE",
@@ -528,7 +548,11 @@ fn check_plan(plan: &MachinePlan) -> Result<(), MachineError> {
     if plan.technology != Technology::None && plan.memory_bytes > MAX_LOW_MEMORY {
         return refuse("a confidential guest has at most 3 GiB of memory");
     }
-    if plan.functions() > MAX_FUNCTIONS {
+    if plan.firmware.is_some() && plan.technology != Technology::None {
+        return refuse("firmware only of a plain guest");
+    }
+    // Slot 31 is the board's where there is firmware.
+    if plan.functions() > MAX_FUNCTIONS - usize::from(plan.firmware.is_some()) {
         return refuse("at most 31 devices");
     }
     Ok(())
@@ -544,6 +568,10 @@ fn place_watchdog(
     }
     let bar = VIRTIO_BARS + slot as u64 * VIRTIO_BAR_SIZE;
     let watchdog = Watchdog::new(bar as u32, wake.try_clone()?)?;
+    let watchdog = match plan.firmware {
+        Some(_) => watchdog.with_movable_bar(),
+        None => watchdog,
+    };
     Ok(Some(Arc::new(watchdog)))
 }
 
@@ -589,6 +617,7 @@ fn place_functions(
     plan: &MachinePlan,
 ) -> Result<Vec<Arc<VirtioPci>>, MachineError> {
     let access_platform = plan.technology != Technology::None;
+    let doorbells = Arc::new(KvmDoorbells::new(Arc::clone(vm.fd())));
     let mut functions = Vec::with_capacity(models.len());
     for (slot, model) in models.into_iter().take(MAX_FUNCTIONS).enumerate() {
         let vectors = model.queue_sizes().len() + 1;
@@ -607,13 +636,23 @@ fn place_functions(
             access_platform,
         };
         let function = VirtioPci::new(model, msix, place)?;
-        for (queue, kick) in function.kicks().iter().enumerate() {
-            let address = IoEventAddress::Mmio(bar + VirtioPci::notify_offset(queue));
-            vm.fd()
-                .register_ioevent(kick, &address, NoDatamatch)
-                .map_err(during("KVM_IOEVENTFD"))?;
-        }
+        let function = match plan.firmware {
+            Some(_) => function.with_movable_bar(Arc::clone(&doorbells) as Arc<dyn Doorbells>),
+            None => fixed(function, &doorbells, bar)?,
+        };
         functions.push(Arc::new(function));
     }
     Ok(functions)
+}
+
+/// A function whose BAR stays where it is.
+fn fixed(
+    function: VirtioPci,
+    doorbells: &KvmDoorbells,
+    bar: u64,
+) -> Result<VirtioPci, MachineError> {
+    for (queue, kick) in function.kicks().iter().enumerate() {
+        doorbells.fix(kick, bar + VirtioPci::notify_offset(queue))?;
+    }
+    Ok(function)
 }

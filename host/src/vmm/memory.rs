@@ -19,10 +19,12 @@ use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestRegionMmap, MmapRegion, VolatileMemory};
 
-use super::layout::{HIGH_MEMORY, MAX_MEMORY, MIN_MEMORY, PAGE_SIZE, low_memory};
+use super::layout::{FIRMWARE_END, HIGH_MEMORY, MAX_MEMORY, MIN_MEMORY, PAGE_SIZE, low_memory};
 use crate::devices::virtio::GuestRam;
+use crate::machine::plan::MachinePlan;
 
-/// All RAM of a guest in one memfd: a run from address 0, and one from 4 GiB of what does not fit below the PCI window.
+/// All memory of a guest in one memfd: RAM from address 0, firmware's place in front of 4 GiB if it has one, and from
+/// 4 GiB the RAM that does not fit below the PCI window. What firmware is in neither guest nor device can write.
 /// Bitmaps of pages follow the file, in which the runs are packed.
 pub struct GuestMemory {
     ram: GuestRam,
@@ -34,6 +36,7 @@ pub struct GuestMemory {
 /// One run: where it begins in the guest, and its mapping.
 struct Run {
     gpa: u64,
+    rom: bool,
     region: Arc<MmapRegion<AtomicBitmap>>,
 }
 
@@ -46,16 +49,39 @@ impl GuestMemory {
         Self::with_size(size)
     }
 
+    /// Makes the memory of a plan that has been checked.
+    pub fn of(plan: &MachinePlan) -> Result<Self, MemoryError> {
+        let Some(firmware) = plan.firmware else {
+            return Self::new(plan.memory_bytes);
+        };
+        let size = plan.memory_bytes;
+        if !(MIN_MEMORY..=MAX_MEMORY).contains(&size) || !size.is_multiple_of(2 << 20) {
+            return Err(MemoryError::Size(size));
+        }
+        Self::laid_out(size, plan.low_memory(), firmware.rom_bytes)
+    }
+
     /// Makes memory of any number of pages; for small freestanding guests.
     pub fn with_size(size: u64) -> Result<Self, MemoryError> {
-        let file = sealed_memfd(c"guest-memory", size)?;
-        let low = low_memory(size);
+        Self::laid_out(size, low_memory(size), 0)
+    }
+
+    fn laid_out(size: u64, low: u64, rom: u64) -> Result<Self, MemoryError> {
+        let whole = size.checked_add(rom).ok_or(MemoryError::Size(size))?;
+        let file = sealed_memfd(c"guest-memory", whole)?;
         let mut runs = vec![Run::map(&file, 0, 0, low)?];
+        if rom > 0 {
+            let place = FIRMWARE_END.checked_sub(rom);
+            let place = place.ok_or(MemoryError::Size(rom))?;
+            let run = Run::map(&file, place, low, rom)?;
+            runs.push(Run { rom: true, ..run });
+        }
         if size > low {
-            runs.push(Run::map(&file, HIGH_MEMORY, low, size - low)?);
+            runs.push(Run::map(&file, HIGH_MEMORY, low + rom, size - low)?);
         }
         let regions = runs
             .iter()
+            .filter(|run| !run.rom)
             .map(|run| GuestRegionMmap::with_arc(Arc::clone(&run.region), GuestAddress(run.gpa)))
             .collect::<Option<Vec<_>>>()
             .ok_or(MemoryError::Size(size))?;
@@ -97,6 +123,21 @@ impl GuestMemory {
             .iter()
             .map(|run| (run.gpa, run.length(), run.region.as_ptr() as u64))
             .collect()
+    }
+
+    /// Whether the guest can only read a run.
+    pub fn is_rom(&self, run: usize) -> bool {
+        self.runs.get(run).is_some_and(|run| run.rom)
+    }
+
+    /// Puts firmware into its place, which it fills.
+    pub fn load_rom(&self, bytes: &[u8]) -> Result<(), MemoryError> {
+        let run = self.runs.iter().find(|run| run.rom);
+        let run = run.filter(|run| run.length() == bytes.len() as u64);
+        run.and_then(|run| run.region.get_slice(0, bytes.len()).ok())
+            .ok_or(MemoryError::Range(FIRMWARE_END, bytes.len()))?
+            .copy_from(bytes);
+        Ok(())
     }
 
     /// The memory file, readable and writable.
@@ -203,7 +244,11 @@ impl Run {
             .build()?;
         keep_to_this_process(&mapping)?;
         let region = Arc::new(mapping);
-        Ok(Self { gpa, region })
+        Ok(Self {
+            gpa,
+            rom: false,
+            region,
+        })
     }
 
     fn length(&self) -> u64 {
@@ -347,6 +392,31 @@ mod tests {
         std::os::unix::fs::FileExt::read_exact_at(&memory.file, &mut bytes, (3 << 30) + 4096)
             .unwrap();
         assert_eq!(&bytes, b"high");
+    }
+
+    #[test]
+    fn firmware_lies_in_front_of_4_gib_and_no_device_writes_it() {
+        let memory = GuestMemory::laid_out(5 << 30, 2 << 30, 4 << 20).unwrap();
+        let rom = (4u64 << 30) - (4 << 20);
+        let runs = [(0, 2 << 30), (rom, 4 << 20), (4 << 30, 3 << 30)];
+        assert_eq!(memory.runs(), runs);
+        assert_eq!(
+            [0, 1, 2, 3].map(|run| memory.is_rom(run)),
+            [false, true, false, false]
+        );
+        assert_eq!(memory.pages(), ((5 << 30) + (4 << 20)) / 4096);
+        assert!(memory.load_rom(&[1; 2 << 20]).is_err());
+        memory.load_rom(&vec![0x5a; 4 << 20]).unwrap();
+        assert!(memory.write(rom, b"x").is_err() && memory.read(rom, &mut [0]).is_err());
+        let mut byte = [0];
+        std::os::unix::fs::FileExt::read_exact_at(&memory.file, &mut byte, 2 << 30).unwrap();
+        assert_eq!(byte, [0x5a]);
+        memory.write((4 << 30) + 5, b"high").unwrap();
+        let at = (2 << 30) + (4 << 20) + 5;
+        std::os::unix::fs::FileExt::read_exact_at(&memory.file, &mut byte, at).unwrap();
+        assert_eq!(byte, *b"h");
+        let without = GuestMemory::with_size(1 << 20).unwrap();
+        assert!(without.load_rom(&[]).is_err());
     }
 
     #[test]

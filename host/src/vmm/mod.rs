@@ -5,7 +5,9 @@
 
 pub mod boot;
 pub mod bus;
+pub mod chipset;
 pub mod device_thread;
+pub mod doorbells;
 pub mod hooks;
 pub mod irq;
 pub mod kvm;

@@ -110,6 +110,7 @@ mod tests {
             vcpus: 1,
             cpu: Default::default(),
             memory_bytes: 64 << 20,
+            firmware: None,
             cmdline: String::new(),
             technology: Technology::None,
             disks: vec![],

@@ -19,6 +19,8 @@ pub enum HandleKind {
     Kernel,
     /// Initramfs; only for a launch.
     Initrd,
+    /// Firmware image, in place of kernel and initramfs; only for a launch.
+    Firmware,
     /// Disk `n` of the plan.
     Disk(u8),
     /// Tap device of card `n` of the plan, with `IFF_VNET_HDR`.

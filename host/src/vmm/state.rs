@@ -4,6 +4,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::chipset::ChipsetStateV1;
 use super::kvm::VmStateV1;
 use super::protocol::MAX_STATE;
 use super::vcpu::state::VcpuStateV1;
@@ -26,6 +27,8 @@ pub struct MachineStateV1 {
     pub functions: Vec<VirtioStateV1>,
     /// Watchdog, if the machine has one.
     pub watchdog: Option<WatchdogStateV1>,
+    /// The board, if the machine starts in firmware.
+    pub chipset: Option<ChipsetStateV1>,
 }
 
 impl MachineStateV1 {

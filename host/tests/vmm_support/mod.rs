@@ -272,6 +272,7 @@ pub fn plan(vcpus: u8, memory_bytes: u64, cmdline: &str) -> MachinePlan {
         vcpus,
         cpu: Default::default(),
         memory_bytes,
+        firmware: None,
         cmdline: cmdline.into(),
         technology: Technology::None,
         disks: vec![],

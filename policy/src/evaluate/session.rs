@@ -39,6 +39,17 @@ pub(super) fn rules(policy: &HostPolicy, inquiry: &Inquiry) -> Vec<Reason> {
             "update the older of the two hosts, or add it to the list",
         ))
     }));
+    reasons.extend(policy.migration.provider.map(|provider| {
+        let found = session.map(|session| session.provider.clone());
+        claimed_rule(
+            "migration.provider",
+            provider.as_str().to_owned(),
+            found.clone(),
+            found.as_deref() == Some(provider.as_str()),
+            Code::SessionNotAllowed,
+            "build this host with the cargo feature aws-lc, or name the provider that it has",
+        )
+    }));
     reasons
 }
 

@@ -355,6 +355,7 @@ fn plan() -> MachinePlan {
         vcpus: 1,
         cpu: Default::default(),
         memory_bytes: PAGES * 4096,
+        firmware: None,
         cmdline: String::new(),
         technology: Technology::Sev {
             emulated: false,

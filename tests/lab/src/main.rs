@@ -4,6 +4,8 @@
 
 mod apt;
 mod backend;
+mod bench_stream;
+mod boot_disk;
 mod command;
 mod cpio;
 mod error;
@@ -12,6 +14,7 @@ mod guest_image;
 mod init;
 mod kernel;
 mod machine;
+mod mend;
 mod paths;
 mod payload;
 mod prepare;
@@ -86,6 +89,8 @@ enum Task {
     },
     /// Put together the kernel and initramfs that guests boot.
     GuestImage,
+    /// Put together the firmware and the disk that guests with firmware boot; after `guest-image`.
+    BootDisk,
     /// Get what is missing, build, and run the demo.
     Demo {
         /// Passed on to the demo.
@@ -94,6 +99,15 @@ enum Task {
     },
     /// Run all tests: on this machine, and those named lab_* in the lab; then fuzz for a minute a target.
     Verify,
+    /// Measure our migration stream beside QEMU's, over loopback; prints JSON. Wants twice the size in memory, and more.
+    BenchStream {
+        /// Memory to move, in MiB.
+        #[arg(long, value_name = "MIB", default_value_t = 4096)]
+        size: u64,
+        /// How often each way is measured; medians are printed.
+        #[arg(long, default_value_t = 3)]
+        rounds: u32,
+    },
     /// Fuzz the parsers of `tests/fuzz` from their committed corpora.
     Fuzz {
         /// How long each target runs.
@@ -165,8 +179,10 @@ fn perform(task: Task) -> Result<i32> {
         }
         Task::Fetch { to, packages } => prepare::fetch_packages(&paths, &packages, &to).map(|()| 0),
         Task::GuestImage => guest_image::make(&paths).map(|()| 0),
+        Task::BootDisk => boot_disk::make(&paths).map(|()| 0),
         Task::Demo { args } => tasks::demo(&paths, args),
         Task::Verify => tasks::verify(&paths),
+        Task::BenchStream { size, rounds } => bench_stream::bench_stream(&paths, size, rounds),
         Task::Fuzz { seconds, targets } => fuzz::fuzz(&paths, &targets, seconds),
     }
 }

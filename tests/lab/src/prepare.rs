@@ -15,6 +15,7 @@ use crate::{
     error::{Error, OnFile, Result},
     kernel::KernelPackage,
     machine::{self, Machine, Parts},
+    mend::mend,
     paths::{Paths, make_dir, read, write_whole},
     payload::make_blank,
     say,
@@ -53,6 +54,7 @@ pub fn prepare(paths: &Paths, update: bool) -> Result<Snapshot> {
         Some(inventory) if !update => inventory,
         _ => install(paths)?,
     };
+    mend(&Tools::at(&paths.tools()).qemu_program())?;
     let snapshot = match find(paths)? {
         Some(snapshot) => snapshot,
         None => make_snapshot(paths, &inventory)?,

@@ -65,7 +65,8 @@ impl Qmp {
         Err(io::ErrorKind::TimedOut.into())
     }
 
-    fn execute(&mut self, command: &str, arguments: &Value) -> io::Result<Value> {
+    /// Runs a command and returns what it answers; events are passed over.
+    pub fn execute(&mut self, command: &str, arguments: &Value) -> io::Result<Value> {
         let mut request = json!({ "execute": command, "arguments": arguments }).to_string();
         request.push('\n');
         self.stream.get_mut().write_all(request.as_bytes())?;

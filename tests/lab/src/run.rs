@@ -12,6 +12,7 @@ use tempfile::TempDir;
 
 use crate::{
     backend::{self, Backend, DEFAULT_TIMEOUT},
+    boot_disk,
     error::{Error, OnFile, Result},
     machine::{Machine, Parts},
     paths::{Paths, make_dir},
@@ -228,12 +229,14 @@ fn payload(request: &Request) -> Result<Payload> {
 }
 
 /// What tests of guests need, by the variable that names it inside.
-fn built(paths: &Paths) -> [(&'static str, PathBuf); 4] {
+fn built(paths: &Paths) -> [(&'static str, PathBuf); 6] {
     [
         ("LAB_CASEMATE", paths.release.join("casemate")),
         ("LAB_CASEMATE_GUEST", paths.release.join("casemate-guest")),
         ("LAB_GUEST_KERNEL", paths.guest_kernel()),
         ("LAB_GUEST_INITRD", paths.guest_initrd()),
+        ("LAB_FIRMWARE", boot_disk::firmware(&paths.firmware())),
+        ("LAB_BOOT_DISK", paths.boot_disk()),
     ]
 }
 

@@ -78,6 +78,11 @@ impl Guarded {
         Ok(Self(child))
     }
 
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.0.id()
+    }
+
     /// Wait for its end.
     pub fn wait(&mut self) -> Result<ExitStatus> {
         // Look without reaping first: while it is listed its number must not be given to another process.

@@ -6,6 +6,7 @@ use nix::sys::signal::Signal;
 
 use crate::{
     backend::Backend,
+    boot_disk,
     command::tied,
     error::{OnFile, Result},
     exit_code,
@@ -100,6 +101,7 @@ pub fn verify(paths: &Paths) -> Result<i32> {
         return Ok(code);
     }
     guest_image::make(paths)?;
+    boot_disk::make(paths)?;
     say("running unit, host, lab and doc tests; the lab_* tests each in a fresh lab");
     // One binary may hold many tests, each with guests of its own.
     let timeout = env::var("LAB_TIMEOUT").unwrap_or_else(|_| TEST_TIMEOUT.as_secs().to_string());

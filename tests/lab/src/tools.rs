@@ -68,9 +68,14 @@ impl Tools {
         command
     }
 
+    /// Where QEMU is unpacked.
+    pub fn qemu_program(&self) -> PathBuf {
+        self.root.join("usr/bin").join(QEMU)
+    }
+
     /// QEMU, told where its firmware lies.
     pub fn qemu(&self) -> Command {
-        let mut command = self.command("qemu-system-x86_64");
+        let mut command = self.command(QEMU);
         for dir in ["usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu"] {
             command.arg("-L").arg(self.root.join(dir));
         }
@@ -89,3 +94,5 @@ impl Tools {
             .ok_or_else(|| Error::Packages(format!("QEMU does not tell its version: {text}")))
     }
 }
+
+const QEMU: &str = "qemu-system-x86_64";

@@ -14,6 +14,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{Activation, GuestRam, Interrupt, VirtioDevice};
 use crate::machine::plan::devices::{DeviceChange, DeviceStatus};
+use crate::vmm::doorbells::Doorbells;
 use crate::vmm::pci::PciFunction;
 use crate::vmm::pci::config::{ConfigSpace, Identity};
 use crate::vmm::pci::msix::Msix;
@@ -32,6 +33,9 @@ pub struct VirtioPci {
     kicks: Vec<EventFd>,
     wake: EventFd,
     ram: GuestRam,
+    doorbells: Option<Arc<dyn Doorbells>>,
+    /// Where a movable BAR is.
+    placed: Mutex<Option<u64>>,
 }
 
 /// Where a function sits and what it shares.
@@ -95,7 +99,23 @@ impl VirtioPci {
             kicks,
             wake: place.wake,
             ram: place.ram,
+            doorbells: None,
+            placed: Mutex::new(None),
         })
+    }
+
+    /// Makes the place of its BAR the guest's to choose; the doorbells follow it.
+    pub fn with_movable_bar(mut self, doorbells: Arc<dyn Doorbells>) -> Self {
+        self.config().set_movable_bar(registers::BAR_SIZE);
+        self.doorbells = Some(doorbells);
+        self
+    }
+
+    /// How far into its movable BAR an address is.
+    pub fn in_placed_bar(&self, address: u64) -> Option<u64> {
+        let placed = *self.placed();
+        let offset = address.checked_sub(placed?)?;
+        (offset < u64::from(registers::BAR_SIZE)).then_some(offset)
     }
 
     /// An eventfd for each queue: the driver's notifications.
@@ -212,6 +232,31 @@ impl VirtioPci {
     fn config(&self) -> MutexGuard<'_, ConfigSpace> {
         self.config.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    fn placed(&self) -> MutexGuard<'_, Option<u64>> {
+        self.placed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The guest may have moved its BAR.
+    fn follow_bar(&self, config: &ConfigSpace) {
+        let Some(doorbells) = &self.doorbells else {
+            return;
+        };
+        let (now, mut placed) = (config.placed_bar(), self.placed());
+        if *placed == now {
+            return;
+        }
+        for (index, kick) in self.kicks.iter().enumerate() {
+            let at = |base: u64| base + Self::notify_offset(index);
+            if let Some(was) = *placed {
+                doorbells.remove(kick, at(was));
+            }
+            if let Some(now) = now {
+                doorbells.place(kick, at(now));
+            }
+        }
+        *placed = now;
+    }
 }
 
 impl PciFunction for VirtioPci {
@@ -237,7 +282,11 @@ impl PciFunction for VirtioPci {
             self.bar_write(bar_offset, data);
             return;
         }
-        self.config().write(offset, data);
+        {
+            let mut config = self.config();
+            config.write(offset, data);
+            self.follow_bar(&config);
+        }
         let mut control = self.msix.control().to_le_bytes();
         let mut touched = false;
         for (index, byte) in data.iter().enumerate() {

@@ -326,3 +326,49 @@ fn a_processor_is_read_and_a_wrong_one_is_named_with_what_is_right() {
         assert!(problem.contains(words), "{cpu}: {problem}");
     }
 }
+
+#[test]
+fn firmware_stands_in_place_of_a_kernel_and_only_in_a_plain_guest() {
+    let kernel = "kernel = \"vmlinuz\"\ninitrd = \"initrd\"\ncmdline = \"console=ttyS0\"";
+    let plain = GOOD.replacen(
+        "[confidential]\ntechnology = \"sev\"\nsecret = true\n",
+        "",
+        1,
+    );
+    let with = |text: &str, length: u64| {
+        let folder = folder();
+        let file = File::create(folder.path().join("fw.fd")).unwrap();
+        file.set_len(length).unwrap();
+        let spec = MachineSpec::parse(&folder.path().join("vm.toml"), text);
+        spec.map_err(|e| e.to_string())
+    };
+    let firmware = plain.replacen(kernel, "firmware = \"fw.fd\"", 1);
+    let spec = with(&firmware, (3 << 20) + 1).unwrap();
+    let plan = spec.plan([7; 16], OFFER);
+    assert_eq!(plan.firmware.unwrap().rom_bytes, 4 << 20);
+    assert_eq!(plan.mapped_bytes(), (512 << 20) + (4 << 20));
+    assert_eq!((plan.cmdline.as_str(), spec.boot.kernel()), ("", None));
+    plan.check().unwrap();
+    for (text, length, words) in [
+        (firmware.clone(), 0, "at most 16 MiB"),
+        (firmware.clone(), (16 << 20) + 1, "at most 16 MiB"),
+        (
+            plain.replacen(kernel, &format!("firmware = \"fw.fd\"\n{kernel}"), 1),
+            1 << 20,
+            "leave `kernel`",
+        ),
+        (
+            plain.replacen(kernel, "kernel = \"vmlinuz\"", 1),
+            1 << 20,
+            "either `firmware`, or `kernel`",
+        ),
+        (
+            GOOD.replacen(kernel, "firmware = \"fw.fd\"", 1),
+            1 << 20,
+            "only for a guest without `confidential`",
+        ),
+    ] {
+        let error = with(&text, length).unwrap_err();
+        assert!(error.contains(words), "{words}: {error}");
+    }
+}

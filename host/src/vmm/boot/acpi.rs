@@ -24,12 +24,33 @@ use crate::vmm::layout::{
     SLEEP_CONTROL, SLEEP_STATUS,
 };
 
+/// What the tables say of the board.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Board {
+    /// Where PCI configuration is reached by memory access.
+    pub ecam: u64,
+    /// First and last byte of the PCI window.
+    pub window: (u64, u64),
+    /// How far the sleep and event ports lie behind their places in the layout.
+    pub behind: u16,
+}
+
+impl Board {
+    /// That of a kernel that is booted directly.
+    pub const DIRECT: Self = Self {
+        ecam: ECAM,
+        window: (PCI_WINDOW, PCI_WINDOW_LAST),
+        behind: 0,
+    };
+}
+
 /// All tables, to be placed at `base`; the RSDP comes first. `generation` is whether the guest has a VM generation id.
 pub fn tables(vcpus: u8, generation: bool, base: u64) -> Vec<u8> {
+    let board = &Board::DIRECT;
     let mut blob = vec![0u8; Rsdp::len().next_multiple_of(ALIGNMENT)];
-    let dsdt = place(&mut blob, base, &dsdt(generation));
+    let dsdt = place(&mut blob, base, &dsdt(generation, board));
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE, OEM_REVISION);
-    for table in [fadt(dsdt), madt(vcpus), mcfg()] {
+    for table in [fadt(dsdt, board), madt(vcpus), mcfg(board)] {
         xsdt.add_entry(place(&mut blob, base, &table));
     }
     let xsdt = place(&mut blob, base, &bytes_of(&xsdt));
@@ -40,6 +61,39 @@ pub fn tables(vcpus: u8, generation: bool, base: u64) -> Vec<u8> {
     blob
 }
 
+/// The tables one after another as firmware links them: every pointer counts from the first byte. The XSDT comes last.
+pub(super) struct Unlinked {
+    /// DSDT, FADT, MADT, MCFG, XSDT.
+    pub blob: Vec<u8>,
+    /// Where the FADT begins.
+    pub fadt: usize,
+    /// Where the XSDT begins.
+    pub xsdt: usize,
+    /// How many tables it points to.
+    pub entries: usize,
+    /// The RSDP, which is apart.
+    pub rsdp: Vec<u8>,
+}
+
+/// Tables to be linked by firmware.
+pub(super) fn unlinked(vcpus: u8, generation: bool, board: &Board) -> Unlinked {
+    let mut blob = Vec::new();
+    let dsdt = place(&mut blob, 0, &dsdt(generation, board));
+    let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE, OEM_REVISION);
+    let fadt = place(&mut blob, 0, &fadt(dsdt, board));
+    let others = [madt(vcpus), mcfg(board)].map(|table| place(&mut blob, 0, &table));
+    xsdt.add_entry(fadt);
+    others.iter().for_each(|at| xsdt.add_entry(*at));
+    let xsdt = place(&mut blob, 0, &bytes_of(&xsdt));
+    Unlinked {
+        blob,
+        fadt: fadt as usize,
+        xsdt: xsdt as usize,
+        entries: 1 + others.len(),
+        rsdp: bytes_of(&Rsdp::new(OEM_ID, xsdt)),
+    }
+}
+
 fn place(blob: &mut Vec<u8>, base: u64, table: &[u8]) -> u64 {
     let address = base + blob.len() as u64;
     blob.extend_from_slice(table);
@@ -47,17 +101,17 @@ fn place(blob: &mut Vec<u8>, base: u64, table: &[u8]) -> u64 {
     address
 }
 
-fn dsdt(generation: bool) -> Vec<u8> {
+fn dsdt(generation: bool, board: &Board) -> Vec<u8> {
     let mut body = Vec::new();
     com1(&mut body);
-    pci_root(&mut body);
+    pci_root(board, &mut body);
     panic_device(&mut body);
-    board(&mut body);
+    board_memory(board, &mut body);
     power_button(&mut body);
     if generation {
         generation_id(&mut body);
     }
-    events(generation, &mut body);
+    events(generation, board, &mut body);
     Name::new(Path::new("_S5_"), &Package::new(vec![&S5_SLEEP_TYPE])).to_aml_bytes(&mut body);
     let mut table = Sdt::new(*b"DSDT", 36, 2, OEM_ID, OEM_TABLE, OEM_REVISION);
     table.append_slice(&body);
@@ -95,12 +149,12 @@ fn panic_device(sink: &mut Vec<u8>) {
     .to_aml_bytes(sink);
 }
 
-fn pci_root(sink: &mut Vec<u8>) {
+fn pci_root(board: &Board, sink: &mut Vec<u8>) {
     let window = AddressSpace::<u32>::new_memory(
         AddressSpaceCacheable::NotCacheable,
         true,
-        PCI_WINDOW as u32,
-        PCI_WINDOW_LAST as u32,
+        board.window.0 as u32,
+        board.window.1 as u32,
         None,
     );
     let buses = AddressSpace::<u16>::new_bus_number(0, 0);
@@ -121,8 +175,8 @@ fn pci_root(sink: &mut Vec<u8>) {
 }
 
 /// What is the board's own: the ECAM range, which must not be taken for a window of the bridge.
-fn board(sink: &mut Vec<u8>) {
-    let ecam = Memory32Fixed::new(true, ECAM as u32, ECAM_SIZE as u32);
+fn board_memory(board: &Board, sink: &mut Vec<u8>) {
+    let ecam = Memory32Fixed::new(true, board.ecam as u32, ECAM_SIZE as u32);
     let resources = ResourceTemplate::new(vec![&ecam]);
     Device::new(
         Path::new("\\_SB_.MB00"),
@@ -166,10 +220,11 @@ fn generation_id(sink: &mut Vec<u8>) {
 }
 
 /// The generic event device (section 5.6.9): its interrupt says that something happened, its port what.
-fn events(generation: bool, sink: &mut Vec<u8>) {
+fn events(generation: bool, board: &Board, sink: &mut Vec<u8>) {
+    let port = EVENTS + board.behind;
     let interrupt = Interrupt::new(true, true, false, false, EVENTS_GSI);
     let resources = ResourceTemplate::new(vec![&interrupt]);
-    let region = OpRegion::new(Path::new("EVTS"), OpRegionSpace::SystemIO, &EVENTS, &ONE);
+    let region = OpRegion::new(Path::new("EVTS"), OpRegionSpace::SystemIO, &port, &ONE);
     let field = Field::new(
         Path::new("EVTS"),
         FieldAccessType::Byte,
@@ -207,13 +262,13 @@ fn events(generation: bool, sink: &mut Vec<u8>) {
     .to_aml_bytes(sink);
 }
 
-fn mcfg() -> Vec<u8> {
+fn mcfg(board: &Board) -> Vec<u8> {
     let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE, OEM_REVISION);
-    mcfg.add_ecam(ECAM, 0, 0, 0);
+    mcfg.add_ecam(board.ecam, 0, 0, 0);
     bytes_of(&mcfg)
 }
 
-fn fadt(dsdt: u64) -> Vec<u8> {
+fn fadt(dsdt: u64, board: &Board) -> Vec<u8> {
     let mut fadt = FADTBuilder::new(OEM_ID, OEM_TABLE, OEM_REVISION)
         .dsdt_64(dsdt)
         .flag(Flags::HwReducedAcpi)
@@ -223,8 +278,8 @@ fn fadt(dsdt: u64) -> Vec<u8> {
     fadt.iapc_boot_arch = (NO_VGA | NO_ASPM | NO_CMOS_RTC).into();
     fadt.reset_reg = port(I8042_COMMAND);
     fadt.reset_value = RESET_VALUE;
-    fadt.sleep_control_reg = port(SLEEP_CONTROL);
-    fadt.sleep_status_reg = port(SLEEP_STATUS);
+    fadt.sleep_control_reg = port(SLEEP_CONTROL + board.behind);
+    fadt.sleep_status_reg = port(SLEEP_STATUS + board.behind);
     bytes_of(&fadt.finalize())
 }
 

@@ -5,12 +5,14 @@
 
 pub mod acpi;
 pub mod elf;
+pub mod firmware;
 pub mod linux;
 pub mod map;
 pub mod measured;
 pub mod paging;
 mod pvh;
 mod smbios;
+mod table_loader;
 
 use super::layout::{
     ACPI, BOOT_PARAMS, CMDLINE, CMDLINE_ROOM, GDT, GENERATION, HIGH_RAM, KERNEL, PAGE_SIZE,
@@ -49,6 +51,8 @@ pub enum Start {
     Linux,
     /// An ELF kernel, by PVH, at this address.
     Pvh(u32),
+    /// Firmware, at the reset vector.
+    Reset,
 }
 
 impl BootImage {
@@ -157,6 +161,9 @@ pub enum BootError {
     /// Not a kernel this machine can start.
     #[error("kernel image {0}")]
     Kernel(&'static str),
+    /// Not a firmware image this machine can start in.
+    #[error("firmware image {0}")]
+    Firmware(&'static str),
     /// Not an initramfs this machine can place.
     #[error("initramfs {0}")]
     Initrd(&'static str),
@@ -229,18 +236,19 @@ fn check_layout(pieces: &[Component], memory: u64) -> Result<(), BootError> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::elf::tests::small_elf;
     use super::linux::tests::small_image;
     use super::*;
 
-    fn plan() -> MachinePlan {
+    pub fn plan() -> MachinePlan {
         MachinePlan {
             name: "t".into(),
             vm_id: [1; 16],
             vcpus: 2,
             cpu: Default::default(),
             memory_bytes: 128 << 20,
+            firmware: None,
             cmdline: "console=ttyS0".into(),
             technology: Technology::Sev {
                 emulated: true,

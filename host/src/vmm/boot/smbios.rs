@@ -5,6 +5,15 @@ use crate::vmm::layout::SMBIOS;
 
 /// Entry point at [`SMBIOS`], tables behind it. `id` is the system's UUID, zeros where it has none.
 pub fn tables(id: &[u8; 16], memory: u64) -> Vec<u8> {
+    let (entry, body) = parts(id, memory);
+    let mut blob = entry;
+    blob.resize(ENTRY_ROOM, 0);
+    blob.extend_from_slice(&body);
+    blob
+}
+
+/// Entry point and tables apart, as firmware takes them; it places the tables itself.
+pub fn parts(id: &[u8; 16], memory: u64) -> (Vec<u8>, Vec<u8>) {
     let mut body = Vec::new();
     // 0: vendor, version, no segment, date, 64 KiB; characteristics: virtual machine, and no more
     let firmware = [
@@ -26,10 +35,7 @@ pub fn tables(id: &[u8; 16], memory: u64) -> Vec<u8> {
     array.extend_from_slice(&memory.to_le_bytes());
     structure(&mut body, 16, &array, &[]);
     structure(&mut body, 127, &[], &[]);
-
-    let mut blob = entry_point(body.len() as u32);
-    blob.extend_from_slice(&body);
-    blob
+    (entry_point(body.len() as u32), body)
 }
 
 fn entry_point(length: u32) -> Vec<u8> {
@@ -41,7 +47,6 @@ fn entry_point(length: u32) -> Vec<u8> {
     if let Some(checksum) = entry.get_mut(5) {
         *checksum = sum.wrapping_neg();
     }
-    entry.resize(ENTRY_ROOM, 0);
     entry
 }
 

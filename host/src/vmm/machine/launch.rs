@@ -5,7 +5,8 @@ use std::os::unix::fs::FileExt;
 
 use super::{Machine, MachineError};
 use crate::confidential::launch::SpecialPage;
-use crate::vmm::boot::{BootError, BootImage, Start, measured};
+use crate::machine::plan::FirmwarePlan;
+use crate::vmm::boot::{BootError, BootImage, Start, firmware, measured};
 use crate::vmm::protocol::{LaunchBinding, Measurement};
 use crate::vmm::vcpu::entry::{Entry, enter_linux_32, enter_long_mode, enter_pvh, wait_at_reset};
 use crate::vmm::vcpu::{VcpuError, cpuid};
@@ -14,13 +15,10 @@ impl Machine {
     /// Reads kernel and initramfs, places the first memory and the first registers, and has them measured piece by
     /// piece where a technology does. Of a SEV or SEV-ES guest the measurement comes back.
     pub fn launch(&mut self, binding: &LaunchBinding) -> Result<Option<Measurement>, MachineError> {
-        let kernel = self.kernel.take().ok_or(MachineError::NoKernel)?;
-        let kernel = read_image(&kernel)?;
-        let initrd = match self.initrd.take() {
-            Some(file) => read_image(&file)?,
-            None => Vec::new(),
+        let BootImage { pieces, start } = match self.plan.firmware {
+            Some(firmware) => self.load_firmware(firmware)?,
+            None => self.assemble()?,
         };
-        let BootImage { pieces, start } = BootImage::assemble(&self.plan, &kernel, &initrd)?;
         if let Some(protection) = &mut self.protection {
             protection.launch_start(binding)?;
         }
@@ -34,12 +32,38 @@ impl Machine {
         self.measure()
     }
 
+    fn assemble(&mut self) -> Result<BootImage, MachineError> {
+        let kernel = self.kernel.take().ok_or(MachineError::NoImage("kernel"))?;
+        let kernel = read_image(&kernel)?;
+        let initrd = match self.initrd.take() {
+            Some(file) => read_image(&file)?,
+            None => Vec::new(),
+        };
+        Ok(BootImage::assemble(&self.plan, &kernel, &initrd)?)
+    }
+
+    /// Puts the firmware into its place, which is no RAM.
+    fn load_firmware(&mut self, firmware: FirmwarePlan) -> Result<BootImage, MachineError> {
+        let image = self
+            .firmware
+            .take()
+            .ok_or(MachineError::NoImage("firmware"))?;
+        let rom = firmware::rom(&read_image(&image)?, firmware.rom_bytes)?;
+        self.memory.load_rom(&rom)?;
+        Ok(BootImage {
+            pieces: firmware::pieces(&self.plan),
+            start: Start::Reset,
+        })
+    }
+
     fn load_registers(&self, start: Start) -> Result<(), MachineError> {
         let (first, others) = self
             .vcpus
             .split_first()
             .ok_or(MachineError::Vcpu(VcpuError::Gone))?;
         match start {
+            // KVM's own state of a new vCPU is reset.
+            Start::Reset => {}
             Start::Pvh(entry) => first.call(move |fd| enter_pvh(fd, entry))??,
             Start::Linux if self.sharing.is_some() => first.call(enter_linux_32)??,
             Start::Linux => first.call(|fd| enter_long_mode(fd, Entry::LINUX))??,

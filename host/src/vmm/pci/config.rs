@@ -64,6 +64,21 @@ impl ConfigSpace {
         });
     }
 
+    /// Gives it memory BAR 0 that is the guest's to place: 32 bit, `size` a power of two, at no address yet.
+    pub fn set_movable_bar(&mut self, size: u32) {
+        self.bar = None;
+        self.allow(BAR0, &(!(size - 1)).to_le_bytes());
+    }
+
+    /// Where a movable BAR is, while the function answers there.
+    pub fn placed_bar(&self) -> Option<u64> {
+        let mut register = [0; 4];
+        self.read(BAR0, &mut register);
+        let base = u32::from_le_bytes(register);
+        let answers = self.byte(COMMAND) & COMMAND_MEMORY != 0;
+        (answers && base != 0).then_some(base.into())
+    }
+
     /// Appends a capability: `body` is what follows id and next pointer, `writable` says which of its bits
     /// the guest may write. Returns its offset, or nothing if there is no room.
     pub fn add_capability(&mut self, id: u8, body: &[u8], writable: &[u8]) -> Option<usize> {
@@ -137,13 +152,15 @@ impl ConfigSpace {
         self.bytes.get(at).copied().unwrap_or(0xff)
     }
 
-    fn set(&mut self, offset: usize, bytes: &[u8]) {
+    /// Sets bytes that the guest sees.
+    pub fn set(&mut self, offset: usize, bytes: &[u8]) {
         for (slot, byte) in self.bytes.iter_mut().skip(offset).zip(bytes) {
             *slot = *byte;
         }
     }
 
-    fn allow(&mut self, offset: usize, mask: &[u8]) {
+    /// Lets the guest write the bits of `mask`.
+    pub fn allow(&mut self, offset: usize, mask: &[u8]) {
         for (slot, byte) in self.writable.iter_mut().skip(offset).zip(mask) {
             *slot = *byte;
         }
@@ -165,6 +182,7 @@ const FIRST_CAPABILITY: usize = 0x40;
 const STATUS_CAPABILITIES: u16 = 1 << 4;
 // I/O, memory, bus master, INTx disable
 const COMMAND_WRITABLE: u16 = 0x0407;
+const COMMAND_MEMORY: u8 = 1 << 1;
 
 #[cfg(test)]
 mod tests {
@@ -207,6 +225,38 @@ mod tests {
         assert_eq!(word(&space, 0x10), 0xe000_0000);
         space.write(0x14, &[0xff; 4]);
         assert_eq!(word(&space, 0x14), 0);
+    }
+
+    #[test]
+    fn a_movable_bar_tells_its_size_goes_where_it_is_put_and_travels() {
+        let mut space = ConfigSpace::new(Identity {
+            vendor: 0x1af4,
+            device: 0x1041,
+            class: 0x02_0000,
+            revision: 1,
+            subsystem: (0x1af4, 0x41),
+        });
+        space.set_movable_bar(0x8000);
+        assert_eq!((word(&space, 0x10), space.placed_bar()), (0, None));
+        space.write(0x10, &[0xff; 4]);
+        assert_eq!(word(&space, 0x10), 0xffff_8000);
+        space.write(0x10, &0xfb00_8123u32.to_le_bytes());
+        assert_eq!(word(&space, 0x10), 0xfb00_8000);
+        assert_eq!(space.placed_bar(), None);
+        space.write(0x04, &[2, 0]);
+        assert_eq!(space.placed_bar(), Some(0xfb00_8000));
+        let mut other = ConfigSpace::new(Identity {
+            vendor: 0x1af4,
+            device: 0x1041,
+            class: 0x02_0000,
+            revision: 1,
+            subsystem: (0x1af4, 0x41),
+        });
+        other.set_movable_bar(0x8000);
+        other.restore(&space.save());
+        assert_eq!(other.placed_bar(), Some(0xfb00_8000));
+        space.write(0x04, &[4, 0]);
+        assert_eq!(space.placed_bar(), None);
     }
 
     #[test]

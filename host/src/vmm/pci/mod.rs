@@ -19,6 +19,8 @@ pub trait PciFunction: Send + Sync {
 pub struct PciBus {
     address: Mutex<u32>,
     functions: Vec<Arc<dyn PciFunction>>,
+    /// Of a board that firmware knows: its own functions, in their slots, its host bridge in place of ours.
+    board: Vec<(usize, Arc<dyn PciFunction>)>,
 }
 
 impl PciBus {
@@ -29,6 +31,15 @@ impl PciBus {
         Self {
             address: Mutex::new(0),
             functions: std::iter::once(bridge).chain(functions).collect(),
+            board: Vec::new(),
+        }
+    }
+
+    /// The same on a board that has functions of its own.
+    pub fn on_board(self, board: impl IntoIterator<Item = (usize, Arc<dyn PciFunction>)>) -> Self {
+        Self {
+            board: board.into_iter().collect(),
+            ..self
         }
     }
 
@@ -96,7 +107,15 @@ impl PciBus {
             return None;
         }
         let slot = usize::try_from(function >> 3).ok()?;
-        Some((self.functions.get(slot)?, register))
+        Some((self.function(slot)?, register))
+    }
+
+    fn function(&self, slot: usize) -> Option<&Arc<dyn PciFunction>> {
+        let board = self.board.iter().find(|(at, _)| *at == slot);
+        match board {
+            Some((_, function)) => Some(function),
+            None => self.functions.get(slot),
+        }
     }
 
     fn selected(&self, offset: u16) -> Option<(&Arc<dyn PciFunction>, usize)> {
@@ -110,7 +129,7 @@ impl PciBus {
             return None;
         }
         let register = (address & 0xfc) as usize + usize::from(offset);
-        Some((self.functions.get(slot as usize)?, register))
+        Some((self.function(slot as usize)?, register))
     }
 }
 

@@ -121,7 +121,11 @@ impl VirtioPci {
         if !self.msix.restore(saved.msix) {
             return Err(mismatch("the number of interrupt vectors"));
         }
-        self.config().restore(&saved.config);
+        {
+            let mut config = self.config();
+            config.restore(&saved.config);
+            self.follow_bar(&config);
+        }
         let signals = &self.signals;
         signals
             .config_vector

@@ -325,3 +325,58 @@ impl Bench {
         self.function.lock()
     }
 }
+
+/// Doorbells placed now, and how many each place got.
+#[derive(Default)]
+struct Bells(Mutex<Vec<u64>>);
+
+impl Doorbells for Bells {
+    fn place(&self, _: &EventFd, address: u64) {
+        self.0.lock().unwrap().push(address);
+    }
+    fn remove(&self, _: &EventFd, address: u64) {
+        let mut placed = self.0.lock().unwrap();
+        let at = placed.iter().position(|have| *have == address).unwrap();
+        placed.remove(at);
+    }
+}
+
+#[test]
+fn doorbells_follow_a_bar_that_the_guest_moves_and_the_move_to_another_machine() {
+    let movable = || {
+        let bells = Arc::new(Bells::default());
+        let bench = bench();
+        let doorbells = Arc::clone(&bells) as Arc<dyn Doorbells>;
+        (bench.function.with_movable_bar(doorbells), bells)
+    };
+    let (function, bells) = movable();
+    let rung = |bells: &Bells| bells.0.lock().unwrap().clone();
+    let at = |base: u64| {
+        [0, 1]
+            .map(|queue| base + VirtioPci::notify_offset(queue))
+            .to_vec()
+    };
+    assert_eq!((function.in_placed_bar(0), rung(&bells)), (None, vec![]));
+    // Sized and placed while it does not answer, as firmware does; then told to answer.
+    function.config_write(0x10, &[0xff; 4]);
+    function.config_write(0x10, &0xfb00_0000u32.to_le_bytes());
+    assert!(rung(&bells).is_empty());
+    function.config_write(0x04, &[6, 0]);
+    assert_eq!(rung(&bells), at(0xfb00_0000));
+    assert_eq!(function.in_placed_bar(0xfb00_0014), Some(0x14));
+    assert_eq!(function.in_placed_bar(0xfb00_7fff), Some(0x7fff));
+    for outside in [0xfaff_ffff, 0xfb00_8000, 0xe000_0000] {
+        assert_eq!(function.in_placed_bar(outside), None);
+    }
+    function.config_write(0x10, &0xc000_8000u32.to_le_bytes());
+    assert_eq!(rung(&bells), at(0xc000_8000));
+    let (other, others) = movable();
+    other.restore(function.save()).unwrap();
+    assert_eq!(rung(&others), at(0xc000_8000));
+    assert_eq!(other.in_placed_bar(0xc000_8000), Some(0));
+    function.config_write(0x04, &[4, 0]);
+    assert_eq!(
+        (function.in_placed_bar(0xc000_8000), rung(&bells)),
+        (None, vec![])
+    );
+}

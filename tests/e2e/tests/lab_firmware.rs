@@ -1,0 +1,69 @@
+//! A disk with its own boot loader starts Linux through Debian's OVMF; the guest goes on after a snapshot.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod common;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use casemate_e2e::answers::GuestInfo;
+use casemate_e2e::guest_watch::GuestWatch;
+use casemate_e2e::world::{Extent, Host, World};
+use common::*;
+
+#[test]
+fn a_disk_boots_through_ovmf_and_goes_on_after_a_snapshot() {
+    let world = world("firmware", Extent::Direct);
+    let description = describe(&world);
+    let info: GuestInfo = world
+        .site_a
+        .ask(&["run", &description.display().to_string()])
+        .unwrap();
+    let mut watch = GuestWatch::new(&info.console);
+    watch
+        .wait("the guest's `ready`", BOOT, |w| w.ready)
+        .unwrap();
+    watch.wait_ticks(10, BOOT).unwrap();
+    let console = std::fs::read_to_string(&info.console).unwrap();
+    for sign in ["BdsDxe: starting", "EFI stub: Loaded initrd"] {
+        assert!(console.contains(sign), "no `{sign}`:\n{console}");
+    }
+    assert_intact(&world, Host::A, "firmware");
+
+    let file = world.folder.join("firmware.snap").display().to_string();
+    world
+        .site_a
+        .done(&["snapshot", "firmware", &file, "--stop"])
+        .unwrap();
+    world.site_a.done(&["restore", &file]).unwrap();
+    watch.wait_ticks(20, BOOT).unwrap();
+    assert_eq!(watch.problems, Vec::<String>::new());
+    assert_intact(&world, Host::A, "firmware");
+    world.site_a.done(&["stop", "firmware"]).unwrap();
+    assert_ends_clean(world);
+}
+
+/// The guest's work is on the first disk; firmware has to find the second, at which nothing can be written.
+fn describe(world: &World) -> PathBuf {
+    let described = format!(
+        "name = \"firmware\"\nvcpus = 2\nmemory = \"512 MiB\"\n\n[boot]\nfirmware = \"{}\"\n\n\
+         [[disk]]\nid = \"data\"\npath = \"{}\"\n\n[[disk]]\nid = \"system\"\npath = \"{}\"\nread_only = true\n\n\
+         [vsock]\ncid = 31\n[rng]\n",
+        shipped("LAB_FIRMWARE").display(),
+        world.folder.join("data.raw").display(),
+        shipped("LAB_BOOT_DISK").display(),
+    );
+    let path = world.folder.join("firmware.toml");
+    std::fs::write(&path, described).unwrap();
+    path
+}
+
+/// What the lab's runner ships where `lab boot-disk` has made it.
+fn shipped(name: &str) -> PathBuf {
+    let path = std::env::var_os(name);
+    path.unwrap_or_else(|| panic!("{name} is not set; run this through `cargo verify`"))
+        .into()
+}
+
+/// Firmware and kernel; the lab is slow.
+const BOOT: Duration = Duration::from_secs(150);
