@@ -84,8 +84,13 @@ fn run<T: Transport>(
         Instant::now() + config.deadlines.agree,
     )
     .map_err(SourceError::Agree)?;
-    let facts =
-        SessionFacts::of(channel.tls(), &session.peer, session.path).map_err(SourceError::Agree)?;
+    let facts = SessionFacts::of(
+        channel.tls(),
+        &session.peer,
+        session.path,
+        config.local.provider,
+    )
+    .map_err(SourceError::Agree)?;
     guest.agreed(&facts).map_err(SourceError::Refused)?;
     guest
         .judge(&session.evidence)
