@@ -16,6 +16,7 @@ use casemate_crypto_migrate::identity::{AllowList, AllowedPeer, Path, PeerIdenti
 use casemate_crypto_migrate::pages::PageSet;
 use casemate_crypto_migrate::session::SessionFacts;
 use casemate_crypto_migrate::source::{self, SourceConfig};
+use casemate_crypto_migrate::transcript::ContentDigest;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mebibytes: usize = std::env::args()
@@ -153,6 +154,16 @@ impl SourceGuest for Original {
     fn state(&mut self) -> Result<Vec<u8>, GuestError> {
         Ok(b"registers".to_vec())
     }
+    fn judge(&mut self, _: &[u8]) -> Result<(), Refusal> {
+        Ok(())
+    }
+    fn throttle(&mut self, _: u8) -> Result<(), GuestError> {
+        Ok(())
+    }
+    fn attend(&mut self) {}
+    fn content_digest(&mut self, pages: &PageSet) -> Result<[u8; 32], GuestError> {
+        digest(&self.0, pages)
+    }
     fn release(&mut self) -> Result<(), GuestError> {
         Ok(())
     }
@@ -207,11 +218,23 @@ impl DestinationGuest for Copy {
     fn restore(&mut self, _: &[u8]) -> Result<(), GuestError> {
         Ok(())
     }
-    fn activate(&mut self, epoch: u64) -> Result<(), GuestError> {
+    fn content_digest(&mut self, pages: &PageSet) -> Result<[u8; 32], GuestError> {
+        digest(&self.0, pages)
+    }
+    fn activate(&mut self, epoch: u64) -> Result<u32, GuestError> {
         println!("running here, epoch {epoch}");
-        Ok(())
+        Ok(0)
     }
     fn abandon(&mut self) {
         self.0.clear();
     }
+}
+
+fn digest(memory: &[u8], pages: &PageSet) -> Result<[u8; 32], GuestError> {
+    ContentDigest::over(pages, |page, into| {
+        let start = page.0 as usize * PAGE_SIZE;
+        let bytes = memory.get(start..start + into.len());
+        into.copy_from_slice(bytes.ok_or_else(|| GuestError("no such page".into()))?);
+        Ok(())
+    })
 }

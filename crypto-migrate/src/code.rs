@@ -87,6 +87,8 @@ codes! {
     TransportFailed = "TRANSPORT_FAILED",
     /// The operator cancelled.
     Cancelled = "CANCELLED",
+    /// The move took longer than it was allowed to.
+    TimeLimit = "TIME_LIMIT",
     /// The guest's side of this host failed.
     GuestFailed = "GUEST_FAILED",
     /// The destination could not run the guest after the commit; it holds nothing.

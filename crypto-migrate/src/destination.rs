@@ -18,12 +18,13 @@ use crate::identity::PeerIdentity;
 use crate::page::{OpenError, PageOpener};
 use crate::progress::{Phase, Progress, millis};
 use crate::session::{self, OwnerKey, SessionError, SessionFacts};
-use crate::source::Deadlines;
+use crate::source::{Deadlines, Verification};
 use crate::tls::{self, TlsError, Transport};
 use crate::transcript::{Manifest, PageTable, StreamEnd, TranscriptError};
 use crate::wire::batch::{Entries, PageKind};
 use crate::wire::messages::{
-    Begin, Commit, Message, PathKind, RoundAck, RoundEnd, Running, State, Verified,
+    Begin, Commit, Message, PathKind, Probe, ProbeAck, Purpose, RoundAck, RoundEnd, Running, State,
+    Verified,
 };
 use crate::wire::{FrameKind, MAX_STATE, WireError};
 
@@ -75,10 +76,21 @@ pub struct DestinationOutcome {
     pub takeover_ms: f64,
     /// Root of the manifest that both ends hold, hexadecimal.
     pub manifest_root: String,
+    /// What both ends compared.
+    pub verified: Verification,
     /// The epoch that this side holds.
     pub epoch: u64,
     /// Whether the source was told; if not, it will ask.
     pub source_informed: bool,
+}
+
+/// What came of a connection.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub enum Received {
+    /// The guest runs here.
+    Moved(Box<DestinationOutcome>),
+    /// The source only wanted to know; this host would take the guest. Nothing is left here.
+    Assessed,
 }
 
 /// A migration that this side refused or lost; nothing is left of it here.
@@ -154,6 +166,9 @@ pub enum DestinationError {
     /// The guest could not be run after the commit; the source runs it.
     #[error("the guest could not be activated: {0}; it stays with the source")]
     Activate(#[source] GuestError),
+    /// Only a guest was wanted here.
+    #[error("the source only assesses; no guest came")]
+    OnlyAssessed,
     /// The operator cancelled.
     #[error("cancelled")]
     Cancelled,
@@ -184,18 +199,33 @@ impl DestinationError {
             DestinationError::Manifest { .. } => Code::ManifestMismatch.as_str(),
             DestinationError::Epoch { .. } => Code::SessionMismatch.as_str(),
             DestinationError::Activate(_) => Code::ActivationFailed.as_str(),
+            DestinationError::OnlyAssessed => Code::OfferInvalid.as_str(),
             DestinationError::Cancelled => Code::Cancelled.as_str(),
         }
     }
 }
 
-/// Receives one guest over one connection. On any error the guest does not run here and nothing is left.
+/// Receives one guest over one connection; an assessment is an error.
 pub fn receive<T: Transport>(
     transport: T,
     config: &DestinationConfig,
     guest: &mut dyn DestinationGuest,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<DestinationOutcome, DestinationError> {
+    match serve(transport, config, guest, progress)? {
+        Received::Moved(outcome) => Ok(*outcome),
+        Received::Assessed => Err(DestinationError::OnlyAssessed),
+    }
+}
+
+/// Receives one guest over one connection, or says only whether it would. On any error the guest does not run here and
+/// nothing is left.
+pub fn serve<T: Transport>(
+    transport: T,
+    config: &DestinationConfig,
+    guest: &mut dyn DestinationGuest,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<Received, DestinationError> {
     let started = Instant::now();
     progress(Progress::new(Phase::Connect, started));
     let tls = tls::accept(transport, &config.local, config.deadlines.connect)
@@ -212,9 +242,12 @@ pub fn receive<T: Transport>(
         started,
         &mut admitted,
     ) {
-        Ok(outcome) => {
+        Ok(received) => {
+            if received == Received::Assessed {
+                guest.abandon();
+            }
             channel.close(config.deadlines.frame.min(CLOSE_TIME));
-            Ok(outcome)
+            Ok(received)
         }
         Err(error) => {
             let error = plain_cause(error);
@@ -240,7 +273,7 @@ fn run<T: Transport>(
     progress: &mut dyn FnMut(Progress),
     started: Instant,
     admitted: &mut bool,
-) -> Result<DestinationOutcome, DestinationError> {
+) -> Result<Received, DestinationError> {
     progress(Progress::new(Phase::Agree, started));
     let deadline = Instant::now() + config.deadlines.agree;
     let mut admit = |offer: &GuestOffer, session: &SessionFacts| {
@@ -257,6 +290,10 @@ fn run<T: Transport>(
     )
     .map_err(DestinationError::Agree)?;
     let (session, offer) = (accepted.session, accepted.guest);
+    if accepted.purpose == Purpose::Assess {
+        progress(Progress::new(Phase::Assess, started));
+        return answer_probes(channel, config).map(|()| Received::Assessed);
+    }
     progress(Progress::new(Phase::Begin, started));
     let deadline = Instant::now() + config.deadlines.agree;
     let begin: Begin = channel
@@ -279,7 +316,36 @@ fn run<T: Transport>(
         pages: 0,
         zero_pages: 0,
     };
-    receiver.receive()
+    Ok(Received::Moved(Box::new(receiver.receive()?)))
+}
+
+/// Phase `Assess`: a small probe and a series of large ones; then the source ends the connection, or measures on alone.
+fn answer_probes<T: Transport>(
+    channel: &mut Channel<T>,
+    config: &DestinationConfig,
+) -> Result<(), DestinationError> {
+    for _ in 0..PROBE_SERIES {
+        let mut bytes = 0;
+        loop {
+            let deadline = Instant::now() + config.deadlines.frame;
+            let probe: Probe = channel
+                .receive_message("Probe", deadline)
+                .map_err(on(Phase::Assess))?;
+            bytes += probe.bytes.len() as u64;
+            if probe.last {
+                break;
+            }
+            if bytes > MAX_PROBES || probe.bytes.is_empty() {
+                return Err(wire(Phase::Assess)(WireError::Malformed(
+                    "probes without end",
+                )));
+            }
+        }
+        channel
+            .send(&ProbeAck { bytes })
+            .map_err(on(Phase::Assess))?;
+    }
+    Ok(())
 }
 
 /// The running stream: phases `Rounds` to `Running`.
@@ -308,15 +374,16 @@ impl<T: Transport> Receiver<'_, T> {
         self.report(Phase::Final);
         let (state, theirs) = self.receive_state()?;
         self.report(Phase::Manifest);
-        let root = self.verify(&state, theirs)?;
+        let (manifest, root) = self.verify(&state, theirs)?;
         self.report(Phase::Commit);
         let epoch = self.await_commit()?;
-        self.guest
+        let announced = self
+            .guest
             .activate(epoch)
             .map_err(DestinationError::Activate)?;
         // From here on this side owns the guest, whether or not the source hears of it.
         let takeover = last_page.elapsed();
-        let told = self.channel.send(&Running { epoch });
+        let told = self.channel.send(&Running { epoch, announced });
         if let Err(error) = &told {
             tracing::warn!(%error, epoch, "the guest runs here; the source could not be told and will ask");
         }
@@ -332,6 +399,7 @@ impl<T: Transport> Receiver<'_, T> {
             total_ms: millis(self.started.elapsed()),
             takeover_ms: takeover.as_secs_f64() * 1e3,
             manifest_root: hex::encode(root),
+            verified: Verification::of(&manifest, announced),
             epoch,
             source_informed: told.is_ok(),
         })
@@ -437,12 +505,25 @@ impl<T: Transport> Receiver<'_, T> {
     }
 
     /// Phase `Manifest`: equality first, then the state is restored, then the source is told.
-    fn verify(&mut self, state: &[u8], theirs: Manifest) -> Result<[u8; 48], DestinationError> {
+    fn verify(
+        &mut self,
+        state: &[u8],
+        theirs: Manifest,
+    ) -> Result<(Manifest, [u8; 48]), DestinationError> {
         let phase = Phase::Manifest;
+        let content_sha256 = match theirs.content_sha256 {
+            Some(_) => Some(
+                self.guest
+                    .content_digest(self.table.present())
+                    .map_err(at(phase))?,
+            ),
+            None => None,
+        };
         let end = StreamEnd {
             seals: self.opener.next_sequence(),
             rounds: self.opener.round(),
             epoch: self.offer.epoch,
+            content_sha256,
         };
         let ours = self.table.manifest(end, state, self.offer_hash);
         if ours != theirs {
@@ -462,7 +543,7 @@ impl<T: Transport> Receiver<'_, T> {
         self.channel
             .send(&Verified { root_hi, root_lo })
             .map_err(on(phase))?;
-        Ok(root)
+        Ok((ours, root))
     }
 
     fn await_commit(&mut self) -> Result<u64, DestinationError> {
@@ -501,6 +582,10 @@ impl<T: Transport> Receiver<'_, T> {
     }
 }
 
+/// A small probe for the round trip, and those for the throughput.
+const PROBE_SERIES: usize = 2;
+/// More than any source of ours sends, in bytes.
+const MAX_PROBES: u64 = 128 << 20;
 const CLOSE_TIME: std::time::Duration = std::time::Duration::from_secs(1);
 
 /// Opens a batch and places its pages; stops at the first that is refused.

@@ -60,6 +60,8 @@ pub trait SourceGuest {
     /// Takes the peer's platform evidence (opaque here; the PDH chain for SEV, empty for a plain guest),
     /// verifies it, and opens the firmware's send context. Returns the blob for [`DestinationGuest::begin`].
     fn begin(&mut self, peer_evidence: &[u8]) -> Result<Vec<u8>, GuestError>;
+    /// An assessment: verifies the peer's platform evidence as [`SourceGuest::begin`] does, and opens nothing.
+    fn judge(&mut self, peer_evidence: &[u8]) -> Result<(), Refusal>;
     /// Turns dirty tracking on and returns the pages that hold anything at all (never-touched pages are
     /// zero at both ends and do not travel).
     fn start_tracking(&mut self) -> Result<PageSet, GuestError>;
@@ -74,10 +76,17 @@ pub trait SourceGuest {
     ) -> Result<(), GuestError>;
     /// How many pages one [`SourceGuest::read_pages`] may ask for.
     fn batch_pages(&self) -> usize;
+    /// Takes so much of their time from the vCPUs, in percent, 0 to 99: it writes less while its pages are sent. Ends with
+    /// [`SourceGuest::pause`] and [`SourceGuest::resume`].
+    fn throttle(&mut self, percent: u8) -> Result<(), GuestError>;
+    /// The engine waits on purpose: a chance to hear the operator.
+    fn attend(&mut self);
     /// Stops vCPUs and devices; from here on nothing changes memory.
     fn pause(&mut self) -> Result<(), GuestError>;
     /// The machine's state after the last page was read (devices, vCPUs, firmware end of stream).
     fn state(&mut self) -> Result<Vec<u8>, GuestError>;
+    /// [`ContentDigest`](crate::transcript::ContentDigest) of these pages of the paused guest, read anew.
+    fn content_digest(&mut self, pages: &PageSet) -> Result<[u8; 32], GuestError>;
     /// Gives up what only one side may hold (disk locks). After this the guest runs here again only by
     /// [`SourceGuest::resume`].
     fn release(&mut self) -> Result<(), GuestError>;
@@ -138,10 +147,13 @@ pub trait DestinationGuest {
     fn write_pages(&mut self, start: Gpn, content: PageContent<'_>) -> Result<(), GuestError>;
     /// Completes all pages handed over so far.
     fn flush(&mut self) -> Result<(), GuestError>;
+    /// [`ContentDigest`](crate::transcript::ContentDigest) of these pages as they lie here, read anew.
+    fn content_digest(&mut self, pages: &PageSet) -> Result<[u8; 32], GuestError>;
     /// Restores the machine's state; called only after the whole transcript has verified. vCPUs stay stopped.
     fn restore(&mut self, state: &[u8]) -> Result<(), GuestError>;
     /// The source has committed: take the disk locks, record the epoch durably, run the vCPUs, announce the addresses.
-    fn activate(&mut self, epoch: u64) -> Result<(), GuestError>;
+    /// Returns of how many network cards the addresses were announced.
+    fn activate(&mut self, epoch: u64) -> Result<u32, GuestError>;
     /// The migration ended without a commit: remove every trace.
     fn abandon(&mut self);
 }

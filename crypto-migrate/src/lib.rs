@@ -8,6 +8,8 @@
 //! | | |
 //! | --- | --- |
 //! | [`source::migrate`] | moves a guest away: give it a [`guest::SourceGuest`] |
+//! | [`source::assess`] | finds out what that would be like, and moves nothing |
+//! | [`destination::serve`] | takes a guest in, or answers an assessment |
 //! | [`destination::receive`] | takes a guest in: give it a [`guest::DestinationGuest`] |
 //! | [`identity`] | who this host is, who is allowed, and the way to them |
 //! | [`vault`] | a guest at rest: a file of sealed pages |
@@ -25,6 +27,7 @@
 #![forbid(unsafe_code)]
 
 pub mod code;
+pub mod control;
 pub mod destination;
 pub mod dev_ca;
 pub mod gateway;

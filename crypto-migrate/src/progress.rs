@@ -10,6 +10,8 @@ pub enum Phase {
     Connect,
     /// Offer, policy decision, accept, key confirmation.
     Agree,
+    /// Only in an assessment: way and guest are measured, and nothing moves.
+    Assess,
     /// The firmware contexts are opened.
     Begin,
     /// The guest runs; pages are copied round by round.
@@ -32,6 +34,7 @@ impl Phase {
         match self {
             Phase::Connect => "connect",
             Phase::Agree => "agree",
+            Phase::Assess => "assess",
             Phase::Begin => "begin",
             Phase::Rounds => "rounds",
             Phase::Final => "final",
@@ -72,6 +75,8 @@ pub struct Progress {
     pub throughput: f64,
     /// What the pause would last now, in milliseconds; absent before the first measurement.
     pub estimated_downtime_ms: Option<f64>,
+    /// How far the vCPUs are throttled, in percent.
+    pub throttle_percent: u8,
     /// Since the start, in milliseconds.
     pub elapsed_ms: u64,
 }
@@ -89,6 +94,7 @@ impl Progress {
             dirty_rate: 0.0,
             throughput: 0.0,
             estimated_downtime_ms: None,
+            throttle_percent: 0,
             elapsed_ms: millis(started.elapsed()),
         }
     }

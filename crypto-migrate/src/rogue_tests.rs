@@ -11,11 +11,12 @@ use crate::guest::*;
 use crate::identity::Local;
 use crate::identity::{AllowList, AllowedPeer, Path, PeerIdentity, TrustAnchors};
 use crate::page::PageSealer;
+use crate::pages::PageSet;
 use crate::session::{self, SessionFacts};
 use crate::tls;
 use crate::transcript::{Manifest, PageTable, StreamEnd};
 use crate::wire::batch::BatchBuilder;
-use crate::wire::messages::{Begin, Commit, RoundEnd, State, Verified};
+use crate::wire::messages::{Begin, Commit, Purpose, RoundEnd, State, Verified};
 
 const TIME: Duration = Duration::from_secs(5);
 
@@ -242,7 +243,8 @@ fn speak(channel: &mut Channel<TcpStream>, local: &Local, script: Script) -> Opt
         description: vec![],
     };
     let deadline = Instant::now() + TIME;
-    let session = session::offer(channel, local, "b", None, &offer, deadline).ok()?;
+    let session =
+        session::offer(channel, local, "b", None, &offer, Purpose::Move, deadline).ok()?;
     channel.send(&Begin { start: vec![] }).ok()?;
     let mut sealer = PageSealer::new(session.page_keys, session.binding);
     let mut table = PageTable::new(&offer.memory).unwrap();
@@ -277,6 +279,7 @@ fn speak(channel: &mut Channel<TcpStream>, local: &Local, script: Script) -> Opt
             .ok()?;
     }
     let end = StreamEnd {
+        content_sha256: None,
         seals: sealer.next_sequence(),
         rounds: 1,
         epoch: 1,
@@ -321,10 +324,13 @@ impl DestinationGuest for Strict {
         self.restored = true;
         Ok(())
     }
-    fn activate(&mut self, epoch: u64) -> Result<(), GuestError> {
+    fn content_digest(&mut self, _: &PageSet) -> Result<[u8; 32], GuestError> {
+        Ok([0; 32])
+    }
+    fn activate(&mut self, epoch: u64) -> Result<u32, GuestError> {
         assert!(self.restored && epoch == 2);
         self.active = true;
-        Ok(())
+        Ok(0)
     }
     fn abandon(&mut self) {
         self.abandoned = true;

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::code::Code;
 use crate::crypto::{self, RunningSha256, TAG_SIZE};
-use crate::guest::{Gpn, PageRange};
+use crate::guest::{EXTENT_PAGES, Gpn, PAGE_SIZE, PageRange};
 use crate::pages::PageSet;
 use crate::wire::batch::EntryHeader;
 use crate::wire::messages::Message;
@@ -91,6 +91,11 @@ impl PageTable {
         Ok(())
     }
 
+    /// The pages that came.
+    pub fn present(&self) -> &PageSet {
+        &self.present
+    }
+
     /// What this end holds.
     pub fn manifest(&self, stream: StreamEnd, state: &[u8], offer_hash: [u8; 32]) -> Manifest {
         Manifest {
@@ -102,6 +107,7 @@ impl PageTable {
             state_length: state.len() as u64,
             state_sha256: crypto::sha256(&[state]),
             offer_sha256: offer_hash,
+            content_sha256: stream.content_sha256,
         }
     }
 }
@@ -115,6 +121,55 @@ pub struct StreamEnd {
     pub rounds: u32,
     /// The epoch that the source holds.
     pub epoch: u64,
+    /// [`ContentDigest`] of the memory, where the source asks for its comparison.
+    pub content_sha256: Option<[u8; 32]>,
+}
+
+/// SHA-256 over what memory holds: of each page that is not zero, in ascending order, its number (eight bytes, little
+/// endian) and its bytes. Independent of how the pages travelled.
+#[derive(Default)]
+pub struct ContentDigest(RunningSha256);
+
+impl ContentDigest {
+    /// Of these pages, which `read` gives: runs of at most [`EXTENT_PAGES`] that follow one another.
+    pub fn over<E>(
+        pages: &PageSet,
+        mut read: impl FnMut(Gpn, &mut [u8]) -> Result<(), E>,
+    ) -> Result<[u8; 32], E> {
+        let mut digest = Self::default();
+        let mut buffer = [0; EXTENT_PAGES * PAGE_SIZE];
+        let mut pages = pages.iter().peekable();
+        while let Some(first) = pages.next() {
+            let mut count = 1;
+            while count < EXTENT_PAGES
+                && pages
+                    .next_if(|page| page.0 == first.0 + count as u64)
+                    .is_some()
+            {
+                count += 1;
+            }
+            let bytes = buffer.get_mut(..count * PAGE_SIZE).unwrap_or_default();
+            read(first, bytes)?;
+            digest.add(first, bytes);
+        }
+        Ok(digest.finish())
+    }
+
+    /// Adds pages that follow one another, whole ones.
+    pub fn add(&mut self, first: Gpn, pages: &[u8]) {
+        let (pages, _) = pages.as_chunks::<PAGE_SIZE>();
+        for (number, page) in (first.0..).zip(pages) {
+            if *page != [0; PAGE_SIZE] {
+                self.0.update(&number.to_le_bytes());
+                self.0.update(page);
+            }
+        }
+    }
+
+    /// The digest.
+    pub fn finish(&self) -> [u8; 32] {
+        self.0.digest()
+    }
 }
 
 /// What one end holds: the content of the last frame before the switch.
@@ -136,6 +191,8 @@ pub struct Manifest {
     pub state_sha256: [u8; 32],
     /// Digest of the signed offer (identity, description, memory).
     pub offer_sha256: [u8; 32],
+    /// [`ContentDigest`] of the memory, where the source asked for its comparison.
+    pub content_sha256: Option<[u8; 32]>,
 }
 
 impl Message for Manifest {
@@ -236,6 +293,7 @@ mod tests {
             seals: 3,
             rounds: 2,
             epoch: 5,
+            content_sha256: None,
         };
         let mut full = table();
         full.record(&seal(1, 1, 1), &[1; 16]).unwrap();
@@ -255,6 +313,54 @@ mod tests {
             base,
             root(&full, StreamEnd { epoch: 6, ..end }, b"state", [0; 32])
         );
+        let content_sha256 = Some([0; 32]);
+        let compared = StreamEnd {
+            content_sha256,
+            ..end
+        };
+        assert_ne!(base, root(&full, compared, b"state", [0; 32]));
+    }
+
+    #[test]
+    fn content_is_pages_at_their_places_and_zero_pages_are_none() {
+        let digest = |pieces: &[(u64, Vec<u8>)]| {
+            let mut digest = ContentDigest::default();
+            pieces
+                .iter()
+                .for_each(|(at, bytes)| digest.add(Gpn(*at), bytes));
+            digest.finish()
+        };
+        let (one, two) = (vec![1; PAGE_SIZE], vec![2; PAGE_SIZE]);
+        let base = digest(&[(7, one.clone()), (8, two.clone())]);
+        assert_eq!(base, digest(&[(7, [one.clone(), two.clone()].concat())]));
+        let spread = [
+            (3, vec![0; 2 * PAGE_SIZE]),
+            (7, one.clone()),
+            (8, two.clone()),
+        ];
+        assert_eq!(base, digest(&spread));
+        let memory = [PageRange {
+            start: Gpn(0),
+            count: 64,
+        }];
+        let read = |first: Gpn, into: &mut [u8]| -> Result<(), ()> {
+            for (page, into) in (first.0..).zip(into.chunks_exact_mut(PAGE_SIZE)) {
+                into.fill(match page {
+                    7 => 1,
+                    8 => 2,
+                    _ => 0,
+                });
+            }
+            Ok(())
+        };
+        assert_eq!(Ok(base), ContentDigest::over(&PageSet::all(&memory), read));
+        for other in [
+            vec![(7, one.clone())],
+            vec![(7, one.clone()), (9, two.clone())],
+            vec![(7, two), (8, one)],
+        ] {
+            assert_ne!(base, digest(&other));
+        }
     }
 
     #[test]

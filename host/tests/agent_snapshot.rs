@@ -12,9 +12,9 @@
 mod support;
 
 use std::fs;
-use std::time::{Duration, Instant};
 
-use support::{Host, SEV, small_image, until};
+use support::counter::{rounds, run, run_counter};
+use support::{Host, SEV, until};
 
 #[test]
 fn a_guest_stopped_by_a_snapshot_goes_on_where_it_was_in_either_way() {
@@ -182,59 +182,3 @@ fn a_confidential_guest_has_no_snapshot_and_another_hosts_is_refused() {
         .run(&["restore", "one.snap"])
         .refused(1, &["SNAPSHOT_HEADER", "another host"]);
 }
-
-fn run_counter(host: &Host, name: &str) {
-    run(host, name, "");
-    until("it counts", || rounds(host, name) > 20);
-}
-
-fn run(host: &Host, name: &str, more: &str) {
-    let description = host.describe("host", name, more);
-    let mut image = small_image();
-    image[1024 + 0x200..][..COUNTER.len()].copy_from_slice(COUNTER);
-    host.write("host/vmlinuz", image);
-    host.run(&["run", &description]).expect(0);
-}
-
-/// Rounds on the guest's console, each checked to be the next one. A line may be half written at the end, and a restored
-/// guest begins with the rest of the line in which the snapshot was taken; what it printed before is on the console of its
-/// name from before.
-fn rounds(host: &Host, name: &str) -> u64 {
-    let console = host.path(&format!("state/guests/{name}/console.log"));
-    let settled = Instant::now() + Duration::from_millis(1);
-    while Instant::now() < settled {
-        std::thread::yield_now();
-    }
-    let text = fs::read_to_string(console).unwrap_or_default();
-    let whole = text.rfind('\n').map_or("", |end| &text[..end]);
-    let mut last = None;
-    let rest_of_a_line = whole.lines().next().is_some_and(|line| line.len() < 8);
-    for line in whole.lines().skip(usize::from(rest_of_a_line)) {
-        let count = line.bytes().fold(0u64, |value, byte| {
-            (value << 4) | u64::from(byte.wrapping_sub(b'a'))
-        });
-        assert_eq!(line.len(), 8, "{line:?}");
-        if let Some(last) = last {
-            assert_eq!(count, last + 256, "a gap or a repeat");
-        }
-        last = Some(count);
-    }
-    last.unwrap_or(0) / 256
-}
-
-/// ```text
-///         xor ebx, ebx ; mov edx, 0x3f8
-/// outer:  inc rbx ; movzx eax, bl ; shl eax, 12 ; add eax, 0x2000000
-///         cmp rbx, 256 ; jbe fresh ; lea rcx, [rbx-256] ; cmp [rax], rcx ; jne bad
-/// fresh:  mov [rax], rbx ; test bl, bl ; jnz outer
-///         print ebx as eight letters and a line end ; jmp outer
-/// bad:    print 'X' and a line end ; jmp $
-/// ```
-const COUNTER: &[u8] = &[
-    0x31, 0xdb, 0xba, 0xf8, 0x03, 0x00, 0x00, 0x48, 0xff, 0xc3, 0x0f, 0xb6, 0xc3, 0xc1, 0xe0, 0x0c,
-    0x05, 0x00, 0x00, 0x00, 0x02, 0x48, 0x81, 0xfb, 0x00, 0x01, 0x00, 0x00, 0x76, 0x0c, 0x48, 0x8d,
-    0x8b, 0x00, 0xff, 0xff, 0xff, 0x48, 0x39, 0x08, 0x75, 0x20, 0x48, 0x89, 0x18, 0x84, 0xdb, 0x75,
-    0xd6, 0xb9, 0x1c, 0x00, 0x00, 0x00, 0x89, 0xd8, 0xd3, 0xe8, 0x83, 0xe0, 0x0f, 0x04, 0x61, 0xee,
-    0x83, 0xe9, 0x04, 0x79, 0xf1, 0xb0, 0x0a, 0xee, 0xeb, 0xbd, 0xb0, 0x58, 0xee, 0xb0, 0x0a, 0xee,
-    0xeb, 0xfe,
-];

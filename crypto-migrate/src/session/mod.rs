@@ -41,7 +41,7 @@ use crate::identity::{AllowedPeer, IdentityError, Local, MAX_CHAIN, Path, PeerId
 use crate::page::Binding;
 use crate::tls::{TlsError, TlsStream, Transport};
 use crate::transcript::check_memory;
-use crate::wire::messages::{AcceptBody, Confirm, OfferBody, Party, PathKind, Signed};
+use crate::wire::messages::{AcceptBody, Confirm, OfferBody, Party, PathKind, Purpose, Signed};
 use crate::wire::{FrameKind, WireError};
 
 /// Version of the session protocol.
@@ -150,6 +150,7 @@ pub(crate) fn offer<T: Transport>(
     peer_name: &str,
     owner_key: Option<&OwnerKey>,
     guest: &GuestOffer,
+    purpose: Purpose,
     deadline: Instant,
 ) -> Result<Session, SessionError> {
     let allowed = local
@@ -164,6 +165,7 @@ pub(crate) fn offer<T: Transport>(
     let path = source.path;
     let body = OfferBody {
         source,
+        purpose,
         session_id,
         owner_key: owner_key.is_some(),
         guest: guest.clone(),
@@ -225,6 +227,7 @@ pub(crate) fn offer<T: Transport>(
 pub(crate) struct Accepted {
     pub(crate) session: Session,
     pub(crate) guest: GuestOffer,
+    pub(crate) purpose: Purpose,
 }
 
 /// The destination's side. `admit` asks local policy; when it has said yes, whatever it built must be
@@ -303,6 +306,7 @@ pub(crate) fn accept<T: Transport>(
     Ok(Accepted {
         session,
         guest: offer.guest,
+        purpose: offer.purpose,
     })
 }
 

@@ -5,6 +5,7 @@
 //! `Running` (destroy here), an authenticated abort (the destination holds nothing: resume here), or silence:
 //! [`SourceError::InDoubt`], and the host must ask the destination who owns the guest.
 
+mod assess;
 mod stream;
 
 use std::sync::Arc;
@@ -13,9 +14,11 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+pub use self::assess::{Assessment, assess};
 use self::stream::{EndOfStream, Stream, Totals, at, on};
 use crate::channel::{Channel, ChannelError};
 use crate::code::Code;
+use crate::control::{Controls, Pacer};
 use crate::guest::{GuestError, GuestOffer, Refusal, SourceGuest};
 use crate::identity::Local;
 use crate::page::{PageError, PageSealer};
@@ -23,10 +26,10 @@ use crate::precopy::{Convergence, Limits};
 use crate::progress::{Phase, Progress};
 use crate::session::{self, OwnerKey, SessionError, SessionFacts};
 use crate::tls::{self, TlsError, Transport};
-use crate::transcript::{PageTable, TranscriptError};
+use crate::transcript::{Manifest, PageTable, TranscriptError};
 use crate::wire::FrameKind;
 use crate::wire::batch::BatchBuilder;
-use crate::wire::messages::{Begin, PathKind};
+use crate::wire::messages::{Begin, PathKind, Purpose};
 
 /// How long each wait may last, at either end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,6 +71,10 @@ pub struct SourceConfig {
     pub owner_key: Option<OwnerKey>,
     /// Set it to cancel; honoured between batches and while waiting, until the commit.
     pub cancel: Arc<AtomicBool>,
+    /// What the operator may change meanwhile.
+    pub controls: Arc<Controls>,
+    /// Whether both ends read all memory anew, the guest paused, and compare it, besides the seals.
+    pub read_back: bool,
 }
 
 impl SourceConfig {
@@ -80,6 +87,18 @@ impl SourceConfig {
             deadlines: Deadlines::default(),
             owner_key: None,
             cancel: Arc::default(),
+            controls: Arc::default(),
+            read_back: false,
+        }
+    }
+
+    /// Whether the move is cancelled or has lasted too long.
+    fn check_given_up(&self, started: Instant) -> Result<(), SourceError> {
+        let late = self.limits.total.filter(|limit| started.elapsed() > *limit);
+        match late {
+            Some(limit) => Err(SourceError::TimeLimit(limit)),
+            None if self.cancel.load(Ordering::Relaxed) => Err(SourceError::Cancelled),
+            None => Ok(()),
         }
     }
 }
@@ -105,8 +124,14 @@ pub struct SourceOutcome {
     pub total_ms: u64,
     /// Bytes per second over all rounds.
     pub throughput: f64,
+    /// How far the outcome was from that forecast, in milliseconds; negative if it went faster.
+    pub forecast_error_ms: f64,
     /// Why the guest was paused when it was.
     pub convergence: Convergence,
+    /// How far its vCPUs were throttled at last, in percent.
+    pub throttle_percent: u8,
+    /// What both ends compared.
+    pub verified: Verification,
     /// TLS cipher suite.
     pub tls_suite: String,
     /// Direct or through a gateway.
@@ -115,6 +140,33 @@ pub struct SourceOutcome {
     pub manifest_root: String,
     /// The epoch that the destination holds.
     pub epoch: u64,
+}
+
+/// What both ends hold and have compared with one another, before the destination ran the guest; and what was heard after.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Verification {
+    /// Distinct pages.
+    pub pages: u64,
+    /// Digest of their seals in order: the newest version of each, at its place.
+    pub seals_sha256: String,
+    /// Digest of the state of devices and vCPUs.
+    pub state_sha256: String,
+    /// Digest of the memory as it lay at both ends, where it was read anew.
+    pub content_sha256: Option<String>,
+    /// Of how many network cards the destination has announced the addresses.
+    pub announced: u32,
+}
+
+impl Verification {
+    pub(crate) fn of(manifest: &Manifest, announced: u32) -> Self {
+        Self {
+            pages: manifest.pages,
+            seals_sha256: hex::encode(manifest.seals_sha256),
+            state_sha256: hex::encode(manifest.state_sha256),
+            content_sha256: manifest.content_sha256.map(hex::encode),
+            announced,
+        }
+    }
 }
 
 /// A migration that did not happen, or of which the end is not known.
@@ -159,6 +211,11 @@ pub enum SourceError {
     /// The operator cancelled.
     #[error("cancelled; the guest runs on")]
     Cancelled,
+    /// It took too long.
+    #[error(
+        "not moved within {0:?}; the guest runs on; allow more time, or less of it to be kept (`--downtime-limit`)"
+    )]
+    TimeLimit(Duration),
     /// The guest could not be resumed after a failure.
     #[error("the migration failed ({cause}) and the guest could not be resumed: {error}")]
     Resume {
@@ -208,6 +265,7 @@ impl SourceError {
             SourceError::Transcript(error) => error.code().as_str(),
             SourceError::Peer(_) => Code::ManifestMismatch.as_str(),
             SourceError::Cancelled => Code::Cancelled.as_str(),
+            SourceError::TimeLimit(_) => Code::TimeLimit.as_str(),
             SourceError::Resume { cause, .. } => cause.code(),
             SourceError::InDoubt { .. } => Code::InDoubt.as_str(),
         }
@@ -232,15 +290,7 @@ pub fn migrate<T: Transport>(
     progress: &mut dyn FnMut(Progress),
 ) -> Result<SourceOutcome, SourceError> {
     let started = Instant::now();
-    progress(Progress::new(Phase::Connect, started));
-    let tls = tls::connect(transport, &config.local, config.deadlines.connect);
-    let tls = match tls {
-        Ok(tls) => tls,
-        Err(error) => return Err(resume(guest, SourceError::Connect(error))),
-    };
-    let cancel = config.cancel.clone();
-    let cancelled = Box::new(move || cancel.load(Ordering::Relaxed));
-    let mut channel = Channel::new(tls, config.deadlines.frame, cancelled);
+    let mut channel = connect(transport, config, guest, progress, started)?;
     match run(&mut channel, config, offer, guest, progress, started) {
         Ok(outcome) => {
             channel.close(CLOSE_TIME);
@@ -249,16 +299,41 @@ pub fn migrate<T: Transport>(
         Err(error @ (SourceError::InDoubt { .. } | SourceError::Destroy(_))) => Err(error),
         Err(error) => {
             let error = better_cause(&mut channel, error);
+            let error = match (error, config.check_given_up(started)) {
+                (SourceError::Cancelled, Err(cause)) => cause,
+                (error, _) => error,
+            };
             let error = resume(guest, error);
-            channel.give_up(
-                FrameKind::Abort,
-                error.by_peer(),
-                error.code(),
-                &error.to_string(),
-            );
-            Err(error)
+            Err(give_up(&mut channel, error))
         }
     }
+}
+
+fn connect<T: Transport>(
+    transport: T,
+    config: &SourceConfig,
+    guest: &mut dyn SourceGuest,
+    progress: &mut dyn FnMut(Progress),
+    started: Instant,
+) -> Result<Channel<T>, SourceError> {
+    progress(Progress::new(Phase::Connect, started));
+    let tls = tls::connect(transport, &config.local, config.deadlines.connect)
+        .map_err(|error| resume(guest, SourceError::Connect(error)))?;
+    let (cancel, limit) = (config.cancel.clone(), config.limits.total);
+    let late = move || limit.is_some_and(|limit| started.elapsed() > limit);
+    let cancelled = Box::new(move || cancel.load(Ordering::Relaxed) || late());
+    Ok(Channel::new(tls, config.deadlines.frame, cancelled))
+}
+
+/// Tells the peer why, unless it knows.
+fn give_up<T: Transport>(channel: &mut Channel<T>, error: SourceError) -> SourceError {
+    channel.give_up(
+        FrameKind::Abort,
+        error.by_peer(),
+        error.code(),
+        &error.to_string(),
+    );
+    error
 }
 
 fn run<T: Transport>(
@@ -278,6 +353,7 @@ fn run<T: Transport>(
         &config.peer,
         owner_key,
         offer,
+        Purpose::Move,
         deadline,
     )
     .map_err(SourceError::Agree)?;
@@ -306,6 +382,7 @@ fn run<T: Transport>(
         round: 0,
         totals: Totals::default(),
         polled: started,
+        pacer: Pacer::default(),
     };
     let copied = stream.copy_rounds()?;
     let end = EndOfStream {

@@ -1,10 +1,10 @@
 //! The running stream of the source: phases `Rounds` to `Done`.
 
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::{SourceConfig, SourceError, SourceOutcome};
+use super::{SourceConfig, SourceError, SourceOutcome, Verification};
 use crate::channel::{Channel, ChannelError};
+use crate::control::Pacer;
 use crate::guest::{Gpn, GuestError, PAGE_SIZE, PageContent, SourceGuest};
 use crate::page::PageSealer;
 use crate::pages::PageSet;
@@ -29,6 +29,7 @@ pub(super) struct Stream<'a, T> {
     pub(super) round: u32,
     pub(super) totals: Totals,
     pub(super) polled: Instant,
+    pub(super) pacer: Pacer,
 }
 
 #[derive(Default)]
@@ -59,22 +60,31 @@ impl<T: Transport> Stream<'_, T> {
         loop {
             self.round += 1;
             let (begun, bytes) = (Instant::now(), self.channel.bytes());
-            let sent = self.send_pages(Phase::Rounds, &pages, &estimator)?;
+            let (sent, unsent) = self.send_pages(Phase::Rounds, &pages, &estimator)?;
             let ended = Instant::now();
             self.end_round(sent, Phase::Rounds)?;
             self.await_ack(sent)?;
             let acknowledged_after = ended.elapsed();
-            let dirty = self.guest.take_dirty().map_err(at(Phase::Rounds))?;
+            let mut dirty = self.guest.take_dirty().map_err(at(Phase::Rounds))?;
             let duration = begun.elapsed();
             self.totals.stream_time += duration;
             let bytes = self.channel.bytes().saturating_sub(bytes);
-            let dirty_pages = dirty.len();
-            let next = estimator.finish(Round {
+            let throttled = estimator.throttle();
+            let mut next = estimator.finish(Round {
                 bytes,
                 duration,
+                paced: self.pacer.take_waited(),
                 acknowledged_after,
-                dirty_pages,
+                dirty_pages: dirty.len(),
             });
+            dirty.merge(&unsent);
+            let dirty_pages = dirty.len();
+            if self.config.controls.shall_proceed() {
+                next = Next::Pause(Convergence::Proceeded);
+            } else if estimator.throttle() != throttled {
+                let throttle = self.guest.throttle(estimator.throttle());
+                throttle.map_err(at(Phase::Rounds))?;
+            }
             let mut event = self.event(Phase::Rounds, &estimator);
             event.pages = sent;
             event.pages_total = sent;
@@ -117,6 +127,7 @@ impl<T: Transport> Stream<'_, T> {
             seals: self.sealer.next_sequence(),
             rounds: self.round,
             epoch: end.epoch,
+            content_sha256: self.read_back()?,
         };
         let manifest = self.table.manifest(stream_end, &state, end.offer_hash);
         let root = self.agree_on(&manifest)?;
@@ -124,11 +135,15 @@ impl<T: Transport> Stream<'_, T> {
 
         self.report(Phase::Commit, &estimator);
         self.guest.release().map_err(at(Phase::Commit))?;
-        let epoch = self.commit(end.epoch.saturating_add(1))?;
+        let Running { epoch, announced } = self.commit(end.epoch.saturating_add(1))?;
         let downtime = paused.elapsed();
         self.report(Phase::Running, &estimator);
         self.guest.destroy().map_err(SourceError::Destroy)?;
         self.report(Phase::Done, &estimator);
+        let downtime_ms = downtime.as_secs_f64() * 1e3;
+        let estimated_downtime_ms = estimator
+            .estimated_downtime()
+            .map_or(0.0, |d| d.as_secs_f64() * 1e3);
         let stream_seconds = self.totals.stream_time.as_secs_f64().max(1e-6);
         Ok(SourceOutcome {
             rounds: self.round,
@@ -136,10 +151,11 @@ impl<T: Transport> Stream<'_, T> {
             zero_pages: self.totals.zero_pages,
             firmware_pages: self.totals.firmware_pages,
             wire_bytes: self.channel.bytes(),
-            downtime_ms: downtime.as_secs_f64() * 1e3,
-            estimated_downtime_ms: estimator
-                .estimated_downtime()
-                .map_or(0.0, |d| d.as_secs_f64() * 1e3),
+            downtime_ms,
+            estimated_downtime_ms,
+            forecast_error_ms: downtime_ms - estimated_downtime_ms,
+            throttle_percent: estimator.throttle(),
+            verified: Verification::of(&manifest, announced),
             total_ms: millis(self.started.elapsed()),
             throughput: self.channel.bytes() as f64 / stream_seconds,
             convergence,
@@ -158,7 +174,7 @@ impl<T: Transport> Stream<'_, T> {
     ) -> Result<Vec<u8>, SourceError> {
         left.merge(&self.guest.take_dirty().map_err(at(Phase::Final))?);
         self.round += 1;
-        let sent = self.send_pages(Phase::Final, &left, estimator)?;
+        let (sent, _) = self.send_pages(Phase::Final, &left, estimator)?;
         self.end_round(sent, Phase::Final)?;
         let state = self.guest.state().map_err(at(Phase::Final))?;
         let total = match u32::try_from(state.len()) {
@@ -182,6 +198,15 @@ impl<T: Transport> Stream<'_, T> {
         Ok(state)
     }
 
+    /// Where it is asked for: what memory holds, whatever was sent of it.
+    fn read_back(&mut self) -> Result<Option<[u8; 32]>, SourceError> {
+        if !self.config.read_back {
+            return Ok(None);
+        }
+        let digest = self.guest.content_digest(self.table.present());
+        digest.map(Some).map_err(at(Phase::Manifest))
+    }
+
     fn agree_on(&mut self, manifest: &Manifest) -> Result<[u8; 48], SourceError> {
         let phase = Phase::Manifest;
         let root = manifest.root().map_err(wire(phase))?;
@@ -198,14 +223,14 @@ impl<T: Transport> Stream<'_, T> {
     }
 
     /// From the first byte of the commit on, this side no longer decides.
-    fn commit(&mut self, epoch: u64) -> Result<u64, SourceError> {
+    fn commit(&mut self, epoch: u64) -> Result<Running, SourceError> {
         self.channel.ignore_cancel();
         let sent = self.channel.send(&Commit { epoch });
         let deadline = Instant::now() + self.config.deadlines.finish;
         let answer =
             sent.and_then(|()| self.channel.receive_message::<Running>("Running", deadline));
         match answer {
-            Ok(running) if running.epoch == epoch => Ok(epoch),
+            Ok(running) if running.epoch == epoch => Ok(running),
             Ok(_) => Err(SourceError::InDoubt {
                 epoch,
                 error: WireError::Malformed("Running of another epoch").into(),
@@ -219,18 +244,22 @@ impl<T: Transport> Stream<'_, T> {
         }
     }
 
+    /// Sends pages; how many, and those that it did not because the operator wants to switch now.
     fn send_pages(
         &mut self,
         phase: Phase,
         pages: &PageSet,
         estimator: &Estimator,
-    ) -> Result<u64, SourceError> {
+    ) -> Result<(u64, PageSet), SourceError> {
         let step = self.guest.batch_pages().clamp(1, MAX_ENTRIES / 2);
         let mut sent = 0u64;
         let mut zero = ZeroRun::default();
         let mut reported = Instant::now();
         let (total, mut next, mut chunk) = (pages.len(), pages.iter(), Vec::with_capacity(step));
         loop {
+            if phase == Phase::Rounds && self.config.controls.shall_proceed() {
+                break;
+            }
             chunk.clear();
             chunk.extend(next.by_ref().take(step));
             if chunk.is_empty() {
@@ -238,7 +267,9 @@ impl<T: Transport> Stream<'_, T> {
             }
             self.check_cancelled()?;
             self.poll_abort(phase)?;
+            let bytes = self.batch.payload_length() as u64 + self.channel.bytes();
             self.seal_chunk(phase, &chunk, &mut zero)?;
+            let bytes = (self.batch.payload_length() as u64 + self.channel.bytes()) - bytes;
             sent += chunk.len() as u64;
             // Room for another chunk and the pending run must remain.
             if self.batch.payload_length() >= BATCH_TARGET
@@ -247,6 +278,9 @@ impl<T: Transport> Stream<'_, T> {
                 self.channel
                     .send_batch(&mut self.batch)
                     .map_err(on(phase))?;
+            }
+            if phase == Phase::Rounds {
+                self.keep_pace(bytes);
             }
             if reported.elapsed() >= REPORT_EVERY {
                 reported = Instant::now();
@@ -261,7 +295,26 @@ impl<T: Transport> Stream<'_, T> {
             .send_batch(&mut self.batch)
             .map_err(on(phase))?;
         self.totals.pages += sent;
-        Ok(sent)
+        let mut unsent = PageSet::empty(&self.guest.memory());
+        for page in next {
+            unsent.insert(page);
+        }
+        Ok((sent, unsent))
+    }
+
+    /// Keeps within the bandwidth; the operator is heard meanwhile.
+    fn keep_pace(&mut self, bytes: u64) {
+        let Self {
+            guest,
+            config,
+            pacer,
+            started,
+            ..
+        } = self;
+        pacer.pace(bytes, &config.controls, || {
+            guest.attend();
+            config.check_given_up(*started).is_ok() && !config.controls.shall_proceed()
+        });
     }
 
     /// Reads a chunk and seals each page as it passes, straight into the batch.
@@ -369,11 +422,7 @@ impl<T: Transport> Stream<'_, T> {
     }
 
     fn check_cancelled(&self) -> Result<(), SourceError> {
-        if self.config.cancel.load(Ordering::Relaxed) {
-            Err(SourceError::Cancelled)
-        } else {
-            Ok(())
-        }
+        self.config.check_given_up(self.started)
     }
 
     fn report(&mut self, phase: Phase, estimator: &Estimator) {
@@ -391,6 +440,7 @@ impl<T: Transport> Stream<'_, T> {
             estimated_downtime_ms: estimator
                 .estimated_downtime()
                 .map(|d| d.as_secs_f64() * 1e3),
+            throttle_percent: estimator.throttle(),
             ..Progress::new(phase, self.started)
         }
     }

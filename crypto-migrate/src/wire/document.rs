@@ -4,7 +4,8 @@ use ring::hkdf;
 
 use super::batch::{EntryHeader, MAX_ENTRIES, PageKind};
 use super::messages::{
-    Abort, Begin, Commit, Confirm, Message, RoundAck, RoundEnd, Running, State, Verified,
+    Abort, Begin, Commit, Confirm, Message, Probe, ProbeAck, RoundAck, RoundEnd, Running, State,
+    Verified,
 };
 use super::{FrameKind, Header, MAX_STATE, STATE_CHUNK, VERSION};
 use crate::code::Code;
@@ -53,6 +54,7 @@ fn messages() {
         state_length: 300,
         state_sha256: [2; 32],
         offer_sha256: [3; 32],
+        content_sha256: Some([4; 32]),
     };
     let end = RoundEnd {
         round: 3,
@@ -74,15 +76,25 @@ fn messages() {
         root_lo: [2; 24],
     };
     let start = vec![1, 2, 3];
+    let running = Running {
+        epoch: 129,
+        announced: 3,
+    };
+    let probe = Probe {
+        last: true,
+        bytes: vec![1, 2],
+    };
     let encoded = [
         ("Confirm", Confirm { mac: [7; 32] }.encode()),
+        ("Probe", probe.encode()),
+        ("ProbeAck", ProbeAck { bytes: 300 }.encode()),
         ("Begin", Begin { start }.encode()),
         ("RoundEnd", end.encode()),
         ("RoundAck", ack.encode()),
         ("State", state.encode()),
         ("Verified", verified.encode()),
         ("Commit", Commit { epoch: 129 }.encode()),
-        ("Running", Running { epoch: 129 }.encode()),
+        ("Running", running.encode()),
         ("Abort", Abort::new("C", "why").encode()),
         ("Manifest", manifest.encode()),
     ];

@@ -60,11 +60,22 @@ pub struct Party {
     pub chain: Vec<serde_bytes::ByteBuf>,
 }
 
+/// What an offer is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Purpose {
+    /// The guest is to move.
+    Move,
+    /// Only to know whether it could, and how: nothing of the guest travels.
+    Assess,
+}
+
 /// The source's part.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct OfferBody {
     /// The source.
     pub source: Party,
+    /// What for.
+    pub purpose: Purpose,
     /// Chosen at random by the source.
     pub session_id: [u8; 16],
     /// Whether an owner key is part of the keys.
@@ -90,6 +101,23 @@ pub struct AcceptBody {
 pub struct Confirm {
     /// MAC over the transcript.
     pub mac: [u8; 32],
+}
+
+/// Bytes that mean nothing.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Probe {
+    /// Whether it is the last one.
+    pub last: bool,
+    /// The bytes.
+    #[serde(with = "serde_bytes")]
+    pub bytes: Vec<u8>,
+}
+
+/// How many bytes of probes came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProbeAck {
+    /// In all.
+    pub bytes: u64,
 }
 
 /// The firmware's send context.
@@ -155,6 +183,8 @@ pub struct Commit {
 pub struct Running {
     /// The epoch it holds.
     pub epoch: u64,
+    /// Of how many network cards the addresses were announced there.
+    pub announced: u32,
 }
 
 /// The sender gives up.
@@ -189,6 +219,8 @@ macro_rules! kinds {
 
 kinds! {
     Confirm: Confirm,
+    Probe: Probe,
+    ProbeAck: ProbeAck,
     Begin: Begin,
     RoundEnd: RoundEnd,
     RoundAck: RoundAck,

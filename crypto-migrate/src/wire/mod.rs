@@ -90,6 +90,10 @@ pub enum FrameKind {
     Refuse = 0x03,
     /// ↔ MAC over the transcript under the new keys.
     Confirm = 0x04,
+    /// → bytes that mean nothing, in an assessment: how fast is the way?
+    Probe = 0x05,
+    /// ← all of them came.
+    ProbeAck = 0x06,
     /// → the firmware's send context.
     Begin = 0x10,
     /// → sealed pages.
@@ -119,6 +123,8 @@ impl FrameKind {
         FrameKind::Accept,
         FrameKind::Refuse,
         FrameKind::Confirm,
+        FrameKind::Probe,
+        FrameKind::ProbeAck,
         FrameKind::Begin,
         FrameKind::PageBatch,
         FrameKind::RoundEnd,
@@ -137,9 +143,10 @@ impl FrameKind {
             FrameKind::Offer | FrameKind::Accept => 256 * 1024,
             FrameKind::Begin => 64 * 1024,
             FrameKind::PageBatch => batch::MAX_PAYLOAD,
-            FrameKind::State => STATE_CHUNK + 64,
+            FrameKind::State | FrameKind::Probe => STATE_CHUNK + 64,
             FrameKind::Refuse | FrameKind::Abort => 4096,
             FrameKind::Confirm
+            | FrameKind::ProbeAck
             | FrameKind::RoundEnd
             | FrameKind::RoundAck
             | FrameKind::Manifest

@@ -20,6 +20,7 @@ use casemate_crypto_migrate::precopy::Limits;
 use casemate_crypto_migrate::progress::Progress;
 use casemate_crypto_migrate::session::SessionFacts;
 use casemate_crypto_migrate::source::{self, Deadlines, SourceConfig, SourceError, SourceOutcome};
+use casemate_crypto_migrate::transcript::ContentDigest;
 use casemate_crypto_migrate::wire::Frame;
 
 pub const MARKER: &[u8] = b"PLAINTEXT-OF-THE-GUEST";
@@ -70,6 +71,7 @@ impl Site {
             downtime: Duration::ZERO,
             max_rounds: 4,
             patience: 10,
+            ..Limits::default()
         };
         config
     }
@@ -124,6 +126,8 @@ pub struct ToySource {
     pub fail_at: Option<&'static str>,
     pub session: Option<SessionFacts>,
     pub refuse_session: bool,
+    /// What the engine asked for.
+    pub throttles: Vec<u8>,
 }
 
 impl ToySource {
@@ -144,6 +148,7 @@ impl ToySource {
             fail_at: None,
             session: None,
             refuse_session: false,
+            throttles: Vec::new(),
         }
     }
 
@@ -272,6 +277,32 @@ impl SourceGuest for ToySource {
         self.check("state")?;
         Ok([MARKER, &vec![7; 600 * 1024], &self.steps.to_le_bytes()].concat())
     }
+    fn judge(&mut self, evidence: &[u8]) -> Result<(), Refusal> {
+        assert_eq!(evidence, b"evidence");
+        match self.fail_at {
+            Some("judge") => Err(Refusal {
+                code: "TARGET_REFUSED".into(),
+                reason: "injected".into(),
+            }),
+            _ => Ok(()),
+        }
+    }
+    fn throttle(&mut self, percent: u8) -> Result<(), GuestError> {
+        self.check("throttle")?;
+        self.throttles.push(percent);
+        Ok(())
+    }
+    fn attend(&mut self) {}
+    fn content_digest(&mut self, pages: &PageSet) -> Result<[u8; 32], GuestError> {
+        assert!(!self.running);
+        ContentDigest::over(pages, |page, into| {
+            let bytes = into.chunks_exact_mut(PAGE_SIZE);
+            (page.0..)
+                .zip(bytes)
+                .for_each(|(page, into)| into.copy_from_slice(&self.memory[&page]));
+            Ok(())
+        })
+    }
     fn release(&mut self) -> Result<(), GuestError> {
         self.check("release")?;
         self.released = true;
@@ -305,6 +336,8 @@ pub struct ToyDestination {
     pub fail_at: Option<&'static str>,
     pub session: Option<SessionFacts>,
     pub refuse_session: bool,
+    /// A page that changes by itself before it is read anew.
+    pub corrupt: Option<u64>,
 }
 
 impl ToyDestination {
@@ -384,11 +417,24 @@ impl DestinationGuest for ToyDestination {
         self.state = Some(state.to_vec());
         Ok(())
     }
-    fn activate(&mut self, epoch: u64) -> Result<(), GuestError> {
+    fn content_digest(&mut self, pages: &PageSet) -> Result<[u8; 32], GuestError> {
+        self.check("content_digest")?;
+        if let Some(page) = self.corrupt {
+            self.memory.insert(page, vec![0xbb; PAGE_SIZE]);
+        }
+        ContentDigest::over(pages, |page, into| {
+            let bytes = into.chunks_exact_mut(PAGE_SIZE);
+            (page.0..)
+                .zip(bytes)
+                .for_each(|(page, into)| into.copy_from_slice(&self.memory[&page]));
+            Ok(())
+        })
+    }
+    fn activate(&mut self, epoch: u64) -> Result<u32, GuestError> {
         assert!(self.state.is_some(), "never before the state");
         self.check("activate")?;
         self.active = Some(epoch);
-        Ok(())
+        Ok(3)
     }
     fn abandon(&mut self) {
         assert!(self.active.is_none(), "never what runs");

@@ -4,6 +4,7 @@
 //! [`routes`] says how each is asked for over HTTP. A request that takes long is a task: it is accepted at once, and
 //! its [`Line`]s are read from the task until the last one.
 
+pub mod moves;
 pub mod openapi;
 pub mod problem;
 pub mod routes;
@@ -134,6 +135,52 @@ pub enum Request {
         to: String,
         /// Longest acceptable pause in milliseconds.
         downtime_limit_ms: Option<u32>,
+        /// Longest time for the whole move in seconds; it is given up then, and the guest runs on.
+        #[serde(default)]
+        time_limit_s: Option<u32>,
+        /// MiB a second that may be sent while the guest runs.
+        #[serde(default)]
+        bandwidth_mib: Option<u32>,
+        /// Whether its vCPUs may not be throttled if it writes more than can be sent.
+        #[serde(default)]
+        unthrottled: bool,
+        /// Whether both ends read all memory anew, the guest paused, and compare it; for a plain guest.
+        #[serde(default)]
+        read_back: bool,
+        /// Disks that move along, by their names in the description; the others are the same storage at both hosts.
+        #[serde(default)]
+        copy_disks: Vec<String>,
+    },
+    /// Finds out whether a guest could move to a peer, and what that would be like. Nothing moves.
+    Assess {
+        /// Its name.
+        name: String,
+        /// A peer of the policy.
+        to: String,
+        /// Longest acceptable pause in milliseconds.
+        #[serde(default)]
+        downtime_limit_ms: Option<u32>,
+        /// MiB a second that might be sent while the guest runs.
+        #[serde(default)]
+        bandwidth_mib: Option<u32>,
+        /// Whether its vCPUs might not be throttled.
+        #[serde(default)]
+        unthrottled: bool,
+        /// Disks that would move along.
+        #[serde(default)]
+        copy_disks: Vec<String>,
+    },
+    /// Pauses a guest that is being moved and switches now, however long that takes.
+    Proceed {
+        /// Its name.
+        name: String,
+    },
+    /// Changes what the move of a guest may take, while it runs.
+    MigrateSet {
+        /// Its name.
+        name: String,
+        /// MiB a second that may be sent while the guest runs; 0 for all there is.
+        bandwidth_mib: u32,
     },
     /// Writes a guest's memory and state to a sealed file.
     Snapshot {
@@ -308,6 +355,8 @@ pub enum Answer {
         /// Totals.
         outcome: serde_json::Value,
     },
+    /// What a migration would be like.
+    Assessed(moves::MovePlan),
     /// A snapshot was written.
     Snapshotted(SnapshotInfo),
     /// Results of a probe, a process each.

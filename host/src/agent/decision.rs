@@ -48,7 +48,10 @@ impl Request {
         match self {
             Self::Run { .. } => Asked::First(ActionKind::Launch, None),
             Self::InjectSecret { name, .. } => Asked::First(ActionKind::InjectSecret, Some(name)),
-            Self::Migrate { name, .. } => Asked::First(ActionKind::MigrateOut, Some(name)),
+            Self::Migrate { name, .. }
+            | Self::Assess { name, .. }
+            | Self::Proceed { name }
+            | Self::MigrateSet { name, .. } => Asked::First(ActionKind::MigrateOut, Some(name)),
             Self::PolicyLoad { .. } => Asked::First(ActionKind::PolicyLoad, None),
             Self::Approve { .. } => Asked::First(ActionKind::Approve, None),
             Self::EvidenceRotate {} => Asked::Whole(Action::EvidenceKeyRotate, EVIDENCE),

@@ -14,12 +14,14 @@ use crate::agent::authority::Caller;
 use crate::agent::decision::Facts;
 use crate::agent::guest::{Guest, Resources, TapChoice};
 use crate::agent::move_records::MoveRecords;
+use crate::agent::moving_disks::NewImages;
 use crate::agent::record::{Ownership, OwnershipState};
 use crate::agent::transfer::{peer_entries, provider_name, role_error};
 use crate::agent::vmm_process::lock;
-use crate::agent::{Agent, files};
+use crate::agent::{Agent, ROLE_OVERHEAD, files, room};
 use crate::ipc::Channel;
 use crate::machine::plan::MachinePlan;
+use crate::mover::disks;
 use crate::mover::protocol::{
     AgentAnswer, DestinationStart, MoveLimits, MoveOutcome, MoverCommand, MoverRequestToAgent,
     OwnershipStep, PeerName,
@@ -33,6 +35,8 @@ struct Arrival {
     /// Its name in the policy; until it has proven one, unknown.
     peer: String,
     epoch: u64,
+    /// Of the disks that it brings.
+    images: NewImages,
 }
 
 impl Agent {
@@ -61,6 +65,7 @@ impl Agent {
             guest: None,
             peer: "unknown".to_owned(),
             epoch: 0,
+            images: NewImages::default(),
         };
         let records = MoveRecords::arriving(self);
         let outcome = mover.serve(
@@ -90,10 +95,19 @@ impl Agent {
                 let done = entry(Outcome::Done).with("epoch", arrival.epoch);
                 self.evidence
                     .record_all(records.kept(), records.outcome(done, Some(&report)))?;
+                arrival.images.keep();
                 if let Some(guest) = arrival.guest {
                     lock(&self.guests).insert(name, guest);
                 }
                 Ok(())
+            }
+            Some(MoveOutcome::Assessed(_)) => {
+                let entry = Entry::new(&arrival.peer, "assess-in", &name, Outcome::Done);
+                let entry = entry.emulated(emulated).with("address", address.as_str());
+                self.evidence
+                    .record_all(records.kept(), records.outcome(entry, None))?;
+                // A mover that says so after it had a guest recorded as this host's has lied.
+                self.give_back(&arrival)
             }
             Some(MoveOutcome::Failed { code, reason, .. }) => {
                 let failed = entry(Outcome::Failed)
@@ -120,7 +134,7 @@ impl Agent {
 
     /// The mover died without a word. A guest that runs is this host's; one that does not is given back, and a source
     /// that asks will be told so.
-    fn settle(&self, arrival: Arrival) -> Result<(), Failure> {
+    fn settle(&self, mut arrival: Arrival) -> Result<(), Failure> {
         let running = arrival.guest.as_ref().filter(|guest| {
             arrival.epoch > 0
                 && guest
@@ -129,6 +143,7 @@ impl Agent {
         });
         match running {
             Some(guest) => {
+                arrival.images.keep();
                 lock(&self.guests).insert(guest.plan.name.clone(), Arc::clone(guest));
                 Ok(())
             }
@@ -156,30 +171,34 @@ impl Agent {
         arrival: &mut Arrival,
         records: &MoveRecords<'_>,
         request: MoverRequestToAgent,
-    ) -> Result<(AgentAnswer, Option<OwnedFd>), RoleError> {
+    ) -> Result<(AgentAnswer, Vec<OwnedFd>), RoleError> {
         match request {
             // What it comes to is decided with the offer, which comes next.
             MoverRequestToAgent::Session(session) => {
                 records.agreed(*session);
-                Ok((AgentAnswer::Admitted, None))
+                Ok((AgentAnswer::Admitted, Vec::new()))
             }
-            MoverRequestToAgent::Sign { message } => Ok((self.host_sign(&message)?, None)),
+            MoverRequestToAgent::Sign { message } => Ok((self.host_sign(&message)?, Vec::new())),
             MoverRequestToAgent::Admit { offer, peer } => {
                 Ok(match self.admit(arrival, records, &offer, &peer) {
-                    Ok(channel) => (AgentAnswer::Admitted, Some(channel.into_fd())),
+                    Ok(channel) => {
+                        let mut handles = vec![channel.into_fd()];
+                        handles.append(&mut arrival.images.files);
+                        (AgentAnswer::Admitted, handles)
+                    }
                     Err(failure) => (
                         AgentAnswer::Refused {
                             code: failure.code,
                             reason: failure.error,
                         },
-                        None,
+                        Vec::new(),
                     ),
                 })
             }
             MoverRequestToAgent::Record(OwnershipStep::Activating { epoch }) => {
                 self.take_over(arrival, epoch)
                     .map_err(|e| role_error(&e.code, e.error))?;
-                Ok((AgentAnswer::Recorded, None))
+                Ok((AgentAnswer::Recorded, Vec::new()))
             }
             _ => Err(role_error(
                 "ROLE_PROTOCOL",
@@ -233,7 +252,10 @@ impl Agent {
             ..Facts::default()
         };
         self.decide_knowing(&Caller::peer(&arrival.peer), &plan.name, &action, facts)?;
-        self.fence(&plan.name, offer.epoch)?;
+        self.fence(&plan.name, offer.epoch, &arrival.peer)?;
+        room::check(&plan.name, plan.memory_bytes, ROLE_OVERHEAD)?;
+        let (_, disks) = disks::split(&offer.memory).map_err(Failure::from)?;
+        arrival.images = NewImages::make(&disks, &plan, &policy)?;
         let guest = self.build_arrival(&plan, offer.epoch)?;
         guest.vmm.call(&VmmRequest::Incoming, &[])?;
         let mover_end = guest.vmm.attach_mover()?;
@@ -266,8 +288,9 @@ impl Agent {
         )
     }
 
-    /// A host never takes a guest under an epoch that it has already seen.
-    fn fence(&self, name: &str, offered: u64) -> Result<(), Failure> {
+    /// A host never takes a guest under an epoch that it has already seen. One that was being handed over when the way was
+    /// lost comes back only from whom it was handed to, who by its epoch has had it.
+    fn fence(&self, name: &str, offered: u64, peer: &str) -> Result<(), Failure> {
         if lock(&self.guests).contains_key(name) {
             return Err(Failure::new(
                 "ALREADY_HERE",
@@ -278,16 +301,17 @@ impl Agent {
             .records
             .read(name)
             .map_err(|e| Failure::new("RECORD", format!("record of {name}: {e}")))?;
+        let in_doubt = |r: &Ownership| {
+            r.state == OwnershipState::HandingOver && r.peer.as_deref() != Some(peer)
+        };
         match record {
-            Some(r) if r.state == OwnershipState::HandingOver || r.epoch > offered => {
-                Err(Failure::new(
-                    "EPOCH_FENCED",
-                    format!(
-                        "{name} was seen here under epoch {}; the offer holds {offered}",
-                        r.epoch
-                    ),
-                ))
-            }
+            Some(r) if r.epoch > offered || in_doubt(&r) => Err(Failure::new(
+                "EPOCH_FENCED",
+                format!(
+                    "{name} was seen here under epoch {}; the offer holds {offered}",
+                    r.epoch
+                ),
+            )),
             _ => Ok(()),
         }
     }

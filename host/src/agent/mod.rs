@@ -4,6 +4,7 @@
 
 mod amd_processor;
 pub mod api;
+mod assessment;
 pub mod authority;
 pub mod client;
 pub mod config;
@@ -19,11 +20,13 @@ mod launch_inputs;
 mod metrics;
 mod move_records;
 mod mover_process;
+mod moving_disks;
 mod outgoing;
 mod platform;
 pub mod platform_api;
 mod processor;
 mod record;
+mod room;
 mod second_opinion;
 mod server;
 mod sev;
@@ -54,6 +57,7 @@ use crate::agent::evidence::Evidence;
 use crate::agent::guest::Guest;
 use crate::agent::metrics::Metrics;
 use crate::agent::mover_process::MoverProcess;
+use crate::agent::outgoing::Wish;
 use crate::agent::processor::Processor;
 use crate::agent::record::{Ownership, OwnershipState, Records};
 use crate::agent::second_opinion::SecondOpinion;
@@ -249,7 +253,48 @@ impl Agent {
                 name,
                 to,
                 downtime_limit_ms,
-            } => self.migrate(caller, &name, &to, downtime_limit_ms, progress),
+                time_limit_s,
+                bandwidth_mib,
+                unthrottled,
+                read_back,
+                copy_disks,
+            } => {
+                let wish = Wish {
+                    to: &to,
+                    assess: false,
+                    downtime_limit_ms,
+                    time_limit_s,
+                    bandwidth_mib,
+                    unthrottled,
+                    read_back,
+                    copy_disks: &copy_disks,
+                };
+                self.migrate(caller, &name, &wish, progress)
+            }
+            Request::Assess {
+                name,
+                to,
+                downtime_limit_ms,
+                bandwidth_mib,
+                unthrottled,
+                copy_disks,
+            } => {
+                let wish = Wish {
+                    to: &to,
+                    assess: true,
+                    downtime_limit_ms,
+                    bandwidth_mib,
+                    unthrottled,
+                    copy_disks: &copy_disks,
+                    ..Wish::default()
+                };
+                self.assess(caller, &name, &wish, progress)
+            }
+            Request::Proceed { name } => self.proceed(caller, &name),
+            Request::MigrateSet {
+                name,
+                bandwidth_mib,
+            } => self.migrate_set(caller, &name, bandwidth_mib),
             Request::Snapshot { name, file, stop } => self.snapshot(caller, &name, &file, stop),
             Request::Restore {
                 file,

@@ -15,7 +15,7 @@ use crate::agent::api::Failure;
 use crate::agent::authority::Caller;
 use crate::agent::decision::Facts;
 use crate::agent::vmm_process::lock;
-use crate::mover::protocol::{MoveReport, MoverEvent, PeerName, SessionText};
+use crate::mover::protocol::{MoveReport, MoveVerification, MoverEvent, PeerName, SessionText};
 
 /// What is known of a move under way.
 pub struct MoveRecords<'a> {
@@ -156,6 +156,10 @@ impl State {
     fn with(&self, entry: Entry, report: Option<&MoveReport>) -> Entry {
         let known = self.session.as_ref().map(Known::of);
         let entry = entry.migration(&self.migration(known.as_ref(), report));
+        let entry = match report {
+            Some(report) => verified(entry, &report.verified),
+            None => entry,
+        };
         match &self.session {
             Some(session) => entry
                 .with("path", session.path.as_str())
@@ -177,6 +181,19 @@ impl State {
             manifest_root: report.map(|report| report.manifest_root.as_str()),
             downtime_us: report.map(|report| (report.downtime_ms * 1e3) as u64),
         }
+    }
+}
+
+/// What both ends compared, besides the manifest's root.
+fn verified(entry: Entry, verified: &MoveVerification) -> Entry {
+    let entry = entry
+        .with("pages", verified.pages)
+        .with("seals_sha256", verified.seals_sha256.as_str())
+        .with("state_sha256", verified.state_sha256.as_str())
+        .with("announced", verified.announced);
+    match &verified.content_sha256 {
+        Some(digest) => entry.with("content_sha256", digest.as_str()),
+        None => entry,
     }
 }
 

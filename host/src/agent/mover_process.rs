@@ -18,21 +18,21 @@ use crate::vmm::protocol::RoleError;
 /// A running mover. Dropping it kills the process.
 pub struct MoverProcess {
     channel: Channel,
-    _process: Mutex<RoleProcess>,
+    process: Mutex<RoleProcess>,
     reports: Exchange<SandboxReport>,
     probes: Exchange<ProbeReport>,
 }
 
-/// Decides what a mover asks for; the descriptor goes beside the answer.
+/// Decides what a mover asks for; the descriptors go beside the answer.
 pub type Decide<'a> =
-    dyn FnMut(MoverRequestToAgent) -> Result<(AgentAnswer, Option<OwnedFd>), RoleError> + 'a;
+    dyn FnMut(MoverRequestToAgent) -> Result<(AgentAnswer, Vec<OwnedFd>), RoleError> + 'a;
 
 impl MoverProcess {
     /// Takes over a process just spawned.
     pub fn new(process: RoleProcess, channel: Channel) -> Self {
         Self {
             channel,
-            _process: Mutex::new(process),
+            process: Mutex::new(process),
             reports: Exchange::new(),
             probes: Exchange::new(),
         }
@@ -62,11 +62,22 @@ impl MoverProcess {
         }
     }
 
+    /// Ends it; on return it holds no channel any more.
+    pub fn end(&self) {
+        let process = lock(&self.process);
+        if let Err(error) = process.kill().and_then(|()| process.wait().map(drop)) {
+            tracing::warn!(%error, "a mover cannot be waited for");
+        }
+    }
+
     /// Asks it to give up, if it is not too late.
     pub fn cancel(&self) -> Result<(), Failure> {
-        self.channel
-            .send(&MoverCommand::Cancel)
-            .map_err(|e| gone(&e))
+        self.order(&MoverCommand::Cancel)
+    }
+
+    /// Says what the operator wants of the move under way.
+    pub fn order(&self, order: &MoverCommand) -> Result<(), Failure> {
+        self.channel.send(order).map_err(|e| gone(&e))
     }
 
     /// State of its sandbox.
@@ -89,13 +100,13 @@ impl MoverProcess {
 
     fn answer(
         &self,
-        decision: Result<(AgentAnswer, Option<OwnedFd>), RoleError>,
+        decision: Result<(AgentAnswer, Vec<OwnedFd>), RoleError>,
     ) -> Result<(), Failure> {
-        let (answer, handle) = match decision {
-            Ok((answer, handle)) => (Ok(answer), handle),
-            Err(error) => (Err(error), None),
+        let (answer, handles) = match decision {
+            Ok((answer, handles)) => (Ok(answer), handles),
+            Err(error) => (Err(error), Vec::new()),
         };
-        let handles: Vec<BorrowedFd<'_>> = handle.iter().map(AsFd::as_fd).collect();
+        let handles: Vec<BorrowedFd<'_>> = handles.iter().map(AsFd::as_fd).collect();
         self.channel
             .send_with(&MoverCommand::Answer(answer), &handles)
             .map_err(|e| gone(&e))

@@ -14,22 +14,57 @@ use crate::agent::authority::Caller;
 use crate::agent::guest::Guest;
 use crate::agent::move_records::MoveRecords;
 use crate::agent::mover_process::MoverProcess;
+use crate::agent::moving_disks;
 use crate::agent::record::{Ownership, OwnershipState};
 use crate::agent::transfer::{peer_entry, provider_name, role_error};
 use crate::agent::vmm_process::lock;
+use crate::machine::plan::Technology;
 use crate::mover::protocol::{
     AgentAnswer, GuestHere, MoveLimits, MoveOutcome, MoverCommand, MoverEvent, MoverRequestToAgent,
     OwnershipStep, SourceStart,
 };
-use crate::vmm::protocol::{RoleError, VmmRequest};
+use crate::vmm::protocol::{MachineState, RoleError};
+
+/// What is asked of a move.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Wish<'a> {
+    /// A peer of the policy.
+    pub to: &'a str,
+    /// Only to know what it would be like.
+    pub assess: bool,
+    /// Longest pause in milliseconds; the policy's if absent.
+    pub downtime_limit_ms: Option<u32>,
+    /// Longest time for the whole, in seconds.
+    pub time_limit_s: Option<u32>,
+    /// MiB a second that the rounds may send.
+    pub bandwidth_mib: Option<u32>,
+    /// Whether the guest may not be throttled.
+    pub unthrottled: bool,
+    /// Whether both ends read all memory anew and compare it.
+    pub read_back: bool,
+    /// Disks that move along.
+    pub copy_disks: &'a [String],
+}
 
 /// A guest on its way out.
-#[derive(Clone, Copy)]
-struct Leaving<'a> {
-    guest: &'a Guest,
+pub(super) struct Departure<'a> {
+    pub guest: Arc<Guest>,
     to: &'a str,
+    action: &'static str,
     caller: &'a Caller,
-    records: &'a MoveRecords<'a>,
+    pub records: MoveRecords<'a>,
+    mover: Arc<MoverProcess>,
+    /// The longest pause that is asked for.
+    pub downtime_limit_ms: u64,
+}
+
+impl Departure<'_> {
+    /// A record about it.
+    pub fn entry(&self, outcome: Outcome) -> Entry {
+        let plan = &self.guest.plan;
+        Entry::new(self.caller.name(), self.action, &plan.name, outcome)
+            .emulated(plan.technology.emulated())
+    }
 }
 
 impl Agent {
@@ -38,17 +73,28 @@ impl Agent {
         &self,
         caller: &Caller,
         name: &str,
-        to: &str,
-        downtime_limit_ms: Option<u32>,
+        wish: &Wish<'_>,
         progress: &mut dyn FnMut(serde_json::Value),
     ) -> Result<Answer, Failure> {
+        let departure = self.departure(caller, name, wish)?;
+        let outcome = self.depart(&departure, &mut |event| progress(event_json(event)))?;
+        self.conclude(&departure, outcome)
+    }
+
+    /// Decides, connects, and starts a mover.
+    pub(super) fn departure<'a>(
+        &'a self,
+        caller: &'a Caller,
+        name: &str,
+        wish: &Wish<'a>,
+    ) -> Result<Departure<'a>, Failure> {
         let guest = self.guest(name)?;
         let emulated = guest.plan.technology.emulated();
         let technology = guest.plan.technology.in_policy();
         let action = Action::MigrateOut {
             technology,
             emulated,
-            peer_name: to.to_owned(),
+            peer_name: wish.to.to_owned(),
         };
         self.decide(caller, name, &action)?;
         if lock(&guest.measurement).is_some() {
@@ -57,54 +103,116 @@ impl Agent {
                 format!("{name} waits for its owner's secret; it cannot move yet"),
             ));
         }
-        let started = self
-            .source_start(&guest, to, downtime_limit_ms)
-            .and_then(|start| Ok((start, connect(to, self.config.peers.get(to).copied())?)))
-            .and_then(|(start, socket)| {
-                let command = MoverCommand::Source(Box::new(start));
-                self.start_mover(&guest, &command, socket.as_fd())
-            });
-        let mover = started.inspect_err(|failure| {
-            self.record_undone(caller.name(), "migrate-out", name, failure);
-        })?;
-        let records = MoveRecords::leaving(self, name, to, emulated);
-        let leaving = Leaving {
-            guest: &guest,
-            to,
-            caller,
-            records: &records,
+        let action = if wish.assess {
+            "assess-out"
+        } else {
+            "migrate-out"
         };
-        let outcome = mover.serve(
-            &mut |request| self.serve_source(&leaving, request),
+        let started = self.source_start(&guest, wish).and_then(|(start, images)| {
+            let limit = start.limits.downtime_ms;
+            let socket = connect(wish.to, self.config.peers.get(wish.to).copied())?;
+            let command = match wish.assess {
+                true => MoverCommand::Assess(Box::new(start)),
+                false => MoverCommand::Source(Box::new(start)),
+            };
+            let mut beside = vec![socket.as_fd()];
+            beside.extend(images.iter().map(AsFd::as_fd));
+            let mover = self.start_mover(&guest, &command, &beside)?;
+            Ok((mover, limit))
+        });
+        let (mover, downtime_limit_ms) = started.inspect_err(|failure| {
+            self.record_undone(caller.name(), action, name, failure);
+        })?;
+        Ok(Departure {
+            guest,
+            to: wish.to,
+            action,
+            caller,
+            records: MoveRecords::leaving(self, name, wish.to, emulated),
+            mover,
+            downtime_limit_ms,
+        })
+    }
+
+    /// Serves the mover to its end.
+    pub(super) fn depart(
+        &self,
+        departure: &Departure<'_>,
+        see: &mut dyn FnMut(&MoverEvent),
+    ) -> Result<MoveOutcome, Failure> {
+        let outcome = departure.mover.serve(
+            &mut |request| self.serve_source(departure, request),
             &mut |event| {
-                if let Err(failure) = records.see(event) {
+                if let Err(failure) = departure.records.see(event) {
                     tracing::error!(code = failure.code, "{}", failure.error);
                     // Too late is too late: the outcome will say what became of the guest.
-                    let _ = mover.cancel();
+                    let _ = departure.mover.cancel();
                 }
-                progress(event_json(event));
+                see(event);
             },
         );
-        *lock(&guest.mover) = None;
-        self.conclude(&leaving, outcome)
+        *lock(&departure.guest.mover) = None;
+        Ok(outcome.unwrap_or_else(|| {
+            departure.mover.end();
+            self.orphaned(&departure.guest)
+        }))
     }
 
     /// Cancels a migration under way.
     pub(super) fn cancel(&self, name: &str) -> Result<Answer, Failure> {
-        let guest = self.guest(name)?;
-        let mover = lock(&guest.mover).clone();
-        mover
-            .ok_or_else(|| Failure::new("NOT_MOVING", format!("{name} is not being moved")))?
-            .cancel()?;
+        self.mover_of(name)?.cancel()?;
         Ok(Answer::Done)
+    }
+
+    /// `casemate proceed`: switches now.
+    pub(super) fn proceed(&self, caller: &Caller, name: &str) -> Result<Answer, Failure> {
+        let entry = Entry::new(caller.name(), "migrate-proceed", name, Outcome::Done);
+        self.order_move(name, &MoverCommand::Proceed, entry)
+    }
+
+    /// `casemate migrate-set`: changes what a move under way may take.
+    pub(super) fn migrate_set(
+        &self,
+        caller: &Caller,
+        name: &str,
+        bandwidth_mib: u32,
+    ) -> Result<Answer, Failure> {
+        let limit = u64::from(bandwidth_mib) << 20;
+        let entry = Entry::new(caller.name(), "migrate-set", name, Outcome::Done);
+        let entry = entry.with("bandwidth_mib", bandwidth_mib);
+        self.order_move(name, &MoverCommand::Bandwidth(limit), entry)
+    }
+
+    /// Recorded first: what is ordered may end the move at once.
+    fn order_move(
+        &self,
+        name: &str,
+        order: &MoverCommand,
+        entry: Entry,
+    ) -> Result<Answer, Failure> {
+        let mover = self.mover_of(name)?;
+        self.evidence.record(entry)?;
+        mover.order(order)?;
+        Ok(Answer::Done)
+    }
+
+    fn mover_of(&self, name: &str) -> Result<Arc<MoverProcess>, Failure> {
+        let mover = lock(&self.guest(name)?.mover).clone();
+        mover.ok_or_else(|| Failure::new("NOT_MOVING", format!("{name} is not being moved")))
     }
 
     fn source_start(
         &self,
         guest: &Guest,
-        to: &str,
-        downtime: Option<u32>,
-    ) -> Result<SourceStart, Failure> {
+        wish: &Wish<'_>,
+    ) -> Result<(SourceStart, Vec<OwnedFd>), Failure> {
+        let to = wish.to;
+        if wish.read_back && guest.plan.technology != Technology::None {
+            return Err(Failure::new(
+                "READ_BACK_UNSUPPORTED",
+                "the memory of a confidential guest reads differently on each host; move it without `--read-back`",
+            ));
+        }
         let unknown = || {
             Failure::new(
                 "POLICY_PEER_UNKNOWN",
@@ -115,8 +223,11 @@ impl Agent {
         let peer = policy.peer_named(to).ok_or_else(unknown)?;
         let description = postcard::to_stdvec(&guest.plan_now())
             .map_err(|e| Failure::new("INTERNAL", e.to_string()))?;
-        let limit = downtime.unwrap_or(policy.migration.downtime_limit_ms.get());
-        Ok(SourceStart {
+        let limit = wish
+            .downtime_limit_ms
+            .unwrap_or(policy.migration.downtime_limit_ms.get());
+        let moving_disks::Leaving { disks, images } = moving_disks::open(guest, wish.copy_disks)?;
+        let start = SourceStart {
             credentials: self.credentials()?.credentials.clone(),
             peer: peer_entry(peer),
             name: guest.plan.name.clone(),
@@ -127,18 +238,24 @@ impl Agent {
             provider: provider_name(&policy),
             limits: MoveLimits {
                 downtime_ms: limit.into(),
-                ..MoveLimits::default()
+                max_rounds: 0,
+                deadline_ms: u64::from(wish.time_limit_s.unwrap_or(0)) * 1000,
+                bandwidth: u64::from(wish.bandwidth_mib.unwrap_or(0)) << 20,
+                unthrottled: wish.unthrottled,
+                read_back: wish.read_back,
             },
-        })
+            disks,
+        };
+        Ok((start, images))
     }
 
-    /// Starts a mover for a guest here, joined to its VMM; beside the channel it gets `target`, where the guest goes. One
+    /// Starts a mover for a guest here, joined to its VMM; beside the channel it gets these. One
     /// at a time: what a guest is may not change while it is being written.
     pub(super) fn start_mover(
         &self,
         guest: &Guest,
         command: &MoverCommand,
-        target: BorrowedFd<'_>,
+        beside: &[BorrowedFd<'_>],
     ) -> Result<Arc<MoverProcess>, Failure> {
         let mut slot = lock(&guest.mover);
         if slot.is_some() {
@@ -149,22 +266,25 @@ impl Agent {
         }
         let mover = Arc::new(self.spawn_mover(guest.plan.mapped_bytes())?);
         let vmm = guest.vmm.attach_mover()?;
-        mover.start(command, &[vmm.as_fd(), target])?;
+        let mut handles = vec![vmm.as_fd()];
+        handles.extend(beside);
+        mover.start(command, &handles)?;
         *slot = Some(Arc::clone(&mover));
         Ok(mover)
     }
 
     fn serve_source(
         &self,
-        leaving: &Leaving<'_>,
+        departure: &Departure<'_>,
         request: MoverRequestToAgent,
-    ) -> Result<(AgentAnswer, Option<OwnedFd>), RoleError> {
-        let Leaving {
+    ) -> Result<(AgentAnswer, Vec<OwnedFd>), RoleError> {
+        let Departure {
             guest,
             to,
             caller,
             records,
-        } = *leaving;
+            ..
+        } = departure;
         let answer = match request {
             MoverRequestToAgent::Session(session) => {
                 records.agreed(*session);
@@ -182,7 +302,7 @@ impl Agent {
                 return Err(role_error("ROLE_PROTOCOL", "a source admits nobody"));
             }
         };
-        Ok((answer, None))
+        Ok((answer, Vec::new()))
     }
 
     fn record_departure(
@@ -211,25 +331,14 @@ impl Agent {
         Ok(AgentAnswer::Recorded)
     }
 
-    fn conclude(
-        &self,
-        leaving: &Leaving<'_>,
-        outcome: Option<MoveOutcome>,
-    ) -> Result<Answer, Failure> {
-        let Leaving {
-            guest,
-            to,
-            caller,
-            records,
-        } = *leaving;
+    fn conclude(&self, departure: &Departure<'_>, outcome: MoveOutcome) -> Result<Answer, Failure> {
+        let Departure {
+            guest, to, records, ..
+        } = departure;
         let name = &guest.plan.name;
-        let entry = |outcome| {
-            Entry::new(caller.name(), "migrate-out", name, outcome)
-                .emulated(guest.plan.technology.emulated())
-        };
-        match outcome.unwrap_or_else(|| self.orphaned(guest)) {
+        match outcome {
             MoveOutcome::Moved(report) => {
-                let done = entry(Outcome::Done).with("epoch", report.epoch);
+                let done = departure.entry(Outcome::Done).with("epoch", report.epoch);
                 self.evidence
                     .record_all(records.kept(), records.outcome(done, Some(&report)))?;
                 lock(&self.guests).remove(name);
@@ -242,7 +351,8 @@ impl Agent {
                 reason,
                 guest: here,
             } => {
-                let failed = entry(Outcome::Failed)
+                let failed = departure
+                    .entry(Outcome::Failed)
                     .code(&code)
                     .with("reason", reason.as_str());
                 self.evidence
@@ -255,19 +365,29 @@ impl Agent {
                     error: format!("{name} did not move to {to}: {reason}; {}", fate(here)),
                 })
             }
+            MoveOutcome::Assessed(_) => {
+                let failure = Failure::new("ROLE_PROTOCOL", "a mover assessed what it was to move");
+                let failed = departure.entry(Outcome::Failed).code(&failure.code);
+                self.evidence
+                    .record_all(records.kept(), records.outcome(failed, None))?;
+                Err(failure)
+            }
         }
     }
 
-    /// The mover died without a word: whether the guest may go on here depends on what the record says.
+    /// The mover died without a word: whether the guest may go on here depends on what the record says, and on whether
+    /// its VMM let it.
     fn orphaned(&self, guest: &Guest) -> MoveOutcome {
         let record = self.records.read(&guest.plan.name).ok().flatten();
         let here = match record.map(|r| r.state) {
-            // If the guest was not stopped there is nothing to resume.
-            Some(OwnershipState::Owner) => match guest.vmm.call(&VmmRequest::Resume, &[]) {
-                Ok(_) => GuestHere::Runs,
-                Err(_) => GuestHere::Stopped,
-            },
+            Some(OwnershipState::Owner) if runs_on(guest) => GuestHere::Runs,
+            Some(OwnershipState::Owner) => GuestHere::Stopped,
             Some(OwnershipState::HandedOver) => GuestHere::Elsewhere,
+            // A VMM lets a guest run on only if it was not told to give it up, which the commit comes after.
+            Some(OwnershipState::HandingOver) if runs_on(guest) => match self.own_again(guest) {
+                Ok(()) => GuestHere::Runs,
+                Err(_) => GuestHere::InDoubt,
+            },
             _ => GuestHere::InDoubt,
         };
         MoveOutcome::Failed {
@@ -276,9 +396,32 @@ impl Agent {
             guest: here,
         }
     }
+
+    fn own_again(&self, guest: &Guest) -> Result<(), Failure> {
+        let record = Ownership {
+            vm_id: hex::encode(guest.plan.vm_id),
+            epoch: *lock(&guest.epoch),
+            state: OwnershipState::Owner,
+            peer: None,
+        };
+        self.record_ownership(&guest.plan.name, &record)
+    }
 }
 
-fn fate(here: GuestHere) -> &'static str {
+/// Whether the guest of a mover that has ended runs, as soon as its VMM has noticed.
+fn runs_on(guest: &Guest) -> bool {
+    (0..NOTICE_TRIES).any(|number| {
+        if number > 0 {
+            std::thread::sleep(NOTICE_STEP);
+        }
+        guest
+            .info()
+            .is_ok_and(|info| info.state == MachineState::Running)
+    })
+}
+
+/// What a failure means for the guest.
+pub(super) fn fate(here: GuestHere) -> &'static str {
     match here {
         GuestHere::Runs => "the guest runs on here",
         GuestHere::Stopped => {
@@ -311,7 +454,8 @@ fn connect(to: &str, address: Option<SocketAddr>) -> Result<TcpStream, Failure> 
     Ok(stream)
 }
 
-fn event_json(event: &MoverEvent) -> serde_json::Value {
+/// An event, for whoever follows the task.
+pub(super) fn event_json(event: &MoverEvent) -> serde_json::Value {
     match event {
         MoverEvent::Progress(progress) => serde_json::to_value(progress),
         other => serde_json::to_value(other),
@@ -319,4 +463,7 @@ fn event_json(event: &MoverEvent) -> serde_json::Value {
     .unwrap_or_default()
 }
 
+/// How long a VMM has to notice that its mover is gone: at the next turn of its loop.
+const NOTICE_TRIES: u32 = 25;
+const NOTICE_STEP: Duration = Duration::from_millis(20);
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);

@@ -175,10 +175,10 @@ impl Agent {
             stop,
         };
         let command = MoverCommand::Snapshot(Box::new(start));
-        let mover = self.start_mover(guest, &command, file.as_fd())?;
+        let mover = self.start_mover(guest, &command, &[file.as_fd()])?;
         let outcome = mover.serve(
             &mut |request| match request {
-                MoverRequestToAgent::DescribeSnapshot => Ok((describe(guest)?, None)),
+                MoverRequestToAgent::DescribeSnapshot => Ok((describe(guest)?, Vec::new())),
                 _ => Err(role_error(
                     "ROLE_PROTOCOL",
                     "a snapshot asks for nothing else",
@@ -194,6 +194,10 @@ impl Agent {
                     code,
                     error: format!("no snapshot of {}: {reason}", guest.plan.name),
                 });
+            }
+            Some(MoveOutcome::Assessed(_)) => {
+                let text = "a mover assessed what it was to write";
+                return Err(Failure::new("ROLE_PROTOCOL", text));
             }
             None => return Err(Failure::new("MOVER_DIED", "the mover process died")),
         };
@@ -273,20 +277,20 @@ impl Restoring<'_> {
     fn serve(
         &mut self,
         request: MoverRequestToAgent,
-    ) -> Result<(AgentAnswer, Option<OwnedFd>), RoleError> {
+    ) -> Result<(AgentAnswer, Vec<OwnedFd>), RoleError> {
         let refused = |failure: Failure| role_error(&failure.code, failure.error);
         match request {
             MoverRequestToAgent::SnapshotKey(claim) => {
                 let secret = self.key(claim).map_err(refused)?;
-                Ok((AgentAnswer::SnapshotKey { secret }, None))
+                Ok((AgentAnswer::SnapshotKey { secret }, Vec::new()))
             }
             MoverRequestToAgent::AdmitSnapshot { description } => {
                 let channel = self.admit(&description).map_err(refused)?;
-                Ok((AgentAnswer::Admitted, Some(channel.into_fd())))
+                Ok((AgentAnswer::Admitted, vec![channel.into_fd()]))
             }
             MoverRequestToAgent::Record(OwnershipStep::Activating { .. }) => {
                 self.take_over().map_err(refused)?;
-                Ok((AgentAnswer::Recorded, None))
+                Ok((AgentAnswer::Recorded, Vec::new()))
             }
             _ => Err(role_error(
                 "ROLE_PROTOCOL",

@@ -231,7 +231,7 @@ impl Agent {
             return Err(not_cancellable(id, "has ended already"));
         }
         match task.operation {
-            MIGRATE => self.cancel(&guest)?,
+            MIGRATE | ASSESS => self.cancel(&guest)?,
             _ => return Err(not_cancellable(id, "cannot be cancelled; let it end")),
         };
         Ok(Answer::Task(task.info()))
@@ -242,7 +242,9 @@ impl Request {
     /// The guest that a task is about, where the request names it.
     pub(super) fn guest(&self) -> Option<&str> {
         match self {
-            Self::Migrate { name, .. } | Self::Start { name, .. } => Some(name),
+            Self::Migrate { name, .. } | Self::Assess { name, .. } | Self::Start { name, .. } => {
+                Some(name)
+            }
             _ => None,
         }
     }
@@ -261,8 +263,9 @@ fn random_id() -> Result<String, Failure> {
     Ok(hex::encode(id))
 }
 
-/// The operation whose tasks can be cancelled.
+/// The operations whose tasks can be cancelled.
 const MIGRATE: &str = "migrate";
+const ASSESS: &str = "assess";
 /// Most tasks under way at a time.
 const MAX_RUNNING: usize = 32;
 /// Most tasks known at a time, ended ones included.

@@ -9,8 +9,9 @@ use casemate_crypto_migrate::pages::PageSet;
 use casemate_crypto_migrate::session::SessionFacts;
 
 use super::memory::BenchMemory;
-use crate::confidential::shared::SharedError;
-use crate::mover::source::read_clear;
+use crate::confidential::shared::{GuestMemory, SharedError};
+use crate::mover::disks::Disks;
+use crate::mover::source::{content_digest, read_clear};
 use crate::vmm::protocol::EXCHANGE_PAGES;
 
 /// A guest at the source.
@@ -52,6 +53,16 @@ impl SourceGuest for Leaving<'_> {
     }
     fn state(&mut self) -> Result<Vec<u8>, GuestError> {
         Ok(vec![0; STATE_SIZE])
+    }
+    fn judge(&mut self, _: &[u8]) -> Result<(), Refusal> {
+        Ok(())
+    }
+    fn throttle(&mut self, _: u8) -> Result<(), GuestError> {
+        Ok(())
+    }
+    fn attend(&mut self) {}
+    fn content_digest(&mut self, pages: &PageSet) -> Result<[u8; 32], GuestError> {
+        digest_of(&self.0.guest, pages)
     }
     fn release(&mut self) -> Result<(), GuestError> {
         Ok(())
@@ -99,10 +110,17 @@ impl DestinationGuest for Arriving<'_> {
     fn restore(&mut self, _: &[u8]) -> Result<(), GuestError> {
         Ok(())
     }
-    fn activate(&mut self, _: u64) -> Result<(), GuestError> {
-        Ok(())
+    fn content_digest(&mut self, pages: &PageSet) -> Result<[u8; 32], GuestError> {
+        digest_of(&self.0.guest, pages)
+    }
+    fn activate(&mut self, _: u64) -> Result<u32, GuestError> {
+        Ok(0)
     }
     fn abandon(&mut self) {}
+}
+
+fn digest_of(memory: &GuestMemory, pages: &PageSet) -> Result<[u8; 32], GuestError> {
+    content_digest(memory, &Disks::default(), pages).map_err(|e| GuestError(e.to_string()))
 }
 
 /// About what two vCPUs and four devices save.

@@ -191,9 +191,40 @@ pub enum Command {
         /// A peer named in the policy.
         #[arg(long)]
         to: String,
+        /// Only say what the move would be like: both ends decide and build as for a move, and nothing moves.
+        #[arg(long, conflicts_with_all = ["time_limit", "read_back"])]
+        dry_run: bool,
         /// Longest acceptable pause in milliseconds (default: the policy's).
         #[arg(long, value_name = "MS")]
         downtime_limit: Option<u32>,
+        /// Give the move up after so many seconds; the guest runs on here.
+        #[arg(long, value_name = "S", value_parser = clap::value_parser!(u32).range(1..))]
+        time_limit: Option<u32>,
+        /// MiB a second to send at most while the guest runs; `casemate migrate-set` changes it meanwhile.
+        #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u32).range(1..))]
+        bandwidth: Option<u32>,
+        /// Never slow the guest down, even if it writes more than can be sent: it is paused for longer then.
+        #[arg(long)]
+        no_throttle: bool,
+        /// With the guest paused, read all its memory anew at both ends and compare it; for a plain guest.
+        #[arg(long)]
+        read_back: bool,
+        /// A disk that moves along, by its name in the description (repeat for more); the others are the same storage.
+        #[arg(long, value_name = "DISK")]
+        copy_disk: Vec<String>,
+    },
+    /// Change what the move of a guest may take, while it runs.
+    MigrateSet {
+        /// The guest.
+        name: String,
+        /// MiB a second to send at most while the guest runs; 0 for all there is.
+        #[arg(long, value_name = "MIB")]
+        bandwidth: u32,
+    },
+    /// Pause a guest that is being moved and switch now, however long that takes.
+    Proceed {
+        /// Its name.
+        name: String,
     },
     /// Write a guest's memory and state to a sealed file that only this host opens; its disks stay where they are.
     Snapshot(SnapshotArgs),

@@ -83,16 +83,55 @@ fn run(cli: Cli) -> Result<u8, Failure> {
         Command::Migrate {
             name,
             to,
+            dry_run: true,
             downtime_limit,
+            bandwidth,
+            no_throttle,
+            copy_disk,
+            ..
+        } => {
+            let request = Request::Assess {
+                name,
+                to,
+                downtime_limit_ms: downtime_limit,
+                bandwidth_mib: bandwidth,
+                unthrottled: no_throttle,
+                copy_disks: copy_disk,
+            };
+            show(agent, &request, json)
+        }
+        Command::Migrate {
+            name,
+            to,
+            dry_run: false,
+            downtime_limit,
+            time_limit,
+            bandwidth,
+            no_throttle,
+            read_back,
+            copy_disk,
         } => migrate::run(
             agent,
             &Request::Migrate {
                 name,
                 to,
                 downtime_limit_ms: downtime_limit,
+                time_limit_s: time_limit,
+                bandwidth_mib: bandwidth,
+                unthrottled: no_throttle,
+                read_back,
+                copy_disks: copy_disk,
             },
             json,
         ),
+        Command::MigrateSet { name, bandwidth } => {
+            let request = Request::MigrateSet {
+                name,
+                bandwidth_mib: bandwidth,
+            };
+            show(agent, &request, json)
+        }
+        Command::Proceed { name } => show(agent, &Request::Proceed { name }, json),
         Command::Snapshot(args) => show(agent, &args.request()?, json),
         Command::Restore(args) => show(agent, &args.request()?, json),
         Command::Cancel { name } => show(agent, &Request::Cancel { name }, json),

@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 
+use crate::agent::api::moves::MovePlan;
 use crate::agent::api::{
     Answer, DefinitionInfo, DeviceStatus, GuestInfo, PlatformInfo, Rate, SnpInfo, StatsInfo,
     TaskInfo, TaskState,
@@ -30,6 +31,7 @@ pub fn answer(answer: &Answer) -> String {
         },
         Answer::Ordered(ordered) => format!("{}: {}\n", ordered.what, ordered.bytes),
         Answer::Migrated { outcome } => outcome_text(outcome),
+        Answer::Assessed(plan) => plan_text(plan),
         Answer::Probe { reports } => reports.iter().map(probe).collect(),
         Answer::Sandbox { reports } => reports.iter().map(sandbox).collect(),
         Answer::Policy {
@@ -210,6 +212,38 @@ fn outcome_text(outcome: &serde_json::Value) -> String {
             let _ = writeln!(text, "  {key:<22} {value}");
         }
     }
+    text
+}
+
+fn plan_text(plan: &MovePlan) -> String {
+    let mut text = format!(
+        "{} could move to {}; nothing has moved\n",
+        plan.name, plan.to
+    );
+    for check in &plan.checks {
+        let _ = writeln!(text, "  {:<16} {}", check.check, check.found);
+    }
+    let _ = writeln!(
+        text,
+        "  {:<16} {} MiB, {} KiB of it hold anything, {} KiB/s written",
+        "memory", plan.memory_mib, plan.populated_kib, plan.dirty_kib_per_s
+    );
+    let _ = writeln!(
+        text,
+        "  {:<16} {} KiB/s, round trip {:.1} ms",
+        "way", plan.throughput_kib_per_s, plan.round_trip_ms
+    );
+    let _ = writeln!(
+        text,
+        "  {:<16} {} rounds, {:.0} ms, paused for {:.0} ms ({} asked for), {}, throttled to {} %",
+        "forecast",
+        plan.rounds,
+        plan.total_ms,
+        plan.downtime_ms,
+        plan.downtime_limit_ms,
+        plan.convergence,
+        plan.throttle_percent
+    );
     text
 }
 

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
+use casemate_crypto_migrate::control::Controls;
 use casemate_crypto_migrate::guest::Refusal;
 use casemate_crypto_migrate::identity::{HostSigner, IdentityError};
 use casemate_crypto_migrate::session::SessionFacts;
@@ -21,6 +22,7 @@ use crate::vmm::protocol::RoleError;
 pub struct AgentLink {
     inner: Mutex<Inner>,
     cancelled: Arc<AtomicBool>,
+    controls: Arc<Controls>,
     deadline: OnceLock<Instant>,
 }
 
@@ -35,6 +37,7 @@ impl AgentLink {
         Self {
             inner: Mutex::new(Inner { channel, cell }),
             cancelled: Arc::default(),
+            controls: Arc::default(),
             deadline: OnceLock::new(),
         }
     }
@@ -66,8 +69,7 @@ impl AgentLink {
                 inner.channel.recv::<MoverCommand>(Some(AGENT_DEADLINE))?;
             match inner.serve(body)? {
                 Some(MoverCommand::Answer(answer)) => return Ok((answer?, handles)),
-                Some(MoverCommand::Cancel) => self.cancelled.store(true, Ordering::Relaxed),
-                Some(_) => return Err(unexpected()),
+                Some(order) => self.obey(order)?,
                 None => {}
             }
         }
@@ -118,6 +120,11 @@ impl AgentLink {
         self.cancelled.clone()
     }
 
+    /// What the operator may change.
+    pub fn controls(&self) -> Arc<Controls> {
+        self.controls.clone()
+    }
+
     /// From then on the move counts as cancelled. Taken once.
     pub fn set_deadline(&self, deadline: Instant) {
         // A second deadline would be a second start, which `start` gives only once.
@@ -144,15 +151,26 @@ impl AgentLink {
         };
         loop {
             match inner.channel.recv::<MoverCommand>(Some(Duration::ZERO)) {
-                Ok(received) => match inner.serve(received.body)? {
-                    Some(MoverCommand::Cancel) => self.cancelled.store(true, Ordering::Relaxed),
-                    Some(_) => return Err(unexpected()),
-                    None => {}
-                },
+                Ok(received) => {
+                    if let Some(order) = inner.serve(received.body)? {
+                        self.obey(order)?;
+                    }
+                }
                 Err(IpcError::Deadline(_)) => return Ok(()),
                 Err(error) => return Err(error.into()),
             }
         }
+    }
+
+    /// What the operator wants of a move under way; nothing else has a place then.
+    fn obey(&self, order: MoverCommand) -> Result<(), RoleError> {
+        match order {
+            MoverCommand::Cancel => self.cancelled.store(true, Ordering::Relaxed),
+            MoverCommand::Proceed => self.controls.proceed(),
+            MoverCommand::Bandwidth(limit) => self.controls.set_bandwidth(limit),
+            _ => return Err(unexpected()),
+        }
+        Ok(())
     }
 
     fn lock(&self) -> Result<std::sync::MutexGuard<'_, Inner>, RoleError> {

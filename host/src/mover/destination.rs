@@ -10,15 +10,17 @@ use casemate_crypto_migrate::guest::{
     PageContent, Refusal,
 };
 use casemate_crypto_migrate::identity::PeerIdentity;
+use casemate_crypto_migrate::pages::PageSet;
 use casemate_crypto_migrate::session::SessionFacts;
 
 use crate::confidential::protocol::PlatformEvidence;
 use crate::confidential::shared::Access;
 use crate::ipc::Channel;
 use crate::mover::agent_link::AgentLink;
+use crate::mover::disks::{self, Disks};
 use crate::mover::evidence::{SendContext, decode, encode};
 use crate::mover::protocol::{AgentAnswer, MoverRequestToAgent, OwnershipStep, PeerName};
-use crate::mover::source::address;
+use crate::mover::source::{address, content_digest, no_read_back};
 use crate::mover::vmm_link::{VmmLink, guest_error, unexpected};
 use crate::vmm::protocol::{EXCHANGE_PAGES, EXCHANGE_SIZE, MoverReply, MoverRequest, RoleError};
 
@@ -31,6 +33,7 @@ pub struct DestinationMachine {
 /// What exists once the agent has admitted the guest.
 struct Machine {
     vmm: VmmLink,
+    disks: Disks,
     /// Pages of packets in the exchange memory, in slot order.
     batch: Vec<u64>,
     /// One bit a page: whether a clear page was ever written (fresh memory is zero).
@@ -51,16 +54,19 @@ impl DestinationMachine {
             offer: Box::new(offer.clone()),
             peer: PeerName::of(peer),
         };
-        let (answer, handles) = self.agent.ask(request)?;
+        let (memory, offered) = disks::split(&offer.memory)?;
+        let (answer, mut handles) = self.agent.ask(request)?;
         match answer {
             AgentAnswer::Admitted => {}
             AgentAnswer::Refused { code, reason } => return Err(RoleError::new(&code, reason)),
             _ => return Err(RoleError::new("ROLE_PROTOCOL", "the agent did not decide")),
         }
+        let images = handles.split_off(handles.len().min(1));
+        let disks = Disks::new(offered, images)?;
         let [channel] = <[_; 1]>::try_from(handles)
             .map_err(|_| RoleError::new("ROLE_PROTOCOL", "admitted without a VMM"))?;
         let vmm = VmmLink::attach(Channel::from_fd(channel), Access::ReadWrite)?;
-        if vmm.ranges() != offer.memory || vmm.plan().vm_id != offer.vm_id {
+        if vmm.ranges() != memory || vmm.plan().vm_id != offer.vm_id {
             return Err(RoleError::new(
                 "OFFER_MISMATCH",
                 "the machine that was built is not the one that was offered",
@@ -74,6 +80,7 @@ impl DestinationMachine {
         let words = vmm.memory.layout().length() / PAGE_SIZE as u64 / 64 + 1;
         self.machine = Some(Machine {
             vmm,
+            disks,
             batch: Vec::new(),
             written: vec![0; usize::try_from(words).unwrap_or(0)],
         });
@@ -113,7 +120,9 @@ impl DestinationGuest for DestinationMachine {
     }
 
     fn flush(&mut self) -> Result<(), GuestError> {
-        self.admitted()?.flush().map_err(guest_error)
+        let machine = self.admitted()?;
+        machine.flush().map_err(guest_error)?;
+        machine.disks.sync().map_err(guest_error)
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), GuestError> {
@@ -121,14 +130,21 @@ impl DestinationGuest for DestinationMachine {
         machine.restore(state).map_err(guest_error)
     }
 
-    fn activate(&mut self, epoch: u64) -> Result<(), GuestError> {
+    fn content_digest(&mut self, pages: &PageSet) -> Result<[u8; 32], GuestError> {
+        let machine = self.admitted()?;
+        no_read_back(&machine.vmm).map_err(guest_error)?;
+        machine.flush().map_err(guest_error)?;
+        content_digest(&machine.vmm.memory, &machine.disks, pages).map_err(guest_error)
+    }
+
+    fn activate(&mut self, epoch: u64) -> Result<u32, GuestError> {
         self.agent
             .record(OwnershipStep::Activating { epoch })
             .map_err(guest_error)?;
-        self.admitted()?
-            .vmm
-            .done(&MoverRequest::Activate)
-            .map_err(guest_error)
+        let vmm = &self.admitted()?.vmm;
+        // Its answer says that the addresses have been announced too.
+        vmm.done(&MoverRequest::Activate).map_err(guest_error)?;
+        Ok(u32::try_from(vmm.plan().nets.len()).unwrap_or(u32::MAX))
     }
 
     fn abandon(&mut self) {
@@ -161,6 +177,9 @@ impl Machine {
     }
 
     fn write(&mut self, page: Gpn, content: PageContent<'_>) -> Result<(), RoleError> {
+        if disks::is_disk(page) {
+            return self.disks.write(page, content);
+        }
         let at = address(page)?;
         let length = match content {
             PageContent::Data(bytes) => bytes.len(),

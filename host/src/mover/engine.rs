@@ -7,14 +7,18 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use casemate_crypto_migrate::Provider;
-use casemate_crypto_migrate::destination::{DestinationConfig, DestinationOutcome, receive};
+use casemate_crypto_migrate::destination::{
+    DestinationConfig, DestinationOutcome, Received, serve,
+};
 use casemate_crypto_migrate::guest::{GuestOffer, SourceGuest};
 use casemate_crypto_migrate::identity::Local;
 use casemate_crypto_migrate::identity::{
     AllowList, AllowedPeer, HostIdentity, IdentityError, Path, Pinned, TrustAnchors,
 };
 use casemate_crypto_migrate::progress::Progress;
-use casemate_crypto_migrate::source::{SourceConfig, SourceError, SourceOutcome, migrate};
+use casemate_crypto_migrate::source::{
+    Assessment, SourceConfig, SourceError, SourceOutcome, Verification, assess, migrate,
+};
 use casemate_crypto_migrate::tls::Transport;
 use serde::Serialize;
 
@@ -22,9 +26,10 @@ use crate::confidential::shared::Access;
 use crate::ipc::Channel;
 use crate::mover::agent_link::{AgentLink, AgentSigner};
 use crate::mover::destination::DestinationMachine;
+use crate::mover::disks::{Disks, OfferedDisk};
 use crate::mover::protocol::{
-    Credentials, DestinationStart, GuestHere, MoveLimits, MoveOutcome, MoveProgress, MoveReport,
-    MoverEvent, PeerEntry, PinnedName, SourceStart,
+    AssessReport, Credentials, DestinationStart, GuestHere, MoveLimits, MoveOutcome, MoveProgress,
+    MoveReport, MoveVerification, MoverEvent, PeerEntry, PinnedName, SourceStart,
 };
 use crate::mover::source::SourceMachine;
 use crate::mover::vmm_link::VmmLink;
@@ -36,17 +41,10 @@ pub fn run_source(
     start: SourceStart,
     handles: Vec<OwnedFd>,
 ) -> MoveOutcome {
-    set_deadline(agent, start.limits);
     match prepare_source(agent, &start, handles) {
         Err(error) => failed(error, GuestHere::Runs),
         Ok((mut machine, config, socket)) => {
-            let offer = GuestOffer {
-                vm_id: start.vm_id,
-                name: start.name,
-                epoch: start.epoch,
-                memory: machine.memory(),
-                description: start.description,
-            };
+            let offer = offer_of(start, &machine);
             let mut progress = |event| agent.tell(MoverEvent::Progress(translate(event)));
             match migrate(socket, &config, &offer, &mut machine, &mut progress) {
                 Ok(outcome) => MoveOutcome::Moved(source_report(outcome)),
@@ -56,6 +54,38 @@ pub fn run_source(
                 }
             }
         }
+    }
+}
+
+/// Finds out how a guest could move away. Descriptors as for [`run_source`].
+pub fn run_assessment(
+    agent: &Arc<AgentLink>,
+    start: SourceStart,
+    handles: Vec<OwnedFd>,
+) -> MoveOutcome {
+    match prepare_source(agent, &start, handles) {
+        Err(error) => failed(error, GuestHere::Runs),
+        Ok((mut machine, config, socket)) => {
+            let offer = offer_of(start, &machine);
+            let mut progress = |event| agent.tell(MoverEvent::Progress(translate(event)));
+            match assess(socket, &config, &offer, &mut machine, &mut progress) {
+                Ok(assessment) => MoveOutcome::Assessed(assess_report(assessment)),
+                Err(error) => {
+                    let guest = guest_here(&error);
+                    failed(RoleError::new(error.code(), &error), guest)
+                }
+            }
+        }
+    }
+}
+
+fn offer_of(start: SourceStart, machine: &SourceMachine) -> GuestOffer {
+    GuestOffer {
+        vm_id: start.vm_id,
+        name: start.name,
+        epoch: start.epoch,
+        memory: machine.memory(),
+        description: start.description,
     }
 }
 
@@ -71,8 +101,9 @@ pub fn run_destination(
         Ok((config, socket)) => {
             let mut machine = DestinationMachine::new(agent.clone());
             let mut progress = |event| agent.tell(MoverEvent::Progress(translate(event)));
-            match receive(socket, &config, &mut machine, &mut progress) {
-                Ok(outcome) => MoveOutcome::Moved(destination_report(outcome)),
+            match serve(socket, &config, &mut machine, &mut progress) {
+                Ok(Received::Moved(outcome)) => MoveOutcome::Moved(destination_report(*outcome)),
+                Ok(Received::Assessed) => MoveOutcome::Assessed(AssessReport::default()),
                 Err(error) => failed(RoleError::new(error.code(), &error), GuestHere::Absent),
             }
         }
@@ -82,9 +113,16 @@ pub fn run_destination(
 fn prepare_source(
     agent: &Arc<AgentLink>,
     start: &SourceStart,
-    handles: Vec<OwnedFd>,
+    mut handles: Vec<OwnedFd>,
 ) -> Result<(SourceMachine, SourceConfig, WatchedSocket), RoleError> {
+    let images = handles.split_off(handles.len().min(2));
     let [vmm, socket] = take(handles)?;
+    let offered = start.disks.iter();
+    let offered = offered.map(|(disk, pages)| OfferedDisk {
+        disk: *disk,
+        pages: *pages,
+    });
+    let disks = Disks::new(offered.collect(), images)?;
     let local = local(
         agent,
         &start.credentials,
@@ -98,9 +136,18 @@ fn prepare_source(
     if start.limits.max_rounds > 0 {
         config.limits.max_rounds = start.limits.max_rounds;
     }
+    if start.limits.deadline_ms > 0 {
+        config.limits.total = Some(Duration::from_millis(start.limits.deadline_ms));
+    }
+    if start.limits.unthrottled {
+        config.limits.throttle = 0;
+    }
+    config.read_back = start.limits.read_back;
     config.cancel = agent.cancel_flag();
+    config.controls = agent.controls();
+    config.controls.set_bandwidth(start.limits.bandwidth);
     let vmm = VmmLink::attach(Channel::from_fd(vmm), Access::ReadOnly)?;
-    let machine = SourceMachine::new(vmm, agent.clone(), start.emulated_roots.clone());
+    let machine = SourceMachine::new(vmm, agent.clone(), start.emulated_roots.clone(), disks);
     Ok((machine, config, WatchedSocket::new(socket, agent.clone())))
 }
 
@@ -205,6 +252,7 @@ fn translate(progress: Progress) -> MoveProgress {
         dirty_rate: progress.dirty_rate,
         throughput: progress.throughput,
         estimated_downtime_ms: progress.estimated_downtime_ms,
+        throttle_percent: progress.throttle_percent,
         elapsed_ms: progress.elapsed_ms,
     }
 }
@@ -218,6 +266,9 @@ fn source_report(outcome: SourceOutcome) -> MoveReport {
         bytes: outcome.wire_bytes,
         downtime_ms: outcome.downtime_ms,
         estimated_downtime_ms: outcome.estimated_downtime_ms,
+        forecast_error_ms: outcome.forecast_error_ms,
+        throttle_percent: outcome.throttle_percent,
+        verified: verification(outcome.verified),
         total_ms: outcome.total_ms,
         throughput: outcome.throughput,
         convergence: word(&outcome.convergence),
@@ -238,10 +289,39 @@ fn destination_report(outcome: DestinationOutcome) -> MoveReport {
         downtime_ms: outcome.takeover_ms,
         total_ms: outcome.total_ms,
         path: word(&outcome.path),
+        verified: verification(outcome.verified),
         manifest_root: outcome.manifest_root,
         epoch: outcome.epoch,
         source_informed: outcome.source_informed,
         ..MoveReport::default()
+    }
+}
+
+fn verification(verified: Verification) -> MoveVerification {
+    MoveVerification {
+        pages: verified.pages,
+        seals_sha256: verified.seals_sha256,
+        state_sha256: verified.state_sha256,
+        content_sha256: verified.content_sha256,
+        announced: verified.announced,
+    }
+}
+
+fn assess_report(assessment: Assessment) -> AssessReport {
+    let (measured, forecast) = (assessment.measured, assessment.forecast);
+    AssessReport {
+        memory_pages: assessment.memory_pages,
+        pages: measured.pages,
+        dirty_rate: measured.dirty_rate,
+        throughput: measured.throughput,
+        round_trip_ms: measured.round_trip.as_secs_f64() * 1e3,
+        rounds: forecast.rounds,
+        total_ms: forecast.total_ms,
+        downtime_ms: forecast.downtime_ms,
+        convergence: word(&forecast.convergence),
+        throttle_percent: forecast.throttle_percent,
+        path: word(&assessment.path),
+        tls_suite: assessment.tls_suite,
     }
 }
 

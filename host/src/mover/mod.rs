@@ -5,6 +5,7 @@
 
 pub mod agent_link;
 pub mod destination;
+pub mod disks;
 pub mod engine;
 pub mod evidence;
 pub mod pager;
@@ -41,6 +42,7 @@ pub fn run(channel: Channel, mut cell: Box<dyn Cell + Send>) -> Result<(), RoleE
     agent.tell(MoverEvent::Ready);
     let outcome = match agent.start()? {
         (MoverCommand::Source(start), handles) => engine::run_source(&agent, *start, handles),
+        (MoverCommand::Assess(start), handles) => engine::run_assessment(&agent, *start, handles),
         (MoverCommand::Destination(start), handles) => {
             engine::run_destination(&agent, *start, handles)
         }

@@ -15,8 +15,11 @@ use crate::vmm::protocol::RoleError;
 /// Agent to mover.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum MoverCommand {
-    /// Moves a guest away. Descriptors beside it: the VMM's mover channel, the connected socket.
+    /// Moves a guest away. Descriptors beside it: the VMM's mover channel, the connected socket, then the images of the
+    /// disks that move along, in their order, for reading.
     Source(Box<SourceStart>),
+    /// Finds out whether and how a guest could move away, and moves nothing. Descriptors as for [`MoverCommand::Source`].
+    Assess(Box<SourceStart>),
     /// Takes a guest in. Descriptor beside it: the accepted socket.
     Destination(Box<DestinationStart>),
     /// Writes a guest to a sealed file. Descriptors beside it: the VMM's mover channel, the empty file.
@@ -27,6 +30,10 @@ pub enum MoverCommand {
     Answer(Result<AgentAnswer, RoleError>),
     /// Give up, if it is not too late; honoured between batches.
     Cancel,
+    /// Pause the guest and switch now, whatever is left to send.
+    Proceed,
+    /// Keep within this many bytes a second; 0 lifts the limit.
+    Bandwidth(u64),
     /// State of the sandbox.
     SandboxReport,
     /// Tries from inside what must be refused.
@@ -103,7 +110,8 @@ pub enum AgentAnswer {
         #[serde(with = "serde_bytes")]
         signature: Vec<u8>,
     },
-    /// Come in. Descriptor beside it: the new VMM's mover channel.
+    /// Come in. Descriptors beside it: the new VMM's mover channel, then the images of the disks that the offer brings, in
+    /// their order, new and empty.
     Admitted,
     /// Not here.
     Refused {
@@ -255,8 +263,14 @@ pub struct MoveLimits {
     pub downtime_ms: u64,
     /// Pre-copy rounds before the guest is paused in any case.
     pub max_rounds: u32,
-    /// The whole move, in milliseconds; a longer one is cancelled unless it is committed already. Zero: none.
+    /// The whole move, in milliseconds; a longer one is given up unless it is committed already. Zero: none.
     pub deadline_ms: u64,
+    /// Bytes a second that the rounds may send; 0 for all there is.
+    pub bandwidth: u64,
+    /// Whether the guest may not be throttled.
+    pub unthrottled: bool,
+    /// Whether both ends read all memory anew, the guest paused, and compare it.
+    pub read_back: bool,
 }
 
 /// Start of a move away.
@@ -277,6 +291,8 @@ pub struct SourceStart {
     pub description: Vec<u8>,
     /// SHA-256 of emulated roots that policy trusts as targets; empty means AMD's roots only.
     pub emulated_roots: Vec<[u8; 32]>,
+    /// Disks that move along: place in the plan, and size in pages.
+    pub disks: Vec<(u8, u64)>,
     /// Who does the bulk cryptography, by name; `None`: the engine's default.
     pub provider: Option<String>,
     /// Bounds.
@@ -337,7 +353,7 @@ pub enum MoverEvent {
 /// Progress of a move: the engine's words.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MoveProgress {
-    /// Phase: `connect`, `agree`, `begin`, `rounds`, `final`, `manifest`, `commit`, `running`, `done`.
+    /// Phase: `connect`, `agree`, `assess`, `begin`, `rounds`, `final`, `manifest`, `commit`, `running`, `done`.
     pub phase: String,
     /// Round, from 1.
     pub round: u32,
@@ -357,6 +373,8 @@ pub struct MoveProgress {
     pub throughput: f64,
     /// Pause to be expected now, in milliseconds.
     pub estimated_downtime_ms: Option<f64>,
+    /// How far the vCPUs are throttled, in percent.
+    pub throttle_percent: u8,
     /// Since the start, in milliseconds.
     pub elapsed_ms: u64,
 }
@@ -366,6 +384,8 @@ pub struct MoveProgress {
 pub enum MoveOutcome {
     /// The guest runs at the destination.
     Moved(MoveReport),
+    /// It could move so; nothing did. At the destination without figures.
+    Assessed(AssessReport),
     /// It did not, or nobody knows.
     Failed {
         /// Stable code.
@@ -413,10 +433,16 @@ pub struct MoveReport {
     pub estimated_downtime_ms: f64,
     /// Everything, in milliseconds.
     pub total_ms: u64,
+    /// Source: how far the pause was from that, in milliseconds; negative if it was shorter.
+    pub forecast_error_ms: f64,
     /// Source: bytes per second.
     pub throughput: f64,
     /// Source: why the guest was paused when it was.
     pub convergence: String,
+    /// Source: how far the vCPUs were throttled at last, in percent.
+    pub throttle_percent: u8,
+    /// What both ends hold and have compared.
+    pub verified: MoveVerification,
     /// `direct` or `gateway`.
     pub path: String,
     /// TLS cipher suite, at the source.
@@ -427,6 +453,50 @@ pub struct MoveReport {
     pub epoch: u64,
     /// Destination: whether the source was told; if not, it will ask.
     pub source_informed: bool,
+}
+
+/// What both ends of a move hold and have compared before the guest went on; digests are SHA-256, hexadecimal.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct MoveVerification {
+    /// Distinct pages.
+    pub pages: u64,
+    /// Of the seals of all pages, in their order.
+    pub seals_sha256: String,
+    /// Of the state of devices and vCPUs.
+    pub state_sha256: String,
+    /// Of the memory as it lay at both ends, where it was read anew.
+    pub content_sha256: Option<String>,
+    /// Of how many network cards the destination announced the addresses.
+    pub announced: u32,
+}
+
+/// What a move would be like.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct AssessReport {
+    /// Pages of the guest's memory.
+    pub memory_pages: u64,
+    /// Pages that hold anything.
+    pub pages: u64,
+    /// Distinct pages written per second.
+    pub dirty_rate: f64,
+    /// Bytes per second that the way carries.
+    pub throughput: f64,
+    /// In milliseconds.
+    pub round_trip_ms: f64,
+    /// Rounds to be expected, the last included.
+    pub rounds: u32,
+    /// Everything, in milliseconds.
+    pub total_ms: f64,
+    /// The pause, in milliseconds.
+    pub downtime_ms: f64,
+    /// Why the guest would be paused.
+    pub convergence: String,
+    /// How far its vCPUs would be throttled, in percent.
+    pub throttle_percent: u8,
+    /// `direct` or `gateway`.
+    pub path: String,
+    /// TLS cipher suite.
+    pub tls_suite: String,
 }
 
 /// Whether the host's key may sign this for a mover: a TLS 1.3 CertificateVerify input or a session

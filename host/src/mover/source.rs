@@ -7,11 +7,14 @@ use casemate_crypto_migrate::guest::{
 };
 use casemate_crypto_migrate::pages::PageSet;
 use casemate_crypto_migrate::session::SessionFacts;
+use casemate_crypto_migrate::transcript::ContentDigest;
 use ring::digest::{SHA256, digest};
 
+use crate::confidential::protocol::PlatformEvidence;
 use crate::confidential::shared::GuestMemory;
 use crate::machine::plan::Technology;
 use crate::mover::agent_link::AgentLink;
+use crate::mover::disks::{Disks, OfferedDisk, is_disk, range_of};
 use crate::mover::evidence::{SendContext, encode, verify_target};
 use crate::mover::protocol::{MoverEvent, OwnershipStep};
 use crate::mover::vmm_link::{VmmLink, guest_error, unexpected};
@@ -22,21 +25,33 @@ pub struct SourceMachine {
     vmm: VmmLink,
     agent: Arc<AgentLink>,
     emulated_roots: Vec<[u8; 32]>,
+    disks: Disks,
     released: bool,
 }
 
 impl SourceMachine {
     /// Over an attached VMM. `emulated_roots` are the software platforms that policy accepts as targets.
-    pub fn new(vmm: VmmLink, agent: Arc<AgentLink>, emulated_roots: Vec<[u8; 32]>) -> Self {
+    pub fn new(
+        vmm: VmmLink,
+        agent: Arc<AgentLink>,
+        emulated_roots: Vec<[u8; 32]>,
+        disks: Disks,
+    ) -> Self {
         Self {
             vmm,
             agent,
             emulated_roots,
+            disks,
             released: false,
         }
     }
 
-    fn open_send(&mut self, peer_evidence: &[u8], emulated: bool) -> Result<Vec<u8>, RoleError> {
+    /// Verifies the target platform and has that recorded, whatever comes of it.
+    fn verified_target(
+        &self,
+        peer_evidence: &[u8],
+        emulated: bool,
+    ) -> Result<PlatformEvidence, RoleError> {
         let evidence_sha256 = hex::encode(digest(&SHA256, peer_evidence));
         let target = match verify_target(peer_evidence, &self.emulated_roots, emulated) {
             Ok(target) => target,
@@ -54,10 +69,32 @@ impl SourceMachine {
             pdh: hex::encode(target.pdh),
             evidence_sha256,
         });
+        Ok(target.evidence)
+    }
+
+    /// What the peer's evidence comes to; `None` for a plain guest, of which none is wanted.
+    fn target(&self, peer_evidence: &[u8]) -> Result<Option<PlatformEvidence>, RoleError> {
+        match self.vmm.plan().technology {
+            Technology::Sev { emulated, .. } => {
+                self.verified_target(peer_evidence, emulated).map(Some)
+            }
+            Technology::SevEs { .. } | Technology::SevSnp { .. } => Err(RoleError::new(
+                "TECHNOLOGY_CANNOT_MIGRATE",
+                "no Linux kernel moves SEV-ES or SEV-SNP guests; launch the guest anew at the other site",
+            )),
+            Technology::None if peer_evidence.is_empty() => Ok(None),
+            Technology::None => Err(RoleError::new(
+                "EVIDENCE_MALFORMED",
+                "platform evidence came for a plain guest",
+            )),
+        }
+    }
+
+    fn open_send(&mut self, target: PlatformEvidence) -> Result<Vec<u8>, RoleError> {
         let request = MoverRequest::SendStart {
-            target_pdh: target.evidence.pdh,
-            platform: target.evidence.platform,
-            amd: target.evidence.amd,
+            target_pdh: target.pdh,
+            platform: target.platform,
+            amd: target.amd,
         };
         match self.vmm.call(&request)? {
             MoverReply::SendStarted {
@@ -97,9 +134,36 @@ impl SourceMachine {
     }
 }
 
+impl SourceMachine {
+    /// Pages of memory, and the blocks of each disk that `request` asks for.
+    fn with_disks(
+        &self,
+        memory: PageSet,
+        request: fn(u8) -> MoverRequest,
+    ) -> Result<PageSet, RoleError> {
+        if self.disks.ranges().next().is_none() {
+            return Ok(memory);
+        }
+        let mut all = PageSet::empty(&SourceGuest::memory(self));
+        for page in memory.iter() {
+            all.insert(page);
+        }
+        for OfferedDisk { disk, pages } in self.disks.offered() {
+            let start = range_of(disk, pages).start.0;
+            let blocks = self.vmm.disk_bitmap(&request(disk), pages)?;
+            for block in blocks {
+                all.insert(Gpn(start + block));
+            }
+        }
+        Ok(all)
+    }
+}
+
 impl SourceGuest for SourceMachine {
     fn memory(&self) -> Vec<PageRange> {
-        self.vmm.ranges()
+        let mut all = self.vmm.ranges();
+        all.extend(self.disks.ranges());
+        all
     }
 
     fn agreed(&mut self, session: &SessionFacts) -> Result<(), Refusal> {
@@ -107,28 +171,26 @@ impl SourceGuest for SourceMachine {
     }
 
     fn begin(&mut self, peer_evidence: &[u8]) -> Result<Vec<u8>, GuestError> {
-        match self.vmm.plan().technology {
-            Technology::Sev { emulated, .. } => {
-                self.open_send(peer_evidence, emulated).map_err(guest_error)
-            }
-            Technology::SevEs { .. } | Technology::SevSnp { .. } => {
-                Err(guest_error(RoleError::new(
-                    "TECHNOLOGY_CANNOT_MIGRATE",
-                    "no Linux kernel moves SEV-ES or SEV-SNP guests; launch the guest anew at the other site",
-                )))
-            }
-            Technology::None if peer_evidence.is_empty() => Ok(Vec::new()),
-            Technology::None => Err(guest_error(RoleError::new(
-                "EVIDENCE_MALFORMED",
-                "platform evidence came for a plain guest",
-            ))),
+        match self.target(peer_evidence).map_err(guest_error)? {
+            Some(target) => self.open_send(target).map_err(guest_error),
+            None => Ok(Vec::new()),
         }
+    }
+
+    fn judge(&mut self, peer_evidence: &[u8]) -> Result<(), Refusal> {
+        self.target(peer_evidence)
+            .map(drop)
+            .map_err(|error| Refusal {
+                code: error.code,
+                reason: error.text,
+            })
     }
 
     fn start_tracking(&mut self) -> Result<PageSet, GuestError> {
         self.agent.poll();
         self.vmm
             .bitmap(&MoverRequest::StartTracking)
+            .and_then(|memory| self.with_disks(memory, MoverRequest::TrackDisk))
             .map_err(guest_error)
     }
 
@@ -136,6 +198,7 @@ impl SourceGuest for SourceMachine {
         self.agent.poll();
         self.vmm
             .bitmap(&MoverRequest::TakeDirty)
+            .and_then(|memory| self.with_disks(memory, MoverRequest::TakeDisk))
             .map_err(guest_error)
     }
 
@@ -145,6 +208,9 @@ impl SourceGuest for SourceMachine {
         emit: &mut dyn FnMut(Gpn, PageContent<'_>),
     ) -> Result<(), GuestError> {
         self.agent.poll();
+        let memory = pages.partition_point(|page| !is_disk(*page));
+        let (pages, blocks) = pages.split_at_checked(memory).unwrap_or((pages, &[]));
+        self.disks.read_extents(blocks, emit).map_err(guest_error)?;
         if self.vmm.confidential() {
             self.read_packets(pages, emit).map_err(guest_error)
         } else {
@@ -156,6 +222,15 @@ impl SourceGuest for SourceMachine {
         EXCHANGE_PAGES
     }
 
+    fn throttle(&mut self, percent: u8) -> Result<(), GuestError> {
+        let request = MoverRequest::Throttle { percent };
+        self.vmm.done(&request).map_err(guest_error)
+    }
+
+    fn attend(&mut self) {
+        self.agent.poll();
+    }
+
     fn pause(&mut self) -> Result<(), GuestError> {
         self.vmm.done(&MoverRequest::Pause).map_err(guest_error)
     }
@@ -164,6 +239,11 @@ impl SourceGuest for SourceMachine {
         self.vmm
             .state(&MoverRequest::SaveState)
             .map_err(guest_error)
+    }
+
+    fn content_digest(&mut self, pages: &PageSet) -> Result<[u8; 32], GuestError> {
+        no_read_back(&self.vmm).map_err(guest_error)?;
+        content_digest(&self.vmm.memory, &self.disks, pages).map_err(guest_error)
     }
 
     fn release(&mut self) -> Result<(), GuestError> {
@@ -191,6 +271,31 @@ impl SourceGuest for SourceMachine {
     }
 }
 
+/// What these pages hold.
+pub fn content_digest(
+    memory: &GuestMemory,
+    disks: &Disks,
+    pages: &PageSet,
+) -> Result<[u8; 32], RoleError> {
+    ContentDigest::over(pages, |page, into| {
+        if is_disk(page) {
+            return disks.read(page, into);
+        }
+        memory.read(address(page)?, into).map_err(RoleError::from)
+    })
+}
+
+/// What lies in the memory of a guest that its processor encrypts differs from host to host.
+pub(super) fn no_read_back(vmm: &VmmLink) -> Result<(), RoleError> {
+    if vmm.confidential() {
+        return Err(RoleError::new(
+            "READ_BACK_UNSUPPORTED",
+            "the memory of a confidential guest reads differently on each host; move it without `--read-back`",
+        ));
+    }
+    Ok(())
+}
+
 /// Reads pages in clear and passes them on: neighbours as one extent, pages of zeroes as such.
 pub fn read_clear(
     memory: &GuestMemory,
@@ -213,7 +318,7 @@ pub fn read_clear(
 }
 
 /// Passes on the pages of an extent, those between zero pages together.
-fn emit_runs(first: Gpn, data: &[u8], emit: &mut dyn FnMut(Gpn, PageContent<'_>)) {
+pub(super) fn emit_runs(first: Gpn, data: &[u8], emit: &mut dyn FnMut(Gpn, PageContent<'_>)) {
     let (pages, _) = data.as_chunks::<PAGE_SIZE>();
     let is_zero = |page: &[u8; PAGE_SIZE]| *page == [0; PAGE_SIZE];
     let mut at = first.0;

@@ -392,6 +392,7 @@ impl Sites {
             epoch: 5,
             description: b"shape".to_vec(),
             emulated_roots,
+            disks: Vec::new(),
             provider: None,
             limits: MoveLimits::default(),
         }))

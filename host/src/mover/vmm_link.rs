@@ -135,6 +135,28 @@ impl VmmLink {
         Ok(PageSet::from_words(&self.ranges(), words))
     }
 
+    /// One request that is answered by a bitmap of a disk of so many blocks; the numbers of those in it.
+    pub fn disk_bitmap(&self, request: &MoverRequest, blocks: u64) -> Result<Vec<u64>, RoleError> {
+        let MoverReply::DiskBitmap { words } = self.call(request)? else {
+            return Err(unexpected());
+        };
+        if words != blocks.div_ceil(64) {
+            return Err(RoleError::new(
+                "ROLE_PROTOCOL",
+                format!("the VMM's bitmap has {words} words for {blocks} blocks"),
+            ));
+        }
+        let bytes = self.exchange.read(words.saturating_mul(8))?;
+        let (words, _) = bytes.as_chunks();
+        let set = (0u64..).zip(words).flat_map(|(at, word)| {
+            let word = u64::from_le_bytes(*word);
+            (0..64)
+                .filter(move |bit| word & (1 << bit) != 0)
+                .map(move |bit| at * 64 + bit)
+        });
+        Ok(set.filter(|block| *block < blocks).collect())
+    }
+
     /// One request that is answered by the machine's state.
     pub fn state(&self, request: &MoverRequest) -> Result<Vec<u8>, RoleError> {
         let MoverReply::State { length } = self.call(request)? else {

@@ -1,6 +1,7 @@
 //! One machine: built from a plan, loaded, run, paused, saved, restored. Knows no channel and no protocol.
 
 mod board;
+mod disks;
 mod launch;
 
 use std::fs::File;
@@ -212,6 +213,14 @@ impl Machine {
             each.wait()?;
         }
         self.devices.pause()?;
+        Ok(())
+    }
+
+    /// Takes all vCPUs off their processors for so long.
+    pub fn rest(&self, time: std::time::Duration) -> Result<(), MachineError> {
+        for vcpu in &self.vcpus {
+            vcpu.rest(time)?;
+        }
         Ok(())
     }
 

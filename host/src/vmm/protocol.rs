@@ -285,6 +285,11 @@ pub enum MoverRequest {
     StartTracking,
     /// Bitmap of pages written since, to the exchange memory (vCPUs' and devices' writes).
     TakeDirty,
+    /// Source: notes from now on which blocks of disk `n` of the plan are written; bitmap of all blocks of 4 KiB that hold
+    /// anything to the exchange memory.
+    TrackDisk(u8),
+    /// Source: bitmap of the blocks of a tracked disk that were written since, to the exchange memory.
+    TakeDisk(u8),
     /// SEV source: packets of these pages to the exchange memory, [`PACKET_STRIDE`] bytes each, in order.
     SendPages {
         /// Page numbers, at most [`EXCHANGE_PAGES`].
@@ -297,6 +302,11 @@ pub enum MoverRequest {
     },
     /// Bitmap of all pages that hold anything to the exchange memory; the machine is paused.
     Populated,
+    /// Source: takes so much of their time from the vCPUs; until the guest is paused or resumed, or the mover goes.
+    Throttle {
+        /// In percent, 0 to [`MAX_THROTTLE`].
+        percent: u8,
+    },
     /// Stops vCPUs and devices.
     Pause,
     /// SEND_FINISH for a SEV guest, then the state of devices and vCPUs to the exchange memory.
@@ -352,6 +362,11 @@ pub enum MoverReply {
         #[serde(with = "serde_bytes")]
         amd: Vec<u8>,
     },
+    /// A bitmap of a disk's blocks lies in the exchange memory, little-endian u64 words.
+    DiskBitmap {
+        /// Number of words.
+        words: u64,
+    },
     /// A bitmap of `bits` bits, page number = index over the packed memory, lies in the exchange memory, little-endian u64 words.
     Bitmap {
         /// Number of bits.
@@ -364,6 +379,8 @@ pub enum MoverReply {
     },
 }
 
+/// vCPUs that do not run at all never come to their pause.
+pub const MAX_THROTTLE: u8 = 99;
 /// Most pages in one exchange.
 pub const EXCHANGE_PAGES: usize = 256;
 /// A packet in the exchange memory: 52 bytes of header padded to 64, then the 4096 bytes of ciphertext.

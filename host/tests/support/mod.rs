@@ -5,6 +5,9 @@
     reason = "each test program compiles this for itself and uses its part"
 )]
 
+pub mod counter;
+pub mod pair;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write;
@@ -84,6 +87,16 @@ impl Host {
         drop(free);
         self.listen = Some(port);
         self.configure(&format!("listen = \"127.0.0.1:{port}\"\n{IDENTITY}"));
+    }
+
+    /// Process ids of the roles of this kind (`vmm`, `mover`).
+    pub fn roles_of(&self, kind: &str) -> Vec<u32> {
+        let is = |id: &u32| {
+            let line = fs::read(format!("/proc/{id}/cmdline")).unwrap_or_default();
+            line.split(|byte| *byte == 0)
+                .any(|word| word == kind.as_bytes())
+        };
+        self.roles().into_iter().filter(is).collect()
     }
 
     /// A file in the host's folder.
@@ -521,5 +534,5 @@ pub fn offer(stream: &mut impl Write, bytes: &[u8]) {
 const PATIENCE: Duration = Duration::from_secs(120);
 const STEP: Duration = Duration::from_millis(20);
 /// Most hosts of one test program, and users of each.
-const HOSTS: u32 = 12;
+const HOSTS: u32 = 24;
 const UIDS: u32 = 256;

@@ -244,7 +244,19 @@ impl Site {
         to: &str,
         on_event: &mut dyn FnMut(&Value),
     ) -> Result<Moved> {
-        let arguments = ["migrate", guest, "--to", to];
+        self.migrate_with(guest, to, &[], on_event)
+    }
+
+    /// The same with more arguments.
+    pub fn migrate_with(
+        &self,
+        guest: &str,
+        to: &str,
+        more: &[&str],
+        on_event: &mut dyn FnMut(&Value),
+    ) -> Result<Moved> {
+        let mut arguments = vec!["migrate", guest, "--to", to];
+        arguments.extend(more);
         let mut command = self.command(&arguments)?;
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().map_err(io("run casemate"))?;

@@ -88,6 +88,8 @@ pub enum Extent {
     Direct,
     /// And the relay, with the second agent that expects it.
     WithGateway,
+    /// The two sites, each with a place of its own for disks that come with their guests: no storage is shared.
+    OwnDisks,
 }
 
 /// A host of the world.
@@ -123,7 +125,7 @@ impl World {
             folder,
             cleanup,
             network: &network,
-            disk: &disk,
+            disk: (extent != Extent::OwnDisks).then_some(&disk),
             certificates,
             platforms,
         };
@@ -379,7 +381,8 @@ struct Maker<'a> {
     folder: &'a Path,
     cleanup: &'a Cleanup,
     network: &'a Network,
-    disk: &'a Path,
+    /// The disk that the hosts share, if they do.
+    disk: Option<&'a Path>,
     certificates: Certificates,
     platforms: Platforms,
 }
@@ -455,6 +458,7 @@ impl Maker<'_> {
             &self.platforms.b
         }
         .to_bytes();
+        let own = self.folder.join(format!("{name}.raw"));
         let spec = SiteSpec {
             name,
             namespace: if on_a {
@@ -469,7 +473,7 @@ impl Maker<'_> {
             snp: None,
             trusted_roots: &self.platforms.roots(),
             peers,
-            disk: Some(self.disk),
+            disk: Some(self.disk.unwrap_or(&own)),
             uid_base,
         };
         Site::start(&spec, &self.product.casemate, self.folder, self.cleanup)

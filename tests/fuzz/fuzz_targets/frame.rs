@@ -4,8 +4,8 @@
 
 use casemate_crypto_migrate::transcript::Manifest;
 use casemate_crypto_migrate::wire::messages::{
-    Abort, AcceptBody, Begin, Commit, Confirm, Message, OfferBody, RoundAck, RoundEnd, Running,
-    Signed, State, Verified,
+    Abort, AcceptBody, Begin, Commit, Confirm, Message, OfferBody, Probe, ProbeAck, RoundAck,
+    RoundEnd, Running, Signed, State, Verified,
 };
 use casemate_crypto_migrate::wire::{Frame, FrameKind};
 use libfuzzer_sys::fuzz_target;
@@ -21,6 +21,8 @@ fuzz_target!(|bytes: &[u8]| {
         FrameKind::Offer => signed::<OfferBody>(payload),
         FrameKind::Accept => signed::<AcceptBody>(payload),
         FrameKind::Confirm => message::<Confirm>(payload),
+        FrameKind::Probe => message::<Probe>(payload),
+        FrameKind::ProbeAck => message::<ProbeAck>(payload),
         FrameKind::Begin => message::<Begin>(payload),
         FrameKind::RoundEnd => message::<RoundEnd>(payload),
         FrameKind::RoundAck => message::<RoundAck>(payload),

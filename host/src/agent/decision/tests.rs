@@ -112,6 +112,11 @@ pub fn every_request() -> Vec<Request> {
             name: name(),
             to: name(),
             downtime_limit_ms: None,
+            time_limit_s: None,
+            bandwidth_mib: None,
+            unthrottled: false,
+            read_back: false,
+            copy_disks: vec![name()],
         },
         Request::Cancel { name: name() },
         Request::Platform { processor: None },
@@ -160,6 +165,19 @@ pub fn every_request() -> Vec<Request> {
             name: name(),
             from: 7,
         },
+        Request::Assess {
+            name: name(),
+            to: name(),
+            downtime_limit_ms: None,
+            bandwidth_mib: None,
+            unthrottled: false,
+            copy_disks: vec![name()],
+        },
+        Request::Proceed { name: name() },
+        Request::MigrateSet {
+            name: name(),
+            bandwidth_mib: 3,
+        },
         Request::Shutdown {
             name: name(),
             timeout_s: Some(3),
@@ -177,10 +195,13 @@ pub fn every_request() -> Vec<Request> {
     all
 }
 
-const LAST: usize = 34;
+const LAST: usize = 37;
 
 fn kind(request: &Request) -> usize {
     match request {
+        Request::Assess { .. } => 33,
+        Request::Proceed { .. } => 34,
+        Request::MigrateSet { .. } => LAST,
         Request::Run { .. } => 0,
         Request::List {} => 1,
         Request::Status { .. } => 2,
@@ -214,7 +235,7 @@ fn kind(request: &Request) -> usize {
         Request::Delete { .. } => 30,
         Request::Stats { .. } => 31,
         Request::Console { .. } => 32,
-        Request::Shutdown { .. } => 33,
+        Request::Shutdown { .. } => 36,
         Request::Device { .. } => LAST,
     }
 }
@@ -299,6 +320,11 @@ fn without_people_the_socket_s_users_are_operators_as_before() {
         name: name(),
         to: name(),
         downtime_limit_ms: None,
+        time_limit_s: None,
+        bandwidth_mib: None,
+        unthrottled: false,
+        read_back: false,
+        copy_disks: Vec::new(),
     };
     assert_eq!(host.code(0, away), "NO_SUCH_GUEST");
     std::fs::write(host.path("next.toml"), format!("version = 1\n{POLICY}")).unwrap();

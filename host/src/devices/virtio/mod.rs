@@ -82,6 +82,16 @@ pub trait VirtioDevice: Send {
     /// The guest has just arrived by a move and runs: announce addresses, tell the driver that connections were reset.
     /// Called up to five times, with growing intervals. Most devices have nothing to say.
     fn announce(&mut self) {}
+    /// Disk: notes from now on which blocks of 4 KiB are written; a bit for each block that holds anything now.
+    fn track_writes(&mut self) -> std::io::Result<Vec<u64>> {
+        Err(std::io::ErrorKind::Unsupported.into())
+    }
+    /// Disk: a bit for each block written since the last call; `None` if nobody keeps track.
+    fn take_written(&mut self) -> Option<Vec<u64>> {
+        None
+    }
+    /// Notes no writes any more.
+    fn forget_writes(&mut self) {}
     /// How often the guest broke the rules of a queue since it was activated.
     fn faults(&self) -> u64;
     /// Changes what may change while the guest runs. The transport looks at the device's queues afterwards. Refused

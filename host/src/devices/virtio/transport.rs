@@ -181,6 +181,21 @@ impl VirtioPci {
         self.lock().device.status()
     }
 
+    /// Control thread: has a disk note which blocks are written; those that hold anything now.
+    pub fn track_writes(&self) -> std::io::Result<Vec<u64>> {
+        self.lock().device.track_writes()
+    }
+
+    /// Control thread: blocks written since the last call.
+    pub fn take_written(&self) -> Option<Vec<u64>> {
+        self.lock().device.take_written()
+    }
+
+    /// Control thread: nobody needs to know any more.
+    pub fn forget_writes(&self) {
+        self.lock().device.forget_writes();
+    }
+
     /// Control thread: gives up locks before the guest leaves.
     pub fn release(&self) -> std::io::Result<()> {
         self.lock().device.release()

@@ -14,6 +14,10 @@ pub(super) const MOVER: &[Rule] = &[
     permit!(SYS_pread64, "pages and state out of shared memory"),
     permit!(SYS_pwrite64, "pages and state into shared memory"),
     permit!(
+        SYS_fdatasync,
+        "a disk that has come is on its medium before its guest runs"
+    ),
+    permit!(
         SYS_setsockopt,
         [
             Cond::Among(1, &[SOL_SOCKET]),

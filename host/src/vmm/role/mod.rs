@@ -5,12 +5,14 @@
 
 mod agent;
 mod mover;
+mod throttle;
 
 use std::os::fd::AsFd;
 
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, poll};
 
+use self::throttle::Throttle;
 use super::hooks::{Handles, Hooks};
 use super::machine::Machine;
 use super::protocol::{
@@ -91,6 +93,8 @@ struct Move {
     receiving: bool,
     /// The state is in place.
     restored: bool,
+    /// The vCPUs do not get all their time.
+    throttle: Option<Throttle>,
 }
 
 /// Which channel has something.
@@ -118,6 +122,7 @@ impl Control {
     fn serve(mut self) -> Result<(), VmmError> {
         loop {
             let ready = self.wait()?;
+            self.keep_throttle();
             if ready.watchdog {
                 self.guest_unfed()?;
             }
@@ -152,7 +157,7 @@ impl Control {
             fds.push(PollFd::new(mover.as_fd(), PollFlags::POLLIN));
         }
         loop {
-            match poll(&mut fds, PollTimeout::NONE) {
+            match poll(&mut fds, self.patience()) {
                 Err(Errno::EINTR) => {}
                 Err(e) => return Err(e),
                 Ok(_) => break,

@@ -66,6 +66,7 @@ impl Control {
                 .stop_dirty_log()
                 .map_err(MachineError::from)?;
         }
+        self.machine.forget_disk_writes();
         self.moving = Move::default();
         Ok(())
     }
@@ -124,6 +125,14 @@ impl Control {
             }
             MoverRequest::StartTracking => self.start_tracking(),
             MoverRequest::TakeDirty => self.take_dirty(),
+            MoverRequest::TrackDisk(disk) => {
+                self.expect(SOURCE, "copying a disk")?;
+                self.put_disk_bitmap(&self.machine.track_disk(disk)?)
+            }
+            MoverRequest::TakeDisk(disk) => {
+                self.expect(SOURCE, "copying a disk")?;
+                self.put_disk_bitmap(&self.machine.take_disk_writes(disk)?)
+            }
             MoverRequest::Populated => {
                 self.expect(&[MachineState::Paused], "listing memory")?;
                 let populated = self.machine.memory().populated();
@@ -144,6 +153,7 @@ impl Control {
                 self.protection()?.receive_pages(&gpas)?;
                 Ok(MoverReply::Done)
             }
+            MoverRequest::Throttle { percent } => self.throttle(percent),
             MoverRequest::Pause => self.pause_for_move(),
             MoverRequest::SaveState => self.save_state(),
             MoverRequest::Release => {
@@ -209,6 +219,7 @@ impl Control {
 
     fn pause_for_move(&mut self) -> Result<MoverReply, RoleError> {
         self.expect(SOURCE, "a pause")?;
+        self.moving.throttle = None;
         if self.state == MachineState::Running {
             self.machine.pause()?;
             self.state = MachineState::Paused;
@@ -292,6 +303,17 @@ impl Control {
             });
         }
         Ok(pages.iter().map(|page| page * PAGE_SIZE).collect())
+    }
+
+    fn put_disk_bitmap(&self, words: &[u64]) -> Result<MoverReply, RoleError> {
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        self.machine
+            .exchange()
+            .put(&bytes)
+            .map_err(MachineError::from)?;
+        Ok(MoverReply::DiskBitmap {
+            words: words.len() as u64,
+        })
     }
 
     fn put_bitmap(&self, words: &[u64]) -> Result<MoverReply, RoleError> {

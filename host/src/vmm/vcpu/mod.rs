@@ -85,6 +85,13 @@ impl Vcpu {
         Ok(Pausing { vcpu: self, done })
     }
 
+    /// Takes it off its processor for so long, or until it is asked for something else. One that does not run is left alone.
+    pub fn rest(&self, time: Duration) -> Result<(), VcpuError> {
+        self.send(Command::Rest(time))?;
+        self.kick();
+        Ok(())
+    }
+
     /// Runs `work` on the thread, between two exits if the vCPU is running.
     pub fn call<R: Send + 'static>(
         &self,
@@ -161,6 +168,7 @@ enum Command {
     Run,
     Pause(Sender<()>),
     Call(Call),
+    Rest(Duration),
     Exit,
 }
 
@@ -174,10 +182,13 @@ struct Runner {
 
 impl Runner {
     fn serve(mut self, commands: &Receiver<Command>) {
+        let mut early = None;
         loop {
             // Cleared before the commands are looked at: whoever sends one sets it afterwards.
             self.kick.clear();
-            let command = if self.running {
+            let command = if early.is_some() {
+                early.take()
+            } else if self.running {
                 match commands.try_recv() {
                     Ok(command) => Some(command),
                     Err(TryRecvError::Empty) => None,
@@ -198,6 +209,12 @@ impl Runner {
                     let _ = done.send(());
                 }
                 Some(Command::Call(work)) => work(&self.fd),
+                Some(Command::Rest(time)) if self.running => match commands.recv_timeout(time) {
+                    Ok(command) => early = Some(command),
+                    Err(RecvTimeoutError::Timeout) => {}
+                    Err(RecvTimeoutError::Disconnected) => break,
+                },
+                Some(Command::Rest(_)) => {}
                 Some(Command::Exit) => break,
             }
         }

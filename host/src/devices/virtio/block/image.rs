@@ -10,9 +10,11 @@ use std::os::fd::AsRawFd;
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, fallocate, fcntl};
+use nix::unistd::{Whence, lseek};
 use vm_memory::bitmap::Bitmap;
 
 use super::super::ring::{Segments, Slice};
+use super::written::BLOCK;
 
 /// Bytes in a sector, whatever the medium has.
 pub(super) const SECTOR: u64 = 512;
@@ -129,6 +131,29 @@ impl Image {
             extent.offset,
             extent.len,
         )?)
+    }
+
+    /// A bit for each block that the file has storage for; all of them where nobody knows.
+    pub(super) fn allocated(&self) -> io::Result<Vec<u64>> {
+        let blocks = (self.sectors * SECTOR).div_ceil(BLOCK);
+        let mut words = vec![0u64; usize::try_from(blocks.div_ceil(64)).map_err(io::Error::other)?];
+        let size = i64::try_from(self.sectors * SECTOR).map_err(io::Error::other)?;
+        let mut offset = 0;
+        while offset < size {
+            let start = match lseek(&self.file, offset, Whence::SeekData) {
+                Err(Errno::ENXIO) => break,
+                start => start?,
+            };
+            let end = lseek(&self.file, start, Whence::SeekHole)?.min(size);
+            for block in start.unsigned_abs() / BLOCK..end.unsigned_abs().div_ceil(BLOCK) {
+                let word = usize::try_from(block / 64).ok();
+                if let Some(word) = word.and_then(|word| words.get_mut(word)) {
+                    *word |= 1 << (block % 64);
+                }
+            }
+            offset = end.max(start + 1);
+        }
+        Ok(words)
     }
 
     /// Everything written so far is on the medium afterwards.

@@ -90,6 +90,17 @@ impl Medium {
         }
     }
 
+    /// A bit for each block that holds anything.
+    pub(super) fn allocated(&self) -> io::Result<Vec<u64>> {
+        match self {
+            Medium::Raw(image) => image.allocated(),
+            Medium::Qcow2(_) => Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "only raw images move along",
+            )),
+        }
+    }
+
     /// Everything written so far is on the medium afterwards.
     pub(super) fn flush(&mut self) -> io::Result<()> {
         match self {

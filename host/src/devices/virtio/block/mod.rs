@@ -7,6 +7,7 @@ mod image;
 mod medium;
 mod qcow2;
 mod request;
+mod written;
 
 use std::fs::File;
 use std::io;
@@ -22,6 +23,7 @@ use virtio_queue::Queue;
 
 use self::medium::Medium;
 use self::request::{Disk, Served};
+use self::written::Written;
 use super::limit::Limiter;
 use super::ring::{Active, RING_FEATURES};
 use super::{Activation, RestoreError, VirtioDevice, saved};
@@ -70,6 +72,7 @@ impl Block {
             serial,
             read_only,
             write_through: false,
+            written: Written::default(),
         };
         Ok(Block {
             disk,
@@ -245,6 +248,21 @@ impl VirtioDevice for Block {
         self.held = true;
         self.serve();
         Ok(())
+    }
+
+    fn track_writes(&mut self) -> io::Result<Vec<u64>> {
+        self.disk
+            .written
+            .start(self.disk.image.sectors() * image::SECTOR);
+        self.disk.image.allocated()
+    }
+
+    fn take_written(&mut self) -> Option<Vec<u64>> {
+        self.disk.written.take()
+    }
+
+    fn forget_writes(&mut self) {
+        self.disk.written.stop();
     }
 
     fn faults(&self) -> u64 {

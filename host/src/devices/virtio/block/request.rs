@@ -12,6 +12,7 @@ use vm_memory::Bytes;
 use super::super::ring::{Chain, Segments};
 use super::image::SECTOR;
 use super::medium::{Extent, Medium};
+use super::written::Written;
 use super::{SEG_MAX, SIZE_MAX};
 
 /// The disk as requests see it.
@@ -22,6 +23,8 @@ pub(super) struct Disk {
     pub(super) read_only: bool,
     /// Every write is flushed.
     pub(super) write_through: bool,
+    /// Blocks written while a mover copies it.
+    pub(super) written: Written,
 }
 
 /// What became of a request.
@@ -102,8 +105,8 @@ impl Disk {
             VIRTIO_BLK_T_OUT => {
                 self.writable()?;
                 let extent = self.extent_of(sector, &out)?;
-                self.image.write(extent, &out)?;
-                self.written()
+                let done = self.image.write(extent, &out);
+                self.written(extent, done)
             }
             VIRTIO_BLK_T_FLUSH if self.read_only => Ok(0),
             VIRTIO_BLK_T_FLUSH => Ok(self.image.flush().map(|()| 0)?),
@@ -113,16 +116,16 @@ impl Disk {
                 if flags != 0 {
                     return Err(Refusal::Unsupported);
                 }
-                self.image.discard(extent)?;
-                self.written()
+                let done = self.image.discard(extent);
+                self.written(extent, done)
             }
             VIRTIO_BLK_T_WRITE_ZEROES => {
                 let (extent, flags) = self.range(&out)?;
                 if flags & !VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0 {
                     return Err(Refusal::Unsupported);
                 }
-                self.image.zero(extent, flags != 0)?;
-                self.written()
+                let done = self.image.zero(extent, flags != 0);
+                self.written(extent, done)
             }
             _ => Err(Refusal::Unsupported),
         }
@@ -164,7 +167,10 @@ impl Disk {
         }
     }
 
-    fn written(&mut self) -> Result<u32, Refusal> {
+    /// What failed may have changed something all the same.
+    fn written(&mut self, extent: Extent, done: io::Result<()>) -> Result<u32, Refusal> {
+        self.written.note(extent);
+        done?;
         if self.write_through {
             self.image.flush()?;
         }

@@ -116,6 +116,33 @@ fn writes_flushes_and_names_itself() {
     assert_eq!(rig.block.faults(), 0);
 }
 
+/// Sector 8 is the first of the second block of 4 KiB.
+#[test]
+fn a_copier_hears_of_every_block_that_a_request_changed() {
+    let mut rig = rig(false);
+    let write = [Buffer::read(DATA, &[0xaa; 512])];
+    assert_eq!(rig.request(1, 1, &write), (0, 1));
+    assert_eq!(rig.block.take_written(), None, "nobody copies");
+    assert_eq!(rig.block.track_writes().expect("a raw image"), [0xff]);
+    assert_eq!(rig.block.take_written(), Some(vec![0]));
+    assert_eq!(rig.request(1, 7, &write), (0, 1));
+    assert_eq!(rig.request(0, 40, &[Buffer::write(DATA, 512)]), (0, 513));
+    assert_eq!(rig.block.take_written(), Some(vec![1 << 0]));
+    let range = |sector: u64, count: u32| {
+        let mut bytes = sector.to_le_bytes().to_vec();
+        bytes.extend(count.to_le_bytes());
+        bytes.extend([0; 4]);
+        [Buffer::read(DATA, &bytes)]
+    };
+    assert_eq!(rig.request(11, 0, &range(8, 16)), (0, 1));
+    assert_eq!(rig.block.take_written(), Some(vec![0b110]));
+    assert_eq!(rig.request(13, 0, &range(63, 1)), (0, 1));
+    assert_eq!(rig.block.take_written(), Some(vec![1 << 7]));
+    rig.block.forget_writes();
+    assert_eq!(rig.request(1, 1, &write), (0, 1));
+    assert_eq!(rig.block.take_written(), None);
+}
+
 #[test]
 fn discards_and_zeroes() {
     let mut rig = rig(false);
