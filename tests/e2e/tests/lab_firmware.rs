@@ -1,5 +1,9 @@
 //! A disk with its own boot loader starts Linux through Debian's OVMF; the guest goes on after a snapshot.
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
 
 mod common;
 
