@@ -209,7 +209,7 @@ const DEMO_TIMEOUT: Duration = Duration::from_secs(900);
 const TEST_TIMEOUT: Duration = Duration::from_secs(420);
 
 /// What one fuzz target gets in a test run.
-const FUZZ_SECONDS: u64 = 60;
+const FUZZ_SECONDS: u64 = 30;
 
 /// How often a failed demo, or a failed test program, gets a fresh lab: see `run`.
 const DEMO_RETRIES: u32 = 2;

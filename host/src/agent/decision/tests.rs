@@ -199,9 +199,6 @@ const LAST: usize = 37;
 
 fn kind(request: &Request) -> usize {
     match request {
-        Request::Assess { .. } => 33,
-        Request::Proceed { .. } => 34,
-        Request::MigrateSet { .. } => LAST,
         Request::Run { .. } => 0,
         Request::List {} => 1,
         Request::Status { .. } => 2,
@@ -235,6 +232,9 @@ fn kind(request: &Request) -> usize {
         Request::Delete { .. } => 30,
         Request::Stats { .. } => 31,
         Request::Console { .. } => 32,
+        Request::Assess { .. } => 33,
+        Request::Proceed { .. } => 34,
+        Request::MigrateSet { .. } => 35,
         Request::Shutdown { .. } => 36,
         Request::Device { .. } => LAST,
     }
