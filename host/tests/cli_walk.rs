@@ -14,13 +14,14 @@ use std::collections::BTreeSet;
 use support::{Host, POLICY, SEV_WITH_SECRET};
 
 /// Commands that ask the agent, with arguments that bring them so far.
-const ASKING: [&str; 48] = [
+const ASKING: [&str; 50] = [
     "cancel vm",
     "evidence retain --keep-from 1",
     "evidence rotate",
     "list",
     "metrics",
     "migrate vm --to there",
+    "migrate-set vm --bandwidth 3",
     "nmi vm",
     "owner release vm --description host/vm.toml --session session --platform platform --secret secret",
     "pause vm",
@@ -37,6 +38,7 @@ const ASKING: [&str; 48] = [
     "platform snp vlek-load secret",
     "policy approve 1",
     "policy load policy.toml",
+    "proceed vm",
     "restore file",
     "resume vm",
     "run host/vm.toml",
