@@ -6,12 +6,11 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use super::stream::{at, on};
-use super::{SourceConfig, SourceError, connect, give_up};
+use super::{SourceConfig, SourceError, agree, connect, give_up};
 use crate::channel::Channel;
 use crate::guest::{GuestOffer, SourceGuest};
 use crate::precopy::{Forecast, Measured};
 use crate::progress::{Phase, Progress, millis};
-use crate::session::{self, SessionFacts};
 use crate::tls::Transport;
 use crate::wire::STATE_CHUNK;
 use crate::wire::messages::{PathKind, Probe, ProbeAck, Purpose};
@@ -74,24 +73,7 @@ fn run<T: Transport>(
     started: Instant,
 ) -> Result<Assessment, SourceError> {
     progress(Progress::new(Phase::Agree, started));
-    let session = session::offer(
-        channel,
-        &config.local,
-        &config.peer,
-        config.owner_key.as_ref(),
-        offer,
-        Purpose::Assess,
-        Instant::now() + config.deadlines.agree,
-    )
-    .map_err(SourceError::Agree)?;
-    let facts = SessionFacts::of(
-        channel.tls(),
-        &session.peer,
-        session.path,
-        config.local.provider,
-    )
-    .map_err(SourceError::Agree)?;
-    guest.agreed(&facts).map_err(SourceError::Refused)?;
+    let session = agree(channel, config, offer, guest, Purpose::Assess)?;
     guest
         .judge(&session.evidence)
         .map_err(SourceError::Refused)?;

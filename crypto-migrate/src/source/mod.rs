@@ -24,7 +24,7 @@ use crate::identity::Local;
 use crate::page::{PageError, PageSealer};
 use crate::precopy::{Convergence, Limits};
 use crate::progress::{Phase, Progress};
-use crate::session::{self, OwnerKey, SessionError, SessionFacts};
+use crate::session::{self, OwnerKey, Session, SessionError, SessionFacts};
 use crate::tls::{self, TlsError, Transport};
 use crate::transcript::{Manifest, PageTable, TranscriptError};
 use crate::wire::FrameKind;
@@ -336,25 +336,22 @@ fn give_up<T: Transport>(channel: &mut Channel<T>, error: SourceError) -> Source
     error
 }
 
-fn run<T: Transport>(
+/// Offers the guest; the session that the destination accepted, and the host has been asked about.
+fn agree<T: Transport>(
     channel: &mut Channel<T>,
     config: &SourceConfig,
     offer: &GuestOffer,
     guest: &mut dyn SourceGuest,
-    progress: &mut dyn FnMut(Progress),
-    started: Instant,
-) -> Result<SourceOutcome, SourceError> {
-    progress(Progress::new(Phase::Agree, started));
-    let deadline = Instant::now() + config.deadlines.agree;
-    let owner_key = config.owner_key.as_ref();
+    purpose: Purpose,
+) -> Result<Session, SourceError> {
     let session = session::offer(
         channel,
         &config.local,
         &config.peer,
-        owner_key,
+        config.owner_key.as_ref(),
         offer,
-        Purpose::Move,
-        deadline,
+        purpose,
+        Instant::now() + config.deadlines.agree,
     )
     .map_err(SourceError::Agree)?;
     let facts = SessionFacts::of(
@@ -365,6 +362,19 @@ fn run<T: Transport>(
     )
     .map_err(SourceError::Agree)?;
     guest.agreed(&facts).map_err(SourceError::Refused)?;
+    Ok(session)
+}
+
+fn run<T: Transport>(
+    channel: &mut Channel<T>,
+    config: &SourceConfig,
+    offer: &GuestOffer,
+    guest: &mut dyn SourceGuest,
+    progress: &mut dyn FnMut(Progress),
+    started: Instant,
+) -> Result<SourceOutcome, SourceError> {
+    progress(Progress::new(Phase::Agree, started));
+    let session = agree(channel, config, offer, guest, Purpose::Move)?;
     progress(Progress::new(Phase::Begin, started));
     let start = guest.begin(&session.evidence).map_err(at(Phase::Begin))?;
     channel.send(&Begin { start }).map_err(on(Phase::Begin))?;

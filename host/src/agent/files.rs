@@ -85,7 +85,7 @@ mod tests {
         symlink(at("inside/disk"), at("link")).unwrap();
         for named in ["link", "way/disk", "inside/../way/disk"] {
             assert_eq!(real(&at(named)), at("inside/disk"), "{named}");
-            assert!(open(&at(named), false).is_err() || named.contains(".."));
+            assert!(open(&at(named), false).is_err(), "{named}");
         }
         assert_eq!(real(&at("way/new")), at("inside/new"));
         assert_eq!(real(&at("no/new")), at("no/new"));

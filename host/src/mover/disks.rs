@@ -8,9 +8,9 @@ use std::io::ErrorKind;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 
-use casemate_crypto_migrate::guest::{EXTENT_PAGES, Gpn, PAGE_SIZE, PageContent, PageRange};
+use casemate_crypto_migrate::guest::{Gpn, PAGE_SIZE, PageContent, PageRange};
 
-use super::source::emit_runs;
+use super::source::read_extents;
 use crate::vmm::protocol::RoleError;
 
 /// The page numbers of a disk.
@@ -126,19 +126,8 @@ impl Disks {
         pages: &[Gpn],
         emit: &mut dyn FnMut(Gpn, PageContent<'_>),
     ) -> Result<(), RoleError> {
-        let mut buffer = [0; EXTENT_PAGES * PAGE_SIZE];
-        let neighbours = pages.chunk_by(|a, b| a.0.checked_add(1) == Some(b.0));
-        for extent in neighbours.flat_map(|run| run.chunks(EXTENT_PAGES)) {
-            let Some(&first) = extent.first() else {
-                continue;
-            };
-            let data = buffer
-                .get_mut(..extent.len() * PAGE_SIZE)
-                .unwrap_or_default();
-            self.read(first, data)?;
-            emit_runs(first, data, emit);
-        }
-        Ok(())
+        let read = |first: Gpn, data: &mut [u8]| self.read(first, data);
+        read_extents(pages, read, emit)
     }
 
     /// Writes what arrived. Where nothing but zeros ever came, the image keeps its hole.

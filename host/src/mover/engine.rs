@@ -41,20 +41,15 @@ pub fn run_source(
     start: SourceStart,
     handles: Vec<OwnedFd>,
 ) -> MoveOutcome {
-    match prepare_source(agent, &start, handles) {
-        Err(error) => failed(error, GuestHere::Runs),
-        Ok((mut machine, config, socket)) => {
-            let offer = offer_of(start, &machine);
-            let mut progress = |event| agent.tell(MoverEvent::Progress(translate(event)));
-            match migrate(socket, &config, &offer, &mut machine, &mut progress) {
-                Ok(outcome) => MoveOutcome::Moved(source_report(outcome)),
-                Err(error) => {
-                    let guest = guest_here(&error);
-                    failed(RoleError::new(error.code(), &error), guest)
-                }
-            }
-        }
-    }
+    with_source(
+        agent,
+        start,
+        handles,
+        |socket, config, offer, guest, progress| {
+            let moved = migrate(socket, config, offer, guest, progress)?;
+            Ok(MoveOutcome::Moved(source_report(moved)))
+        },
+    )
 }
 
 /// Finds out how a guest could move away. Descriptors as for [`run_source`].
@@ -63,20 +58,39 @@ pub fn run_assessment(
     start: SourceStart,
     handles: Vec<OwnedFd>,
 ) -> MoveOutcome {
-    match prepare_source(agent, &start, handles) {
-        Err(error) => failed(error, GuestHere::Runs),
-        Ok((mut machine, config, socket)) => {
-            let offer = offer_of(start, &machine);
-            let mut progress = |event| agent.tell(MoverEvent::Progress(translate(event)));
-            match assess(socket, &config, &offer, &mut machine, &mut progress) {
-                Ok(assessment) => MoveOutcome::Assessed(assess_report(assessment)),
-                Err(error) => {
-                    let guest = guest_here(&error);
-                    failed(RoleError::new(error.code(), &error), guest)
-                }
-            }
-        }
-    }
+    with_source(
+        agent,
+        start,
+        handles,
+        |socket, config, offer, guest, progress| {
+            let assessed = assess(socket, config, offer, guest, progress)?;
+            Ok(MoveOutcome::Assessed(assess_report(assessed)))
+        },
+    )
+}
+
+fn with_source(
+    agent: &Arc<AgentLink>,
+    start: SourceStart,
+    handles: Vec<OwnedFd>,
+    run: impl FnOnce(
+        WatchedSocket,
+        &SourceConfig,
+        &GuestOffer,
+        &mut SourceMachine,
+        &mut dyn FnMut(Progress),
+    ) -> Result<MoveOutcome, SourceError>,
+) -> MoveOutcome {
+    let (mut machine, config, socket) = match prepare_source(agent, &start, handles) {
+        Ok(prepared) => prepared,
+        Err(error) => return failed(error, GuestHere::Runs),
+    };
+    let offer = offer_of(start, &machine);
+    let mut progress = |event| agent.tell(MoverEvent::Progress(translate(event)));
+    run(socket, &config, &offer, &mut machine, &mut progress).unwrap_or_else(|error| {
+        let guest = guest_here(&error);
+        failed(RoleError::new(error.code(), &error), guest)
+    })
 }
 
 fn offer_of(start: SourceStart, machine: &SourceMachine) -> GuestOffer {

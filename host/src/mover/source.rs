@@ -302,6 +302,16 @@ pub fn read_clear(
     pages: &[Gpn],
     emit: &mut dyn FnMut(Gpn, PageContent<'_>),
 ) -> Result<(), RoleError> {
+    let read = |first: Gpn, data: &mut [u8]| Ok(memory.read(address(first)?, data)?);
+    read_extents(pages, read, emit)
+}
+
+/// Reads pages (ascending) by extents of neighbours and passes them on.
+pub(super) fn read_extents(
+    pages: &[Gpn],
+    read: impl Fn(Gpn, &mut [u8]) -> Result<(), RoleError>,
+    emit: &mut dyn FnMut(Gpn, PageContent<'_>),
+) -> Result<(), RoleError> {
     let mut buffer = [0; EXTENT_PAGES * PAGE_SIZE];
     let neighbours = pages.chunk_by(|a, b| a.0.checked_add(1) == Some(b.0));
     for extent in neighbours.flat_map(|run| run.chunks(EXTENT_PAGES)) {
@@ -311,14 +321,14 @@ pub fn read_clear(
         let data = buffer
             .get_mut(..extent.len() * PAGE_SIZE)
             .unwrap_or_default();
-        memory.read(address(first)?, data)?;
+        read(first, data)?;
         emit_runs(first, data, emit);
     }
     Ok(())
 }
 
 /// Passes on the pages of an extent, those between zero pages together.
-pub(super) fn emit_runs(first: Gpn, data: &[u8], emit: &mut dyn FnMut(Gpn, PageContent<'_>)) {
+fn emit_runs(first: Gpn, data: &[u8], emit: &mut dyn FnMut(Gpn, PageContent<'_>)) {
     let (pages, _) = data.as_chunks::<PAGE_SIZE>();
     let is_zero = |page: &[u8; PAGE_SIZE]| *page == [0; PAGE_SIZE];
     let mut at = first.0;
