@@ -15,6 +15,7 @@ use casemate_crypto_migrate::identity::Local;
 use casemate_crypto_migrate::identity::{AllowList, AllowedPeer, Path, PeerIdentity, TrustAnchors};
 use casemate_crypto_migrate::pages::PageSet;
 use casemate_crypto_migrate::session::SessionFacts;
+use casemate_crypto_migrate::settlement::Settlement;
 use casemate_crypto_migrate::source::{self, SourceConfig};
 use casemate_crypto_migrate::transcript::ContentDigest;
 
@@ -189,6 +190,9 @@ impl DestinationGuest for Copy {
         Ok(Admission {
             evidence: Vec::new(),
         })
+    }
+    fn settle(&mut self, _: &GuestOffer, _: &PeerIdentity) -> Result<Settlement, Refusal> {
+        Ok(Settlement::Never)
     }
     fn begin(&mut self, _: &[u8]) -> Result<(), GuestError> {
         Ok(())

@@ -12,12 +12,13 @@ use serde::Serialize;
 
 use crate::channel::{Channel, ChannelError};
 use crate::code::Code;
-use crate::guest::{DestinationGuest, Gpn, GuestError, GuestOffer};
+use crate::guest::{Admission, DestinationGuest, Gpn, GuestError, GuestOffer};
 use crate::identity::Local;
 use crate::identity::PeerIdentity;
 use crate::page::{OpenError, PageOpener};
 use crate::progress::{Phase, Progress, millis};
 use crate::session::{self, OwnerKey, SessionError, SessionFacts};
+use crate::settlement::Settlement;
 use crate::source::{Deadlines, Verification};
 use crate::tls::{self, TlsError, Transport};
 use crate::transcript::{Manifest, PageTable, StreamEnd, TranscriptError};
@@ -91,6 +92,8 @@ pub enum Received {
     Moved(Box<DestinationOutcome>),
     /// The source only wanted to know; this host would take the guest. Nothing is left here.
     Assessed,
+    /// The source asked who has a guest, and was answered.
+    Settled(Settlement),
 }
 
 /// A migration that this side refused or lost; nothing is left of it here.
@@ -167,8 +170,8 @@ pub enum DestinationError {
     #[error("the guest could not be activated: {0}; it stays with the source")]
     Activate(#[source] GuestError),
     /// Only a guest was wanted here.
-    #[error("the source only assesses; no guest came")]
-    OnlyAssessed,
+    #[error("the source only asks; no guest came")]
+    OnlyAsked,
     /// The operator cancelled.
     #[error("cancelled")]
     Cancelled,
@@ -199,13 +202,13 @@ impl DestinationError {
             DestinationError::Manifest { .. } => Code::ManifestMismatch.as_str(),
             DestinationError::Epoch { .. } => Code::SessionMismatch.as_str(),
             DestinationError::Activate(_) => Code::ActivationFailed.as_str(),
-            DestinationError::OnlyAssessed => Code::OfferInvalid.as_str(),
+            DestinationError::OnlyAsked => Code::OfferInvalid.as_str(),
             DestinationError::Cancelled => Code::Cancelled.as_str(),
         }
     }
 }
 
-/// Receives one guest over one connection; an assessment is an error.
+/// Receives one guest over one connection; an assessment or a question is an error.
 pub fn receive<T: Transport>(
     transport: T,
     config: &DestinationConfig,
@@ -214,12 +217,12 @@ pub fn receive<T: Transport>(
 ) -> Result<DestinationOutcome, DestinationError> {
     match serve(transport, config, guest, progress)? {
         Received::Moved(outcome) => Ok(*outcome),
-        Received::Assessed => Err(DestinationError::OnlyAssessed),
+        Received::Assessed | Received::Settled(_) => Err(DestinationError::OnlyAsked),
     }
 }
 
-/// Receives one guest over one connection, or says only whether it would. On any error the guest does not run here and
-/// nothing is left.
+/// Receives one guest over one connection, or says only whether it would, or whether it has. On any error the guest does not
+/// run here and nothing is left.
 pub fn serve<T: Transport>(
     transport: T,
     config: &DestinationConfig,
@@ -276,8 +279,15 @@ fn run<T: Transport>(
 ) -> Result<Received, DestinationError> {
     progress(Progress::new(Phase::Agree, started));
     let deadline = Instant::now() + config.deadlines.agree;
-    let mut admit = |offer: &GuestOffer, session: &SessionFacts| {
+    let mut settled = None;
+    let mut admit = |purpose, offer: &GuestOffer, session: &SessionFacts| {
         guest.agreed(session)?;
+        if purpose == Purpose::Settle {
+            let settlement = guest.settle(offer, &session.peer)?;
+            settled = Some(settlement);
+            let evidence = settlement.encode();
+            return Ok(Admission { evidence });
+        }
         *admitted = true; // even a refusal may have built something
         guest.admit(offer, &session.peer)
     };
@@ -289,6 +299,9 @@ fn run<T: Transport>(
         &mut admit,
     )
     .map_err(DestinationError::Agree)?;
+    if let Some(settlement) = settled {
+        return Ok(Received::Settled(settlement));
+    }
     let (session, offer) = (accepted.session, accepted.guest);
     if accepted.purpose == Purpose::Assess {
         progress(Progress::new(Phase::Assess, started));

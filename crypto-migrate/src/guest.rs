@@ -6,6 +6,7 @@
 
 use crate::pages::PageSet;
 use crate::session::SessionFacts;
+use crate::settlement::Settlement;
 
 /// Size of a guest page, in bytes.
 pub const PAGE_SIZE: usize = 4096;
@@ -120,7 +121,7 @@ pub struct Admission {
     pub evidence: Vec<u8>,
 }
 
-/// Why the destination's policy refuses an offer.
+/// Why the destination's policy refuses an offer, or a question.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{code}: {reason}")]
 pub struct Refusal {
@@ -140,6 +141,14 @@ pub trait DestinationGuest {
         offer: &GuestOffer,
         peer: &crate::identity::PeerIdentity,
     ) -> Result<Admission, Refusal>;
+    /// A source whose commit was not answered asks who has the guest that it had under the question's epoch; instead of
+    /// [`DestinationGuest::admit`], and nothing follows. [`Settlement::Never`] is a promise: whatever of that move is still
+    /// under way here has been ended for good.
+    fn settle(
+        &mut self,
+        question: &GuestOffer,
+        peer: &crate::identity::PeerIdentity,
+    ) -> Result<Settlement, Refusal>;
     /// Opens the firmware's receive context with the blob of [`SourceGuest::begin`].
     fn begin(&mut self, start: &[u8]) -> Result<(), GuestError>;
     /// Places pages whose seal has been verified, from `start` on: one, or as many as the data holds. The engine

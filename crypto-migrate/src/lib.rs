@@ -9,6 +9,7 @@
 //! | --- | --- |
 //! | [`source::migrate`] | moves a guest away: give it a [`guest::SourceGuest`] |
 //! | [`source::assess`] | finds out what that would be like, and moves nothing |
+//! | [`settlement::settle`] | asks who has a guest whose commit was not answered |
 //! | [`destination::serve`] | takes a guest in, or answers an assessment |
 //! | [`destination::receive`] | takes a guest in: give it a [`guest::DestinationGuest`] |
 //! | [`identity`] | who this host is, who is allowed, and the way to them |
@@ -42,6 +43,7 @@ pub mod parts;
 pub mod precopy;
 pub mod progress;
 pub mod session;
+pub mod settlement;
 pub mod source;
 pub mod tls;
 pub mod transcript;

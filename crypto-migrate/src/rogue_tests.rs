@@ -13,6 +13,7 @@ use crate::identity::{AllowList, AllowedPeer, Path, PeerIdentity, TrustAnchors};
 use crate::page::PageSealer;
 use crate::pages::PageSet;
 use crate::session::{self, SessionFacts};
+use crate::settlement::Settlement;
 use crate::tls;
 use crate::transcript::{Manifest, PageTable, StreamEnd};
 use crate::wire::batch::BatchBuilder;
@@ -308,6 +309,9 @@ impl DestinationGuest for Strict {
     }
     fn admit(&mut self, _: &GuestOffer, _: &PeerIdentity) -> Result<Admission, Refusal> {
         Ok(Admission { evidence: vec![] })
+    }
+    fn settle(&mut self, _: &GuestOffer, _: &PeerIdentity) -> Result<Settlement, Refusal> {
+        Ok(Settlement::Never)
     }
     fn begin(&mut self, _: &[u8]) -> Result<(), GuestError> {
         Ok(())

@@ -76,9 +76,9 @@ fn a_way_that_falls_silent_in_the_pause_is_given_up_and_the_guest_goes_on() {
     stage.moves();
 }
 
-/// From the commit on nobody knows until the destination is asked: the source holds its copy still, whatever is lost.
+/// From the commit on nobody knows until the destination is asked; the source holds its copy still until then.
 #[test]
-fn after_the_commit_one_side_has_the_guest_and_the_other_does_not_run_it() {
+fn after_a_commit_without_an_answer_the_destination_says_who_has_the_guest() {
     for victim in ["mover", "way"] {
         let mut stage = Stage::new("commit");
         let ran = stage.attempt("commit", |from, _, way| match victim {
@@ -86,32 +86,66 @@ fn after_the_commit_one_side_has_the_guest_and_the_other_does_not_run_it() {
             _ => way.cut(),
         });
         let (here, there) = stage.sides();
-        if ran.err.contains("runs on here") {
-            // The mover was dead before it could give the guest up.
-            assert!(here.runs("counter") && there.listed("counter").is_none());
-            stage.moves();
-            continue;
+        if victim == "way" {
+            ran.refused(1, &["until the peer has been asked"]);
         }
-        let ran = ran.refused(1, &["until the peer has been asked"]);
-        assert_eq!(
-            here.listed("counter").unwrap()["state"],
-            "paused",
-            "{ran:?}"
-        );
-        here.run(&["resume", "counter"]).refused(1, &["NOT_OWNER"]);
-        until("the destination has settled it", || {
-            there.runs("counter") || there.roles_of("vmm").is_empty()
+        until("one side has it and the other not", || {
+            there.runs("counter") != here.runs("counter")
         });
-        assert!(!here.runs("counter"));
-        if !there.runs("counter") {
-            eprintln!("{victim}: the commit did not arrive; the source holds the guest still");
-            continue;
+        if there.runs("counter") {
+            assert!(here.listed("counter").is_none());
+            stage.arrived();
+        } else {
+            until("nothing of it is left there", || {
+                there.roles_of("vmm").is_empty()
+            });
+            stage.story.hear(&stage.pair.a, 10);
         }
-        // The source's copy is ended, and the guest may come back from the one it was given to.
-        here.run(&["stop", "counter"]).expect(0);
-        stage.arrived();
+        let nothing = stage.sides().0.run(&["settle", "counter"]);
+        nothing.refused(1, &["NOT_IN_DOUBT"]);
         stage.moves();
     }
+}
+
+#[test]
+fn a_commit_that_never_arrived_is_taken_back_when_the_destination_has_said_so() {
+    let mut stage = Stage::new("lost");
+    let ((here, there), (way, name)) = (stage.sides(), stage.way());
+    way.slow(SLOW);
+    let args = ["counter", "--to", name, "--no-throttle"];
+    let ran = here.migrate(&args, |event| match event["phase"].as_str() {
+        Some("manifest") => way.lose_what_follows_the_next_answer(),
+        Some("commit") => {
+            until("the guest has been given up", || {
+                here.ownership("counter")["state"] == "handing-over"
+            });
+            // The commit is on its way to nowhere.
+            std::thread::sleep(SLOW);
+            slay(&here.roles_of("mover"));
+        }
+        _ => {}
+    });
+    let ran = ran.refused(1, &["was asked and does not have it", "runs on here"]);
+    assert!(here.runs("counter"), "{ran:?}");
+    let record = here.ownership("counter");
+    assert_eq!(
+        (record["state"].as_str(), record["epoch"].as_u64()),
+        (Some("owner"), Some(1))
+    );
+    until("nothing of it is left there", || {
+        there.roles_of("vmm").is_empty()
+    });
+    assert!(there.listed("counter").is_none());
+    let answered = |host: &Host, action: &str| {
+        let records = host.records();
+        let mut settled = records.iter().filter(|record| record["action"] == action);
+        settled.next_back().unwrap()["detail"]["answer"].clone()
+    };
+    assert_eq!(answered(here, "settle-out"), "never");
+    assert_eq!(answered(there, "settle-in"), "never");
+    way.mend();
+    stage.story.hear(&stage.pair.a, 10);
+    stage.moves();
 }
 
 #[test]
@@ -245,7 +279,9 @@ impl Stage {
         let (_, name) = self.way();
         let ((from, to), args) = (self.sides(), ["counter", "--to", name, "--read-back"]);
         from.migrate(&args, |_| {}).expect(0);
-        assert!(to.runs("counter") && from.listed("counter").is_none());
+        assert!(from.listed("counter").is_none());
+        // Its agent hears of it when the source does.
+        until("it is listed there", || to.runs("counter"));
         self.arrived();
     }
 

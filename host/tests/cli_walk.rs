@@ -14,7 +14,7 @@ use std::collections::BTreeSet;
 use support::{Host, POLICY, SEV_WITH_SECRET};
 
 /// Commands that ask the agent, with arguments that bring them so far.
-const ASKING: [&str; 50] = [
+const ASKING: [&str; 51] = [
     "cancel vm",
     "evidence retain --keep-from 1",
     "evidence rotate",
@@ -44,6 +44,7 @@ const ASKING: [&str; 50] = [
     "run host/vm.toml",
     "sandbox probe vm",
     "sandbox report vm",
+    "settle vm",
     "snapshot vm file",
     "status vm",
     "stop vm",

@@ -45,7 +45,7 @@ use crate::wire::messages::{AcceptBody, Confirm, OfferBody, Party, PathKind, Pur
 use crate::wire::{FrameKind, WireError};
 
 /// Version of the session protocol.
-pub const SESSION_VERSION: u16 = 2;
+pub const SESSION_VERSION: u16 = 3;
 /// Bytes of description an offer may carry.
 pub const MAX_DESCRIPTION: usize = 64 * 1024;
 /// Bytes of platform evidence an accept may carry.
@@ -157,7 +157,7 @@ pub(crate) fn offer<T: Transport>(
         .allow
         .by_name(peer_name)
         .ok_or_else(|| SessionError::UnknownPeer(peer_name.to_owned()))?;
-    check_offer(guest)?;
+    check_offer(guest, purpose)?;
     check_tls_peer(channel.tls(), allowed)?;
     let ephemeral = EphemeralKey::generate()?;
     let session_id = crypto::random()?;
@@ -231,13 +231,13 @@ pub(crate) struct Accepted {
 }
 
 /// The destination's side. `admit` asks local policy; when it has said yes, whatever it built must be
-/// abandoned if this fails later: `admitted` is set.
+/// abandoned if this fails later.
 pub(crate) fn accept<T: Transport>(
     channel: &mut Channel<T>,
     local: &Local,
     owner_key: Option<&OwnerKey>,
     deadline: Instant,
-    admit: &mut dyn FnMut(&GuestOffer, &SessionFacts) -> Result<Admission, Refusal>,
+    admit: &mut dyn FnMut(Purpose, &GuestOffer, &SessionFacts) -> Result<Admission, Refusal>,
 ) -> Result<Accepted, SessionError> {
     let payload = match channel.receive(deadline)? {
         (FrameKind::Offer, payload) => payload.to_vec(),
@@ -258,13 +258,14 @@ pub(crate) fn accept<T: Transport>(
     check_tls_peer(channel.tls(), allowed)?;
     let path = path_kind(&allowed.path);
     check_path(channel.tls(), &offer.source, path, allowed)?;
-    check_offer(&offer.guest)?;
+    check_offer(&offer.guest, offer.purpose)?;
     if offer.owner_key != owner_key.is_some() {
         return Err(SessionError::Confirmation);
     }
 
     let session = SessionFacts::of(channel.tls(), &peer, path, local.provider)?;
-    let Admission { evidence } = admit(&offer.guest, &session).map_err(SessionError::Refused)?;
+    let Admission { evidence } =
+        admit(offer.purpose, &offer.guest, &session).map_err(SessionError::Refused)?;
     if evidence.len() > MAX_EVIDENCE {
         return Err(SessionError::Offer("platform evidence"));
     }
@@ -310,8 +311,8 @@ pub(crate) fn accept<T: Transport>(
     })
 }
 
-/// Bounds of an offer; the same at both ends.
-pub fn check_offer(guest: &GuestOffer) -> Result<(), SessionError> {
+/// Bounds of an offer; the same at both ends. A question about a guest brings nothing of it.
+pub fn check_offer(guest: &GuestOffer, purpose: Purpose) -> Result<(), SessionError> {
     let name_ok = |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit() || c == b'-';
     if guest.name.is_empty() || guest.name.len() > 64 || !guest.name.bytes().all(name_ok) {
         return Err(SessionError::Offer("guest's name"));
@@ -322,9 +323,14 @@ pub fn check_offer(guest: &GuestOffer) -> Result<(), SessionError> {
     if guest.epoch == u64::MAX {
         return Err(SessionError::Offer("ownership epoch"));
     }
-    check_memory(&guest.memory)
-        .map(|_| ())
-        .map_err(|_| SessionError::Offer("guest's memory"))
+    let memory = match purpose {
+        Purpose::Settle => guest.memory.is_empty(),
+        Purpose::Move | Purpose::Assess => check_memory(&guest.memory).is_ok(),
+    };
+    match memory {
+        true => Ok(()),
+        false => Err(SessionError::Offer("guest's memory")),
+    }
 }
 
 fn party<T: Transport>(

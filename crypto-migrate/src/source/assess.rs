@@ -42,7 +42,8 @@ pub fn assess<T: Transport>(
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Assessment, SourceError> {
     let started = Instant::now();
-    let mut channel = connect(transport, config, guest, progress, started)?;
+    let mut channel = connect(transport, config, progress, started)
+        .map_err(|error| super::resume(guest, error))?;
     let assessed = run(&mut channel, config, offer, guest, progress, started);
     let assessed = match (assessed, guest.resume()) {
         (Ok(_), Err(error)) => Err(SourceError::Guest {
@@ -73,7 +74,8 @@ fn run<T: Transport>(
     started: Instant,
 ) -> Result<Assessment, SourceError> {
     progress(Progress::new(Phase::Agree, started));
-    let session = agree(channel, config, offer, guest, Purpose::Assess)?;
+    let agreed = &mut |facts: &_| guest.agreed(facts);
+    let session = agree(channel, config, offer, agreed, Purpose::Assess)?;
     guest
         .judge(&session.evidence)
         .map_err(SourceError::Refused)?;

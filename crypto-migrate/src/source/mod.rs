@@ -3,7 +3,7 @@
 //! Phases are those of [`Phase`]. Until the commit is sent, every failure ends with the guest running here
 //! as if nothing had been tried. From the first byte of the commit on, only the destination's word counts:
 //! `Running` (destroy here), an authenticated abort (the destination holds nothing: resume here), or silence:
-//! [`SourceError::InDoubt`], and the host must ask the destination who owns the guest.
+//! [`SourceError::InDoubt`], and the host must ask the destination who owns the guest ([`settle`](crate::settlement::settle)).
 
 mod assess;
 mod stream;
@@ -290,7 +290,8 @@ pub fn migrate<T: Transport>(
     progress: &mut dyn FnMut(Progress),
 ) -> Result<SourceOutcome, SourceError> {
     let started = Instant::now();
-    let mut channel = connect(transport, config, guest, progress, started)?;
+    let mut channel =
+        connect(transport, config, progress, started).map_err(|error| resume(guest, error))?;
     match run(&mut channel, config, offer, guest, progress, started) {
         Ok(outcome) => {
             channel.close(CLOSE_TIME);
@@ -309,16 +310,15 @@ pub fn migrate<T: Transport>(
     }
 }
 
-fn connect<T: Transport>(
+pub(crate) fn connect<T: Transport>(
     transport: T,
     config: &SourceConfig,
-    guest: &mut dyn SourceGuest,
     progress: &mut dyn FnMut(Progress),
     started: Instant,
 ) -> Result<Channel<T>, SourceError> {
     progress(Progress::new(Phase::Connect, started));
     let tls = tls::connect(transport, &config.local, config.deadlines.connect)
-        .map_err(|error| resume(guest, SourceError::Connect(error)))?;
+        .map_err(SourceError::Connect)?;
     let (cancel, limit) = (config.cancel.clone(), config.limits.total);
     let late = move || limit.is_some_and(|limit| started.elapsed() > limit);
     let cancelled = Box::new(move || cancel.load(Ordering::Relaxed) || late());
@@ -326,7 +326,7 @@ fn connect<T: Transport>(
 }
 
 /// Tells the peer why, unless it knows.
-fn give_up<T: Transport>(channel: &mut Channel<T>, error: SourceError) -> SourceError {
+pub(crate) fn give_up<T: Transport>(channel: &mut Channel<T>, error: SourceError) -> SourceError {
     channel.give_up(
         FrameKind::Abort,
         error.by_peer(),
@@ -337,11 +337,11 @@ fn give_up<T: Transport>(channel: &mut Channel<T>, error: SourceError) -> Source
 }
 
 /// Offers the guest; the session that the destination accepted, and the host has been asked about.
-fn agree<T: Transport>(
+pub(crate) fn agree<T: Transport>(
     channel: &mut Channel<T>,
     config: &SourceConfig,
     offer: &GuestOffer,
-    guest: &mut dyn SourceGuest,
+    agreed: &mut dyn FnMut(&SessionFacts) -> Result<(), Refusal>,
     purpose: Purpose,
 ) -> Result<Session, SourceError> {
     let session = session::offer(
@@ -361,7 +361,7 @@ fn agree<T: Transport>(
         config.local.provider,
     )
     .map_err(SourceError::Agree)?;
-    guest.agreed(&facts).map_err(SourceError::Refused)?;
+    agreed(&facts).map_err(SourceError::Refused)?;
     Ok(session)
 }
 
@@ -374,7 +374,8 @@ fn run<T: Transport>(
     started: Instant,
 ) -> Result<SourceOutcome, SourceError> {
     progress(Progress::new(Phase::Agree, started));
-    let session = agree(channel, config, offer, guest, Purpose::Move)?;
+    let agreed = &mut |facts: &_| guest.agreed(facts);
+    let session = agree(channel, config, offer, agreed, Purpose::Move)?;
     progress(Progress::new(Phase::Begin, started));
     let start = guest.begin(&session.evidence).map_err(at(Phase::Begin))?;
     channel.send(&Begin { start }).map_err(on(Phase::Begin))?;
@@ -402,7 +403,7 @@ fn run<T: Transport>(
     stream.finish(copied, end, session.path)
 }
 
-const CLOSE_TIME: Duration = Duration::from_secs(1);
+pub(crate) const CLOSE_TIME: Duration = Duration::from_secs(1);
 
 /// A write that failed because the peer has closed: what it said before that is the better cause.
 fn better_cause<T: Transport>(channel: &mut Channel<T>, error: SourceError) -> SourceError {

@@ -67,6 +67,8 @@ pub enum Purpose {
     Move,
     /// Only to know whether it could, and how: nothing of the guest travels.
     Assess,
+    /// To know who has it, after a commit that was not answered: nothing of the guest travels.
+    Settle,
 }
 
 /// The source's part.

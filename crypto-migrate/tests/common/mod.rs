@@ -19,6 +19,7 @@ use casemate_crypto_migrate::pages::PageSet;
 use casemate_crypto_migrate::precopy::Limits;
 use casemate_crypto_migrate::progress::Progress;
 use casemate_crypto_migrate::session::SessionFacts;
+use casemate_crypto_migrate::settlement::Settlement;
 use casemate_crypto_migrate::source::{self, Deadlines, SourceConfig, SourceError, SourceOutcome};
 use casemate_crypto_migrate::transcript::ContentDigest;
 use casemate_crypto_migrate::wire::Frame;
@@ -384,6 +385,19 @@ impl DestinationGuest for ToyDestination {
         self.admitted = true;
         Ok(Admission {
             evidence: b"evidence".to_vec(),
+        })
+    }
+    fn settle(&mut self, question: &GuestOffer, _: &PeerIdentity) -> Result<Settlement, Refusal> {
+        assert!(question.memory.is_empty() && question.description.is_empty());
+        if self.refuse {
+            return Err(Refusal {
+                code: "SETTLE_LATER".into(),
+                reason: "it is being taken over".into(),
+            });
+        }
+        Ok(match self.active {
+            Some(epoch) if epoch == question.epoch + 1 => Settlement::Held,
+            _ => Settlement::Never,
         })
     }
     fn begin(&mut self, start: &[u8]) -> Result<(), GuestError> {

@@ -175,6 +175,11 @@ pub enum Request {
         /// Its name.
         name: String,
     },
+    /// Asks the peer who has a guest whose commit was not answered, and acts on what it says.
+    Settle {
+        /// Its name.
+        name: String,
+    },
     /// Changes what the move of a guest may take, while it runs.
     MigrateSet {
         /// Its name.
@@ -357,6 +362,8 @@ pub enum Answer {
     },
     /// What a migration would be like.
     Assessed(moves::MovePlan),
+    /// What became of a migration whose commit was not answered.
+    Settled(moves::Settled),
     /// A snapshot was written.
     Snapshotted(SnapshotInfo),
     /// Results of a probe, a process each.

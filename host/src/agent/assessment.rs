@@ -47,8 +47,8 @@ impl Agent {
                 );
                 (failed, Err(Failure { code, error }))
             }
-            MoveOutcome::Moved(_) => {
-                let text = "a mover moved what it was only to assess";
+            MoveOutcome::Moved(_) | MoveOutcome::Settled(_) => {
+                let text = "a mover did not assess what it was to";
                 let failed = departure.entry(Outcome::Failed).code("ROLE_PROTOCOL");
                 (failed, Err(Failure::new("ROLE_PROTOCOL", text)))
             }

@@ -56,6 +56,11 @@ impl Caller {
         }
     }
 
+    /// The host itself, on its own account.
+    pub fn agent() -> Self {
+        Self::peer("agent")
+    }
+
     /// The name in records.
     pub fn name(&self) -> &str {
         &self.name

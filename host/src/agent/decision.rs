@@ -51,6 +51,7 @@ impl Request {
             Self::Migrate { name, .. }
             | Self::Assess { name, .. }
             | Self::Proceed { name }
+            | Self::Settle { name }
             | Self::MigrateSet { name, .. } => Asked::First(ActionKind::MigrateOut, Some(name)),
             Self::PolicyLoad { .. } => Asked::First(ActionKind::PolicyLoad, None),
             Self::Approve { .. } => Asked::First(ActionKind::Approve, None),

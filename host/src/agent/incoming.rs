@@ -10,10 +10,12 @@ use casemate_policy::ledger::{Entry, Outcome};
 use casemate_policy::{Action, Fingerprint, Identity};
 
 use crate::agent::api::Failure;
+use crate::agent::arrivals::UnderWay;
 use crate::agent::authority::Caller;
 use crate::agent::decision::Facts;
 use crate::agent::guest::{Guest, Resources, TapChoice};
 use crate::agent::move_records::MoveRecords;
+use crate::agent::mover_process::MoverProcess;
 use crate::agent::moving_disks::NewImages;
 use crate::agent::record::{Ownership, OwnershipState};
 use crate::agent::transfer::{peer_entries, provider_name, role_error};
@@ -30,8 +32,11 @@ use crate::sandbox::jail::CpuShare;
 use crate::vmm::protocol::{MachineState, RoleError, VmmRequest};
 
 /// A guest on its way in.
-struct Arrival {
+struct Arrival<'a> {
     guest: Option<Arc<Guest>>,
+    mover: Arc<MoverProcess>,
+    /// Once it is known which guest comes.
+    under_way: Option<UnderWay<'a>>,
     /// Its name in the policy; until it has proven one, unknown.
     peer: String,
     epoch: u64,
@@ -49,6 +54,7 @@ impl Agent {
             .and_then(|()| stream.set_nodelay(true))
             .map_err(unusable)?;
         let mover = self.spawn_mover(self.policy().limits.max_memory_mib.get() << 20)?;
+        let mover = Arc::new(mover);
         let start = DestinationStart {
             credentials: self.credentials()?.credentials.clone(),
             peers: peer_entries(&self.policy()),
@@ -63,6 +69,8 @@ impl Agent {
         drop(socket);
         let mut arrival = Arrival {
             guest: None,
+            mover: Arc::clone(&mover),
+            under_way: None,
             peer: "unknown".to_owned(),
             epoch: 0,
             images: NewImages::default(),
@@ -93,13 +101,13 @@ impl Agent {
         match outcome {
             Some(MoveOutcome::Moved(report)) => {
                 let done = entry(Outcome::Done).with("epoch", arrival.epoch);
-                self.evidence
-                    .record_all(records.kept(), records.outcome(done, Some(&report)))?;
+                // It is this host's whether or not that can be written down.
                 arrival.images.keep();
                 if let Some(guest) = arrival.guest {
-                    lock(&self.guests).insert(name, guest);
+                    lock(&self.guests).insert(name.clone(), guest);
                 }
-                Ok(())
+                self.evidence
+                    .record_all(records.kept(), records.outcome(done, Some(&report)))
             }
             Some(MoveOutcome::Assessed(_)) => {
                 let entry = Entry::new(&arrival.peer, "assess-in", &name, Outcome::Done);
@@ -109,6 +117,8 @@ impl Agent {
                 // A mover that says so after it had a guest recorded as this host's has lied.
                 self.give_back(&arrival)
             }
+            // Recorded with the answer; and as above.
+            Some(MoveOutcome::Settled(_)) => self.give_back(&arrival),
             Some(MoveOutcome::Failed { code, reason, .. }) => {
                 let failed = entry(Outcome::Failed)
                     .code(&code)
@@ -126,7 +136,7 @@ impl Agent {
                 let failed = entry(Outcome::Failed).code("MOVER_DIED");
                 self.evidence
                     .record_all(records.kept(), records.outcome(failed, None))?;
-                self.settle(arrival)?;
+                self.settle_arrival(arrival)?;
                 Err(Failure::new("MOVER_DIED", "the mover process died"))
             }
         }
@@ -134,7 +144,7 @@ impl Agent {
 
     /// The mover died without a word. A guest that runs is this host's; one that does not is given back, and a source
     /// that asks will be told so.
-    fn settle(&self, mut arrival: Arrival) -> Result<(), Failure> {
+    fn settle_arrival(&self, mut arrival: Arrival<'_>) -> Result<(), Failure> {
         let running = arrival.guest.as_ref().filter(|guest| {
             arrival.epoch > 0
                 && guest
@@ -152,7 +162,7 @@ impl Agent {
     }
 
     /// Ends a guest that never ran here, and the claim on it.
-    fn give_back(&self, arrival: &Arrival) -> Result<(), Failure> {
+    fn give_back(&self, arrival: &Arrival<'_>) -> Result<(), Failure> {
         let Some(guest) = arrival.guest.as_ref().filter(|_| arrival.epoch > 0) else {
             return Ok(());
         };
@@ -166,9 +176,9 @@ impl Agent {
         self.record_ownership(&guest.plan.name, &record)
     }
 
-    fn serve_arrival(
-        &self,
-        arrival: &mut Arrival,
+    fn serve_arrival<'a>(
+        &'a self,
+        arrival: &mut Arrival<'a>,
         records: &MoveRecords<'_>,
         request: MoverRequestToAgent,
     ) -> Result<(AgentAnswer, Vec<OwnedFd>), RoleError> {
@@ -195,6 +205,16 @@ impl Agent {
                     ),
                 })
             }
+            MoverRequestToAgent::Settle { question, peer } => {
+                let answer = match self.answer_question(&question, &peer, records) {
+                    Ok(settlement) => AgentAnswer::Settled(settlement),
+                    Err(failure) => AgentAnswer::Refused {
+                        code: failure.code,
+                        reason: failure.error,
+                    },
+                };
+                Ok((answer, Vec::new()))
+            }
             MoverRequestToAgent::Record(OwnershipStep::Activating { epoch }) => {
                 self.take_over(arrival, epoch)
                     .map_err(|e| role_error(&e.code, e.error))?;
@@ -208,9 +228,9 @@ impl Agent {
     }
 
     /// Checks the offer against this host's own policy and builds the machine from this host's own resources.
-    fn admit(
-        &self,
-        arrival: &mut Arrival,
+    fn admit<'a>(
+        &'a self,
+        arrival: &mut Arrival<'a>,
         records: &MoveRecords<'_>,
         offer: &GuestOffer,
         peer: &PeerName,
@@ -252,6 +272,10 @@ impl Agent {
             ..Facts::default()
         };
         self.decide_knowing(&Caller::peer(&arrival.peer), &plan.name, &action, facts)?;
+        let under_way = self
+            .arrivals
+            .begin(&plan.name, &arrival.peer, &arrival.mover)?;
+        arrival.under_way = Some(under_way);
         self.fence(&plan.name, offer.epoch, &arrival.peer)?;
         room::check(&plan.name, plan.memory_bytes, ROLE_OVERHEAD)?;
         let (_, disks) = disks::split(&offer.memory).map_err(Failure::from)?;
@@ -316,11 +340,10 @@ impl Agent {
         }
     }
 
-    fn take_over(&self, arrival: &mut Arrival, epoch: u64) -> Result<(), Failure> {
-        let guest = arrival
-            .guest
-            .as_ref()
-            .ok_or_else(|| Failure::new("ROLE_PROTOCOL", "nothing was admitted"))?;
+    fn take_over(&self, arrival: &mut Arrival<'_>, epoch: u64) -> Result<(), Failure> {
+        let nothing = || Failure::new("ROLE_PROTOCOL", "nothing was admitted");
+        let guest = arrival.guest.as_ref().ok_or_else(nothing)?;
+        let under_way = arrival.under_way.as_ref().ok_or_else(nothing)?;
         let mut held = lock(&guest.epoch);
         if epoch != *held + 1 {
             return Err(Failure::new(
@@ -334,13 +357,13 @@ impl Agent {
             state: OwnershipState::Owner,
             peer: Some(arrival.peer.clone()),
         };
-        self.record_ownership(&guest.plan.name, &record)?;
+        under_way.take_over(|| self.record_ownership(&guest.plan.name, &record))?;
         *held = epoch;
         arrival.epoch = epoch;
         Ok(())
     }
 
-    fn peer_identity(&self, peer: &PeerName) -> Result<Identity, Failure> {
+    pub(super) fn peer_identity(&self, peer: &PeerName) -> Result<Identity, Failure> {
         let spki = Fingerprint::from_bytes(peer.spki_sha256);
         let policy = self.policy();
         let by_policy = policy.peers().iter().map(|p| &p.identity);

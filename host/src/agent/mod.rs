@@ -4,6 +4,7 @@
 
 mod amd_processor;
 pub mod api;
+mod arrivals;
 mod assessment;
 pub mod authority;
 pub mod client;
@@ -29,6 +30,7 @@ mod record;
 mod room;
 mod second_opinion;
 mod server;
+mod settle;
 mod sev;
 mod shutdown;
 pub mod snapshot;
@@ -50,6 +52,7 @@ use casemate_policy::ledger::{Entry, Outcome};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::agent::api::{Answer, Failure, GuestInfo, Request};
+use crate::agent::arrivals::Arrivals;
 use crate::agent::authority::{Authority, Caller};
 use crate::agent::config::AgentConfig;
 use crate::agent::decision::Gated;
@@ -110,6 +113,7 @@ pub struct Agent {
     processor: Option<Processor>,
     guests: Mutex<BTreeMap<String, Arc<Guest>>>,
     starting: Mutex<BTreeSet<String>>,
+    arrivals: Arrivals,
     tasks: Tasks,
     metrics: Metrics,
     next_role: AtomicU32,
@@ -148,6 +152,7 @@ impl Agent {
             processor: None,
             guests: Mutex::new(BTreeMap::new()),
             starting: Mutex::new(BTreeSet::new()),
+            arrivals: Arrivals::default(),
             tasks: Tasks::default(),
             metrics: Metrics::default(),
             next_role: AtomicU32::new(0),
@@ -291,6 +296,7 @@ impl Agent {
                 self.assess(caller, &name, &wish, progress)
             }
             Request::Proceed { name } => self.proceed(caller, &name),
+            Request::Settle { name } => self.settle(caller, &name),
             Request::MigrateSet {
                 name,
                 bandwidth_mib,

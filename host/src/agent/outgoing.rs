@@ -360,13 +360,29 @@ impl Agent {
                 if here == GuestHere::Elsewhere {
                     lock(&self.guests).remove(name);
                 }
-                Err(Failure {
-                    code,
-                    error: format!("{name} did not move to {to}: {reason}; {}", fate(here)),
-                })
+                let settled = match here {
+                    GuestHere::InDoubt => self.settle_soon(departure.caller, name).ok(),
+                    _ => None,
+                };
+                match settled {
+                    Some(settled) if settled.peer_has_it => Ok(Answer::Settled(settled)),
+                    Some(_) => Err(Failure {
+                        code,
+                        error: format!(
+                            "{name} did not move to {to}: {reason}; {to} was asked and does not have it: the guest runs on here"
+                        ),
+                    }),
+                    None => Err(Failure {
+                        code,
+                        error: format!("{name} did not move to {to}: {reason}; {}", fate(here)),
+                    }),
+                }
             }
-            MoveOutcome::Assessed(_) => {
-                let failure = Failure::new("ROLE_PROTOCOL", "a mover assessed what it was to move");
+            MoveOutcome::Assessed(_) | MoveOutcome::Settled(_) => {
+                let failure = Failure::new(
+                    "ROLE_PROTOCOL",
+                    "a mover only asked about what it was to move",
+                );
                 let failed = departure.entry(Outcome::Failed).code(&failure.code);
                 self.evidence
                     .record_all(records.kept(), records.outcome(failed, None))?;
@@ -428,14 +444,14 @@ pub(super) fn fate(here: GuestHere) -> &'static str {
             "the guest does not run here: `casemate status` says whether it is paused (then `casemate resume` it) or has stopped by itself"
         }
         GuestHere::InDoubt => {
-            "the commit was sent and not answered: the guest stays stopped here until the peer has been asked"
+            "the commit was sent and not answered: the guest stays stopped here until the peer has been asked, which this host does every half minute; `casemate settle` does it now"
         }
         GuestHere::Elsewhere => "yet the peer runs it",
         GuestHere::Absent => "nothing of it stayed",
     }
 }
 
-fn connect(to: &str, address: Option<SocketAddr>) -> Result<TcpStream, Failure> {
+pub(super) fn connect(to: &str, address: Option<SocketAddr>) -> Result<TcpStream, Failure> {
     let address = address.ok_or_else(|| {
         Failure::new(
             "PEER_ADDRESS",

@@ -65,6 +65,18 @@ impl Records {
         }
     }
 
+    /// Guests that have a record.
+    pub fn names(&self) -> io::Result<Vec<String>> {
+        let mut names = Vec::new();
+        for entry in fs::read_dir(&self.folder)? {
+            let file = entry?.file_name();
+            let name = file.to_str().and_then(|file| file.strip_suffix(".json"));
+            names.extend(name.map(str::to_owned));
+        }
+        names.sort();
+        Ok(names)
+    }
+
     /// Writes a record; when this returns, it survives a power cut.
     pub fn write(&self, name: &str, record: &Ownership) -> io::Result<()> {
         let target = self.path(name);
@@ -98,6 +110,7 @@ mod tests {
         };
         records.write("vault", &record).unwrap();
         assert_eq!(records.read("vault").unwrap(), Some(record));
+        assert_eq!(records.names().unwrap(), ["vault"]);
         fs::write(folder.path().join("vault.json"), b"{").unwrap();
         assert!(records.read("vault").is_err());
     }

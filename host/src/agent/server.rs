@@ -56,6 +56,7 @@ pub async fn serve(agent: Arc<Agent>, ended: impl Future<Output = ()>) -> Result
         () = accept_users(&shared, api) => {}
         () = accept_remote(&shared, remote) => {}
         () = accept_arrivals(&agent, arrivals) => {}
+        () = settle_doubts(&agent) => {}
     }
     // Best effort: a socket that stays behind is replaced at the next start.
     let _ = std::fs::remove_file(&agent.config.socket);
@@ -219,6 +220,16 @@ async fn accept_arrivals(agent: &Arc<Agent>, listener: Option<TcpListener>) {
     }
 }
 
+/// Guests of this host whose commit was not answered do not wait for somebody to ask.
+async fn settle_doubts(agent: &Arc<Agent>) {
+    loop {
+        let agent = Arc::clone(agent);
+        // A panic in there has been reported; the next turn comes all the same.
+        let _ = tokio::task::spawn_blocking(move || agent.settle_all()).await;
+        tokio::time::sleep(DOUBT_PAUSE).await;
+    }
+}
+
 /// A connection that was lost before it began is nobody's fault; running out of descriptors passes.
 async fn accepted<T>(result: std::io::Result<T>) -> Option<T> {
     match result {
@@ -244,4 +255,6 @@ const STRANGERS_TIME: Duration = Duration::from_secs(1);
 const WORKERS: usize = 32;
 /// Most arrivals at a time.
 const MAX_ARRIVALS: usize = 4;
+/// Between two questions about guests in doubt.
+const DOUBT_PAUSE: Duration = Duration::from_secs(30);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);

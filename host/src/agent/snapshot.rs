@@ -195,8 +195,8 @@ impl Agent {
                     error: format!("no snapshot of {}: {reason}", guest.plan.name),
                 });
             }
-            Some(MoveOutcome::Assessed(_)) => {
-                let text = "a mover assessed what it was to write";
+            Some(MoveOutcome::Assessed(_) | MoveOutcome::Settled(_)) => {
+                let text = "a mover did not write what it was to";
                 return Err(Failure::new("ROLE_PROTOCOL", text));
             }
             None => return Err(Failure::new("MOVER_DIED", "the mover process died")),

@@ -7,6 +7,7 @@ use casemate_crypto_migrate::guest::{
 use casemate_crypto_migrate::identity::PeerIdentity;
 use casemate_crypto_migrate::pages::PageSet;
 use casemate_crypto_migrate::session::SessionFacts;
+use casemate_crypto_migrate::settlement::Settlement;
 
 use super::memory::BenchMemory;
 use crate::confidential::shared::{GuestMemory, SharedError};
@@ -91,6 +92,9 @@ impl DestinationGuest for Arriving<'_> {
             code: "OFFER_MISMATCH".to_owned(),
             reason: "another size of memory".to_owned(),
         })
+    }
+    fn settle(&mut self, _: &GuestOffer, _: &PeerIdentity) -> Result<Settlement, Refusal> {
+        Ok(Settlement::Never)
     }
     fn begin(&mut self, _: &[u8]) -> Result<(), GuestError> {
         Ok(())

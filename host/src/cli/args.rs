@@ -221,6 +221,13 @@ pub enum Command {
         #[arg(long, value_name = "MIB")]
         bandwidth: u32,
     },
+    /// Ask the peer who has a guest whose move lost its answer, and act on what it says: end the copy here, or go on here.
+    ///
+    /// The agent does the same by itself every half minute.
+    Settle {
+        /// Its name.
+        name: String,
+    },
     /// Pause a guest that is being moved and switch now, however long that takes.
     Proceed {
         /// Its name.

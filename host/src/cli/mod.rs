@@ -131,6 +131,7 @@ fn run(cli: Cli) -> Result<u8, Failure> {
             };
             show(agent, &request, json)
         }
+        Command::Settle { name } => show(agent, &Request::Settle { name }, json),
         Command::Proceed { name } => show(agent, &Request::Proceed { name }, json),
         Command::Snapshot(args) => show(agent, &args.request()?, json),
         Command::Restore(args) => show(agent, &args.request()?, json),

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use crate::agent::api::moves::MovePlan;
+use crate::agent::api::moves::{MovePlan, Settled};
 use crate::agent::api::{
     Answer, DefinitionInfo, DeviceStatus, GuestInfo, PlatformInfo, Rate, SnpInfo, StatsInfo,
     TaskInfo, TaskState,
@@ -32,6 +32,7 @@ pub fn answer(answer: &Answer) -> String {
         Answer::Ordered(ordered) => format!("{}: {}\n", ordered.what, ordered.bytes),
         Answer::Migrated { outcome } => outcome_text(outcome),
         Answer::Assessed(plan) => plan_text(plan),
+        Answer::Settled(settled) => settled_text(settled),
         Answer::Probe { reports } => reports.iter().map(probe).collect(),
         Answer::Sandbox { reports } => reports.iter().map(sandbox).collect(),
         Answer::Policy {
@@ -213,6 +214,29 @@ fn outcome_text(outcome: &serde_json::Value) -> String {
         }
     }
     text
+}
+
+fn settled_text(settled: &Settled) -> String {
+    let Settled {
+        name,
+        peer,
+        epoch,
+        peer_has_it,
+        runs_here,
+    } = settled;
+    match (peer_has_it, runs_here) {
+        (true, _) => format!(
+            "{name} has moved: {peer} was asked and has it under epoch {epoch}; the copy here has ended\n"
+        ),
+        (false, true) => {
+            format!(
+                "{name} has not moved: {peer} was asked and does not have it; it runs on here\n"
+            )
+        }
+        (false, false) => format!(
+            "{name} has not moved: {peer} was asked and does not have it; here it ended with the agent and may be started anew\n"
+        ),
+    }
 }
 
 fn plan_text(plan: &MovePlan) -> String {

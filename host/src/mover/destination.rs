@@ -12,6 +12,7 @@ use casemate_crypto_migrate::guest::{
 use casemate_crypto_migrate::identity::PeerIdentity;
 use casemate_crypto_migrate::pages::PageSet;
 use casemate_crypto_migrate::session::SessionFacts;
+use casemate_crypto_migrate::settlement::Settlement;
 
 use crate::confidential::protocol::PlatformEvidence;
 use crate::confidential::shared::Access;
@@ -20,6 +21,7 @@ use crate::mover::agent_link::AgentLink;
 use crate::mover::disks::{self, Disks};
 use crate::mover::evidence::{SendContext, decode, encode};
 use crate::mover::protocol::{AgentAnswer, MoverRequestToAgent, OwnershipStep, PeerName};
+use crate::mover::settlement;
 use crate::mover::source::{address, content_digest, no_read_back};
 use crate::mover::vmm_link::{VmmLink, guest_error, unexpected};
 use crate::vmm::protocol::{EXCHANGE_PAGES, EXCHANGE_SIZE, MoverReply, MoverRequest, RoleError};
@@ -107,6 +109,14 @@ impl DestinationGuest for DestinationMachine {
             code: error.code,
             reason: error.text,
         })
+    }
+
+    fn settle(
+        &mut self,
+        question: &GuestOffer,
+        peer: &PeerIdentity,
+    ) -> Result<Settlement, Refusal> {
+        settlement::answer(&self.agent, question, peer)
     }
 
     fn begin(&mut self, start: &[u8]) -> Result<(), GuestError> {

@@ -117,6 +117,7 @@ pub fn run_destination(
             let mut progress = |event| agent.tell(MoverEvent::Progress(translate(event)));
             match serve(socket, &config, &mut machine, &mut progress) {
                 Ok(Received::Moved(outcome)) => MoveOutcome::Moved(destination_report(*outcome)),
+                Ok(Received::Settled(settlement)) => MoveOutcome::Settled(settlement),
                 Ok(Received::Assessed) => MoveOutcome::Assessed(AssessReport::default()),
                 Err(error) => failed(RoleError::new(error.code(), &error), GuestHere::Absent),
             }
@@ -181,7 +182,7 @@ fn prepare_destination(
     Ok((config, WatchedSocket::new(socket, agent.clone())))
 }
 
-fn take<const N: usize>(handles: Vec<OwnedFd>) -> Result<[OwnedFd; N], RoleError> {
+pub(super) fn take<const N: usize>(handles: Vec<OwnedFd>) -> Result<[OwnedFd; N], RoleError> {
     let found = handles.len();
     handles.try_into().map_err(|_| {
         RoleError::new(
@@ -191,7 +192,7 @@ fn take<const N: usize>(handles: Vec<OwnedFd>) -> Result<[OwnedFd; N], RoleError
     })
 }
 
-fn local(
+pub(super) fn local(
     agent: &Arc<AgentLink>,
     credentials: &Credentials,
     peers: &[PeerEntry],
@@ -246,7 +247,7 @@ fn guest_here(error: &SourceError) -> GuestHere {
     }
 }
 
-fn failed(error: RoleError, guest: GuestHere) -> MoveOutcome {
+pub(super) fn failed(error: RoleError, guest: GuestHere) -> MoveOutcome {
     MoveOutcome::Failed {
         code: error.code,
         reason: error.text,
@@ -254,7 +255,7 @@ fn failed(error: RoleError, guest: GuestHere) -> MoveOutcome {
     }
 }
 
-fn translate(progress: Progress) -> MoveProgress {
+pub(super) fn translate(progress: Progress) -> MoveProgress {
     MoveProgress {
         phase: progress.phase.as_str().to_owned(),
         round: progress.round,
@@ -346,13 +347,13 @@ fn word(value: &impl Serialize) -> String {
 }
 
 /// The peer's socket. While the engine waits for the peer, the agent is listened to.
-struct WatchedSocket {
+pub(super) struct WatchedSocket {
     stream: TcpStream,
     agent: Arc<AgentLink>,
 }
 
 impl WatchedSocket {
-    fn new(socket: OwnedFd, agent: Arc<AgentLink>) -> Self {
+    pub(super) fn new(socket: OwnedFd, agent: Arc<AgentLink>) -> Self {
         let stream = TcpStream::from(socket);
         // The engine writes whole frames; where this is refused (no TCP), it is not needed.
         let _ = stream.set_nodelay(true);

@@ -1,6 +1,6 @@
 //! The migration role: a guest's memory and a peer's socket in, the protected stream between them.
 //!
-//! One process a move, or a snapshot, or a restore. The cell closes before the first byte of the peer is read. The host's key,
+//! One process a move, or a question about one, or a snapshot, or a restore. The cell closes before the first byte of the peer is read. The host's key,
 //! the decision to admit and the record of who owns the guest stay with the agent.
 
 pub mod agent_link;
@@ -11,6 +11,7 @@ pub mod evidence;
 pub mod pager;
 pub mod protocol;
 pub mod restore;
+pub mod settlement;
 pub mod snapshot;
 pub mod source;
 pub mod vmm_link;
@@ -46,6 +47,7 @@ pub fn run(channel: Channel, mut cell: Box<dyn Cell + Send>) -> Result<(), RoleE
         (MoverCommand::Destination(start), handles) => {
             engine::run_destination(&agent, *start, handles)
         }
+        (MoverCommand::Settle(start), handles) => settlement::run(&agent, &start, handles),
         (MoverCommand::Snapshot(start), handles) => snapshot::run(&agent, *start, handles),
         (MoverCommand::Restore(start), handles) => restore::run(&agent, start, handles),
         _ => {

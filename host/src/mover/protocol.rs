@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use casemate_crypto_migrate::guest::GuestOffer;
 use casemate_crypto_migrate::identity::PeerIdentity;
 use casemate_crypto_migrate::session::SessionFacts;
+use casemate_crypto_migrate::settlement::Settlement;
 
 use crate::sandbox::report::{ProbeReport, SandboxReport};
 use crate::vmm::protocol::RoleError;
@@ -20,6 +21,8 @@ pub enum MoverCommand {
     Source(Box<SourceStart>),
     /// Finds out whether and how a guest could move away, and moves nothing. Descriptors as for [`MoverCommand::Source`].
     Assess(Box<SourceStart>),
+    /// Asks the peer who has a guest whose commit it did not answer. Descriptor beside it: the connected socket.
+    Settle(Box<SettleStart>),
     /// Takes a guest in. Descriptor beside it: the accepted socket.
     Destination(Box<DestinationStart>),
     /// Writes a guest to a sealed file. Descriptors beside it: the VMM's mover channel, the empty file.
@@ -73,6 +76,13 @@ pub enum MoverRequestToAgent {
     },
     /// A step of ownership, to be durable before the answer.
     Record(OwnershipStep),
+    /// Destination: the peer asks who has the guest that it had under the question's epoch.
+    Settle {
+        /// As it was signed.
+        question: Box<GuestOffer>,
+        /// Who asks.
+        peer: PeerName,
+    },
     /// Snapshot: the guest stands still; what shall be kept of its description, and how its disks are now?
     DescribeSnapshot,
     /// Restore: the secret of the snapshot that the file claims to be.
@@ -122,6 +132,8 @@ pub enum AgentAnswer {
     },
     /// Durable.
     Recorded,
+    /// Who has the guest; for the peer.
+    Settled(Settlement),
     /// What a snapshot keeps of the guest's description.
     Description {
         /// For the agent that restores it.
@@ -299,6 +311,23 @@ pub struct SourceStart {
     pub limits: MoveLimits,
 }
 
+/// Start of a question.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SettleStart {
+    /// Own certificates.
+    pub credentials: Credentials,
+    /// Who is asked.
+    pub peer: PeerEntry,
+    /// Who does the bulk cryptography, by name; `None`: the engine's default.
+    pub provider: Option<String>,
+    /// The guest's name in the offer.
+    pub name: String,
+    /// The guest's identity.
+    pub vm_id: [u8; 16],
+    /// The epoch that this host held before the commit.
+    pub epoch: u64,
+}
+
 /// Start of a move in.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct DestinationStart {
@@ -386,6 +415,8 @@ pub enum MoveOutcome {
     Moved(MoveReport),
     /// It could move so; nothing did. At the destination without figures.
     Assessed(AssessReport),
+    /// The peer said who has it, or this host did.
+    Settled(Settlement),
     /// It did not, or nobody knows.
     Failed {
         /// Stable code.

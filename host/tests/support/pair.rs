@@ -81,6 +81,7 @@ struct State {
     /// What comes back is held for so long, in milliseconds.
     delay: AtomicU64,
     silent: AtomicBool,
+    last_answer: AtomicBool,
     closed: AtomicBool,
     connections: AtomicUsize,
     open: Mutex<Vec<TcpStream>>,
@@ -109,8 +110,21 @@ impl Way {
                 }
                 let ends = (near.try_clone().unwrap(), far.try_clone().unwrap());
                 let (out, back) = (Arc::clone(&state), Arc::clone(&state));
-                std::thread::spawn(move || pass(ends.0, ends.1, &out, false));
-                std::thread::spawn(move || pass(far, near, &back, true));
+                let deaf = Arc::<AtomicBool>::default();
+                let deafened = Arc::clone(&deaf);
+                std::thread::spawn(move || {
+                    pass(ends.0, ends.1, &out, |_| deaf.load(Ordering::SeqCst))
+                });
+                std::thread::spawn(move || {
+                    pass(far, near, &back, |state| {
+                        let delay = state.delay.load(Ordering::SeqCst);
+                        std::thread::sleep(Duration::from_millis(delay));
+                        if state.last_answer.swap(false, Ordering::SeqCst) {
+                            deafened.store(true, Ordering::SeqCst);
+                        }
+                        false
+                    });
+                });
             }
         });
         way
@@ -125,6 +139,11 @@ impl Way {
     /// Not a byte passes any more, and nobody is told.
     pub fn silence(&self) {
         self.state.silent.store(true, Ordering::SeqCst);
+    }
+
+    /// The next answer passes; of what is sent on that connection afterwards, nothing does.
+    pub fn lose_what_follows_the_next_answer(&self) {
+        self.state.last_answer.store(true, Ordering::SeqCst);
     }
 
     /// Ends every connection and takes no other.
@@ -143,11 +162,12 @@ impl Way {
     }
 }
 
-fn pass(mut from: TcpStream, mut to: TcpStream, state: &State, slowly: bool) {
+/// `swallow` sees every piece before it goes on.
+fn pass(mut from: TcpStream, mut to: TcpStream, state: &State, swallow: impl Fn(&State) -> bool) {
     let mut buffer = vec![0; 64 << 10];
     while let Ok(count @ 1..) = from.read(&mut buffer) {
-        if slowly {
-            std::thread::sleep(Duration::from_millis(state.delay.load(Ordering::SeqCst)));
+        if swallow(state) {
+            continue;
         }
         while state.silent.load(Ordering::SeqCst) {
             std::thread::sleep(Duration::from_millis(20));
@@ -183,6 +203,12 @@ impl Host {
             .unwrap();
         let code = child.wait().unwrap().code();
         Ran { code, out, err }
+    }
+
+    /// The record of who owns a guest.
+    pub fn ownership(&self, name: &str) -> Value {
+        let record = self.path(&format!("state/ownership/{name}.json"));
+        serde_json::from_slice(&std::fs::read(record).unwrap()).unwrap()
     }
 
     /// Whether the guest runs here.

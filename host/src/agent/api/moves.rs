@@ -1,4 +1,4 @@
-//! What is said of a move before it is made.
+//! What is said of a move before it is made, and after its end was lost.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -43,4 +43,19 @@ pub struct PlanCheck {
     pub check: String,
     /// What was found.
     pub found: String,
+}
+
+/// What became of a move whose commit was not answered, as the peer says.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Settled {
+    /// The guest.
+    pub name: String,
+    /// Who was asked.
+    pub peer: String,
+    /// Whether the peer took the guest over: the copy here has ended.
+    pub peer_has_it: bool,
+    /// Whether it runs on here; if neither, it ended here with its agent, and may be started anew.
+    pub runs_here: bool,
+    /// The epoch of whoever has it.
+    pub epoch: u64,
 }

@@ -64,6 +64,7 @@ pub const ROUTES: &[Route] = &[
     post("inject-secret", "/v1/guests/{name}/secret", "guest"),
     task("migrate", "/v1/guests/{name}/migrate", "migrated"),
     task("assess", "/v1/guests/{name}/assess", "assessed"),
+    task("settle", "/v1/guests/{name}/settle", "settled"),
     post("proceed", "/v1/guests/{name}/proceed", "done"),
     post("migrate-set", "/v1/guests/{name}/migration", "done"),
     post("cancel", "/v1/guests/{name}/cancel", "done"),

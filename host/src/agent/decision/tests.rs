@@ -188,6 +188,7 @@ pub fn every_request() -> Vec<Request> {
             device: crate::agent::api::DeviceName::Disk("data".into()),
             change: Some(crate::agent::api::DeviceChange::Resized),
         },
+        Request::Settle { name: name() },
     ];
     let mut kinds: Vec<usize> = all.iter().map(kind).collect();
     kinds.dedup();
@@ -195,7 +196,7 @@ pub fn every_request() -> Vec<Request> {
     all
 }
 
-const LAST: usize = 37;
+const LAST: usize = 38;
 
 fn kind(request: &Request) -> usize {
     match request {
@@ -236,7 +237,8 @@ fn kind(request: &Request) -> usize {
         Request::Proceed { .. } => 34,
         Request::MigrateSet { .. } => 35,
         Request::Shutdown { .. } => 36,
-        Request::Device { .. } => LAST,
+        Request::Device { .. } => 37,
+        Request::Settle { .. } => LAST,
     }
 }
 
