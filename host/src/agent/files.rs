@@ -51,7 +51,9 @@ impl Request {
     pub(super) fn file(&self) -> Option<&Path> {
         match self {
             Self::Run { description, .. } | Self::Create { description } => Some(description),
-            Self::Snapshot { file, .. } | Self::Restore { file, .. } => Some(file),
+            Self::Snapshot { file, .. } | Self::Restore { file, .. } | Self::Clone { file, .. } => {
+                Some(file)
+            }
             _ => None,
         }
     }
@@ -63,6 +65,12 @@ impl Request {
                 *description = real(description);
             }
             Self::Snapshot { file, .. } | Self::Restore { file, .. } => *file = real(file),
+            Self::Clone { file, disks, .. } => {
+                *file = real(file);
+                if let Some(folder) = disks {
+                    *folder = real(folder);
+                }
+            }
             _ => {}
         }
         self

@@ -136,6 +136,7 @@ pub fn every_request() -> Vec<Request> {
             name: name(),
             file: PathBuf::from("/etc/shadow"),
             stop: false,
+            template: false,
         },
         Request::Restore {
             file: PathBuf::from("/etc/shadow"),
@@ -188,6 +189,16 @@ pub fn every_request() -> Vec<Request> {
             device: crate::agent::api::DeviceName::Disk("data".into()),
             change: Some(crate::agent::api::DeviceChange::Resized),
         },
+        Request::Clone {
+            file: PathBuf::from("/etc/shadow"),
+            name: name(),
+            memory: crate::agent::api::MemoryMode::AtOnce,
+            disks: Some(PathBuf::from("/etc")),
+            allow_changed_disks: false,
+        },
+        Request::SnapshotErase {
+            id: "00".repeat(16),
+        },
     ];
     let mut kinds: Vec<usize> = all.iter().map(kind).collect();
     kinds.dedup();
@@ -195,7 +206,7 @@ pub fn every_request() -> Vec<Request> {
     all
 }
 
-const LAST: usize = 37;
+const LAST: usize = 39;
 
 fn kind(request: &Request) -> usize {
     match request {
@@ -236,7 +247,9 @@ fn kind(request: &Request) -> usize {
         Request::Proceed { .. } => 34,
         Request::MigrateSet { .. } => 35,
         Request::Shutdown { .. } => 36,
-        Request::Device { .. } => LAST,
+        Request::Device { .. } => 37,
+        Request::Clone { .. } => 38,
+        Request::SnapshotErase { .. } => LAST,
     }
 }
 
