@@ -359,7 +359,7 @@ mod tests {
             vec![range(0x1000, 0)],
             vec![range(0x1001, 0x1000)],
             vec![range(0x1000, 0x1001)],
-            vec![range(0x1000, u64::MAX & !0xfff)],
+            vec![range(0x1000, !0xfff)],
             vec![range(0x1000, 0x2000), range(0x2000, 0x1000)],
             (0..4).map(|n| range(n << 20, 0x1000)).collect(),
         ] {

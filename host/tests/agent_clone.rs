@@ -171,6 +171,34 @@ fn a_disk_under_a_running_guest_is_not_cloned_and_a_damaged_page_leaves_nothing(
 }
 
 #[test]
+fn copies_of_disks_lie_where_the_policy_lets_files_be() {
+    let mut host = Host::new("files");
+    let folders = format!("[files]\nfolders = [{:?}]\n", host.path("host"));
+    host.write("policy.toml", format!("{POLICY}{folders}"));
+    host.start();
+    host.write("host/data.raw", vec![5u8; 1 << 20]);
+    run(
+        &host,
+        "counter",
+        "[[disk]]\nid = \"data\"\npath = \"data.raw\"\n",
+    );
+    host.run(&["snapshot", "counter", "host/one.snap", "--stop"])
+        .expect(0);
+    fs::create_dir(host.path("elsewhere")).unwrap();
+    std::os::unix::fs::symlink(host.path("elsewhere"), host.path("host/way")).unwrap();
+    for folder in ["elsewhere", "host/way"] {
+        host.run(&["vm", "clone", "host/one.snap", "copy", "--disks", folder])
+            .refused(3, &["POLICY_FILE_NOT_ALLOWED"]);
+    }
+    assert_eq!(fs::read_dir(host.path("elsewhere")).unwrap().count(), 0);
+    host.run(&["vm", "clone", "host/one.snap", "copy", "--disks", "host"])
+        .expect(0);
+    assert!(host.path("host/copy-data.img").exists());
+    host.run(&["stop", "copy"]).expect(0);
+    host.quiet(1);
+}
+
+#[test]
 fn cloning_is_an_act_of_its_own() {
     let people = "[[person]]\nname = \"root\"\nrole = \"operator\"\nuid = 0\nactions = [\"launch\", \"snapshot\", \"stop\", \"status\"]\n";
     let mut host = Host::with_policy("act", &format!("{POLICY}{people}"));

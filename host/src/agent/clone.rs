@@ -3,13 +3,12 @@
 //! Two clones share nothing that either can write: each disk is copied while nobody may write to it, in a way that lets
 //! the file system share blocks until one of them is written (`copy_file_range(2)`). What a guest can only read is shared.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Read as _, Seek as _, SeekFrom};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 use nix::unistd::{Whence, lseek};
 
@@ -94,19 +93,20 @@ impl Drop for Copies {
     }
 }
 
-/// Where a guest's copy of a disk is put.
-pub(super) fn target(folder: &Path, name: &str, disk: &str) -> PathBuf {
+/// Where the copies of a guest's disks are put.
+pub(super) fn targets(folder: &Path, plan: &MachinePlan) -> Vec<PathBuf> {
+    let written = plan.disks.iter().filter(|disk| !disk.read_only);
+    written
+        .map(|disk| target(folder, &plan.name, &disk.id))
+        .collect()
+}
+
+fn target(folder: &Path, name: &str, disk: &str) -> PathBuf {
     folder.join(format!("{name}-{disk}.img"))
 }
 
 fn new_image(path: &Path) -> Result<File, Failure> {
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .custom_flags(OFlag::O_NOFOLLOW.bits())
-        .open(path);
+    let file = files::create(path);
     file.map_err(|e| match e.kind() {
         io::ErrorKind::AlreadyExists => Failure::new(
             "DISK_EXISTS",
@@ -201,13 +201,14 @@ mod tests {
     #[test]
     fn a_disk_is_copied_with_its_holes() {
         let folder = tempfile::tempdir().unwrap();
-        let from = folder.path().canonicalize().unwrap().join("from");
+        let at = |name: &str| folder.path().canonicalize().unwrap().join(name);
+        let from = at("from");
         let disk = File::create(&from).unwrap();
         disk.set_len(64 << 20).unwrap();
         for at in [0, 8 << 20, (64 << 20) - 7] {
             disk.write_all_at(b"written", at).unwrap();
         }
-        let to = folder.path().join("to");
+        let to = at("to");
         copy(&from, &new_image(&to).unwrap()).unwrap();
         assert!(std::fs::read(&from).unwrap() == std::fs::read(&to).unwrap());
         assert!(std::fs::metadata(&to).unwrap().blocks() * 512 < 1 << 20);
@@ -216,7 +217,7 @@ mod tests {
         for length in [0, 1 << 20] {
             disk.set_len(0).unwrap();
             disk.set_len(length).unwrap();
-            let to = folder.path().join(format!("to-{length}"));
+            let to = at(&format!("to-{length}"));
             copy(&from, &new_image(&to).unwrap()).unwrap();
             assert_eq!(std::fs::metadata(&to).unwrap().len(), length);
         }
@@ -235,7 +236,7 @@ mod tests {
             l_pid: 0,
         };
         fcntl(&disk, FcntlArg::F_OFD_SETLK(&whole)).unwrap();
-        let to = new_image(&folder.path().join("to")).unwrap();
+        let to = new_image(&from.with_file_name("to")).unwrap();
         let error = copy(&from, &to).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ResourceBusy);
         drop(disk);

@@ -222,7 +222,7 @@ impl Restoring<'_> {
             memory_mib: plan.memory_bytes >> 20,
             policy_bits: 0,
         };
-        self.decide(&plan.name, &action, kept, None)?;
+        self.decide(&plan.name, &action, kept, &[])?;
         self.reserved = Some(agent.reserve(&plan.name)?);
         if !self.wanted.allow_changed_disks {
             check_disks(kept)?;
@@ -253,20 +253,13 @@ impl Restoring<'_> {
             .copy
             .as_ref()
             .and_then(|copy| copy.disks.clone());
-        self.decide(&name, &action, kept, chosen.as_deref())?;
+        let made = chosen.as_deref().map(|folder| clone::targets(folder, plan));
+        self.decide(&name, &action, kept, &made.unwrap_or_default())?;
         self.reserved = Some(agent.reserve(&name)?);
         if !self.wanted.allow_changed_disks {
             check_disks(kept)?;
         }
-        let folder = match chosen {
-            Some(folder) => folder,
-            None => {
-                let folder = agent.guest_folder(&name);
-                std::fs::create_dir_all(&folder)
-                    .map_err(|e| Failure::new("RESOURCE", format!("{}: {e}", folder.display())))?;
-                folder
-            }
-        };
+        let folder = chosen.map_or_else(|| agent.disk_folder(&name), Ok)?;
         let mut local = kept.local.clone();
         self.copies.make(plan, &mut local, &folder)?;
         if !self.wanted.allow_changed_disks {
@@ -287,11 +280,11 @@ impl Restoring<'_> {
         name: &str,
         action: &Action,
         kept: &Description,
-        folder: Option<&Path>,
+        made: &[PathBuf],
     ) -> Result<(), Failure> {
-        let disks = kept.local.disks.iter().map(PathBuf::as_path);
+        let disks = kept.local.disks.iter().chain(made);
         let facts = Facts {
-            files: files::in_words(disks.chain(folder)),
+            files: files::in_words(disks.map(PathBuf::as_path)),
             ..Facts::default()
         };
         self.agent.decide_knowing(self.caller, name, action, facts)
@@ -444,6 +437,16 @@ impl Restoring<'_> {
                 .with("disks", disks.collect::<Vec<_>>());
         }
         entry
+    }
+}
+
+impl Agent {
+    /// Where a clone's disks are put if nobody says.
+    fn disk_folder(&self, name: &str) -> Result<PathBuf, Failure> {
+        let folder = self.guest_folder(name);
+        std::fs::create_dir_all(&folder)
+            .map_err(|e| Failure::new("RESOURCE", format!("{}: {e}", folder.display())))?;
+        Ok(files::real(&folder))
     }
 }
 

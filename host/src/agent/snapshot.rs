@@ -1,8 +1,8 @@
 //! Snapshots of a guest: the agent opens the file, decides and makes the key; a mover seals.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::os::fd::AsFd;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -327,12 +327,7 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Description, Failure> {
 }
 
 fn new_file(path: &Path) -> Result<File, Failure> {
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(path);
+    let file = files::create(path);
     file.map_err(|e| match e.kind() {
         std::io::ErrorKind::AlreadyExists => Failure::new(
             "SNAPSHOT_EXISTS",

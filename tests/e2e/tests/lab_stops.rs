@@ -48,10 +48,9 @@ fn panic_reset_and_power_off_of_linux_are_told_apart() {
         };
         assert_eq!(stopped.as_deref(), Some(reason), "{order}");
         let ledger = std::fs::read_to_string(world.site_a.folder().join("state/ledger")).unwrap();
-        let records = ledger
-            .lines()
-            .filter(|line| line.contains("\"guest-stopped\""));
-        let last = records.last().unwrap_or_default();
+        let mut records = ledger.lines().rev();
+        let last = records.find(|line| line.contains("\"guest-stopped\""));
+        let last = last.unwrap_or_default();
         assert!(last.contains(&format!("\"reason\":\"{reason}\"")), "{last}");
         world.site_a.done(&["stop", "vault"]).unwrap();
         std::fs::remove_file(&guest.console).unwrap();
