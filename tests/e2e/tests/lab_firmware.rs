@@ -38,10 +38,7 @@ fn a_disk_boots_through_ovmf_and_goes_on_after_a_snapshot() {
         .site_a
         .done(&["snapshot", "firmware", &file, "--stop"])
         .unwrap();
-    world
-        .site_a
-        .done(&["restore", &file, "--memory", "on-demand"])
-        .unwrap();
+    world.site_a.done(&["restore", &file]).unwrap();
     watch.wait_ticks(20, BOOT).unwrap();
     assert_eq!(watch.problems, Vec::<String>::new());
     assert_intact(&world, Host::A, "firmware");
