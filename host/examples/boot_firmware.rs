@@ -71,7 +71,9 @@ fn main() {
     wait_for(&lines, &mut vmm, start, until, limit);
     for _ in 0..number("--moves", 0) {
         let mut target = Vmm::prepare(&plan, handles()).expect("prepare the target");
-        target.ask(VmmRequest::Incoming).expect("incoming");
+        target
+            .ask(VmmRequest::Incoming { copy: false })
+            .expect("incoming");
         let moved = migrate(&mut vmm, &mut target);
         println!("boot_firmware: {moved:?}");
         vmm = target;

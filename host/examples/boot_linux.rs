@@ -103,7 +103,9 @@ fn main() {
 
 fn move_once(mut source: Vmm, plan: &MachinePlan, lines: &Lines, disk: Option<&Path>) -> Vmm {
     let mut target = Vmm::prepare(plan, handles(lines, disk)).expect("prepare the target");
-    target.ask(VmmRequest::Incoming).expect("incoming");
+    target
+        .ask(VmmRequest::Incoming { copy: false })
+        .expect("incoming");
     let start = Instant::now();
     let moved = migrate(&mut source, &mut target);
     println!("boot_linux: moved in {:?}: {moved:?}", start.elapsed());

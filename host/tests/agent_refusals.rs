@@ -442,7 +442,7 @@ fn an_agent_that_cannot_start_says_what_is_wrong() {
         ),
         (
             format!("{good}listen = \"nonsense\"\n"),
-            vec!["agent.toml", "line 6"],
+            vec!["agent.toml", "line 7"],
         ),
         (format!("{good}{IDENTITY}"), vec!["host.pem"]),
         (

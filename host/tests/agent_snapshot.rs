@@ -180,5 +180,5 @@ fn a_confidential_guest_has_no_snapshot_and_another_hosts_is_refused() {
     other.write("one.snap", fs::read(host.path("one.snap")).unwrap());
     other
         .run(&["restore", "one.snap"])
-        .refused(1, &["SNAPSHOT_HEADER", "another host"]);
+        .refused(1, &["SNAPSHOT_KEY_GONE", "another host"]);
 }

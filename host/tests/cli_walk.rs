@@ -14,7 +14,7 @@ use std::collections::BTreeSet;
 use support::{Host, POLICY, SEV_WITH_SECRET};
 
 /// Commands that ask the agent, with arguments that bring them so far.
-const ASKING: [&str; 51] = [
+const ASKING: [&str; 53] = [
     "cancel vm",
     "evidence retain --keep-from 1",
     "evidence rotate",
@@ -52,6 +52,7 @@ const ASKING: [&str; 51] = [
     "task follow 1",
     "task list",
     "task show 1",
+    "vm clone file vm",
     "vm console vm",
     "vm create host/vm.toml",
     "vm definitions",
@@ -63,6 +64,7 @@ const ASKING: [&str; 51] = [
     "vm resume vm",
     "vm show vm",
     "vm snapshot vm file",
+    "vm snapshot-erase 00",
     "vm start vm",
     "vm stats vm",
     "vm stop vm",

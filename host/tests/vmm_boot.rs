@@ -64,7 +64,7 @@ fn memory_above_4_gib_is_the_guests_and_moves_with_it() {
     drop(mover);
     for _ in 0..2 {
         let mut target = Vmm::prepare(&plan, handles(None, &lines)).unwrap();
-        target.ask(VmmRequest::Incoming).unwrap();
+        target.ask(VmmRequest::Incoming { copy: false }).unwrap();
         migrate(&mut vmm, &mut target);
         vmm = target;
         count = counts(&lines, count);

@@ -74,7 +74,7 @@ fn devices_are_changed_while_the_guest_runs_and_move_with_it() {
     }
 
     let mut target = self::vmm(&full(), folder.path(), &lines, None);
-    target.ask(VmmRequest::Incoming).unwrap();
+    target.ask(VmmRequest::Incoming { copy: false }).unwrap();
     migrate(&mut vmm, &mut target);
     drop(vmm);
     let held = ask(&mut target, DeviceName::Balloon, None).unwrap();
@@ -93,7 +93,7 @@ fn a_disk_of_another_size_is_not_moved_to() {
     let mut vmm = vmm(&full(), folder.path(), &lines, Some(SPIN));
     vmm.ask(VmmRequest::Run).unwrap();
     let mut target = self::vmm(&full(), other.path(), &lines, None);
-    target.ask(VmmRequest::Incoming).unwrap();
+    target.ask(VmmRequest::Incoming { copy: false }).unwrap();
     let moved = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
         migrate(&mut vmm, &mut target)
     }));

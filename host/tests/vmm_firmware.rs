@@ -35,7 +35,7 @@ fn firmware_starts_at_the_reset_vector_moves_in_its_place_and_switches_off() {
     assert!(pressed, "the events' port lies behind the chipset's");
     assert_eq!(next(&lines), "R0");
     let mut target = Vmm::prepare(&plan, handles(&lines)).unwrap();
-    target.ask(VmmRequest::Incoming).unwrap();
+    target.ask(VmmRequest::Incoming { copy: false }).unwrap();
     migrate(&mut vmm, &mut target);
     for _ in 0..3 {
         assert_eq!(next(&lines), "R0");

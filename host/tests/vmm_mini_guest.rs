@@ -65,7 +65,7 @@ fn the_guest_moves_there_and_back_and_counts_without_gap_or_repeat() {
     let mut next = counts(&lines, 0, 5);
     for _ in 0..3 {
         let mut target = Vmm::prepare(&plan(2, MEMORY, ""), handles(None, &lines)).unwrap();
-        target.ask(VmmRequest::Incoming).unwrap();
+        target.ask(VmmRequest::Incoming { copy: false }).unwrap();
         let moved = migrate(&mut vmm, &mut target);
         assert!(moved.pages >= 256 && moved.state_bytes > 4096, "{moved:?}");
         assert!(
@@ -102,7 +102,7 @@ fn a_failed_move_leaves_the_guest_running_and_the_next_one_succeeds() {
     next = counts(&lines, next, 50);
     assert!(matches!(status(&mut vmm), MachineState::Running));
     let mut target = Vmm::prepare(&plan(2, MEMORY, ""), handles(None, &lines)).unwrap();
-    target.ask(VmmRequest::Incoming).unwrap();
+    target.ask(VmmRequest::Incoming { copy: false }).unwrap();
     migrate(&mut vmm, &mut target);
     counts(&lines, next, 50);
 }
@@ -164,7 +164,7 @@ fn a_mover_cannot_leave_the_order_or_guest_memory() {
     counts(&lines, 0, 20);
 
     let mut target = Vmm::prepare(&plan(2, MEMORY, ""), handles(None, &lines)).unwrap();
-    target.ask(VmmRequest::Incoming).unwrap();
+    target.ask(VmmRequest::Incoming { copy: false }).unwrap();
     let mover = target.mover();
     let code = |request| mover.ask(request).unwrap_err().code;
     assert_eq!(code(MoverRequest::Activate), "WRONG_STATE");

@@ -101,7 +101,7 @@ fn sixty_four_vcpus_run_and_move() {
     vmm.ask(VmmRequest::Run).unwrap();
     let before = next(&lines);
     let mut target = Vmm::prepare(&wide, handles(None, &lines)).unwrap();
-    target.ask(VmmRequest::Incoming).unwrap();
+    target.ask(VmmRequest::Incoming { copy: false }).unwrap();
     migrate(&mut vmm, &mut target);
     drop(vmm);
     // Without a gap or a repeat, before and after.

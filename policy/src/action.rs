@@ -25,6 +25,17 @@ pub enum Action {
         /// The guest policy given to the firmware (SEV: 32 bits, SNP: 64); 0 for a plain guest.
         policy_bits: u64,
     },
+    /// Make another guest of a snapshot: memory, state and disks of its own, and another identity.
+    Clone {
+        /// Its technology.
+        technology: Technology,
+        /// Whether the secure processor is the software one.
+        emulated: bool,
+        /// Its vCPUs.
+        vcpus: u16,
+        /// Its memory in MiB.
+        memory_mib: u64,
+    },
     /// Send a guest to a peer while it runs.
     MigrateOut {
         /// Its technology.
@@ -129,6 +140,8 @@ pub enum Action {
     Resize,
     /// Write a guest's memory and state to a sealed file.
     Snapshot,
+    /// Destroy the key of a snapshot, whose file nobody opens then.
+    SnapshotErase,
     /// Cancel a move.
     Cancel,
     /// See the secure processor's status and certificates.
@@ -172,6 +185,7 @@ impl Action {
     pub fn kind(&self) -> ActionKind {
         match self {
             Self::Launch { .. } => ActionKind::Launch,
+            Self::Clone { .. } => ActionKind::Clone,
             Self::MigrateOut { .. } => ActionKind::MigrateOut,
             Self::MigrateSession { .. } => ActionKind::MigrateSession,
             Self::MigrateIn { .. } => ActionKind::MigrateIn,
@@ -192,6 +206,7 @@ impl Action {
             Self::Nmi => ActionKind::Nmi,
             Self::Resize => ActionKind::Resize,
             Self::Snapshot => ActionKind::Snapshot,
+            Self::SnapshotErase => ActionKind::SnapshotErase,
             Self::Cancel => ActionKind::Cancel,
             Self::PlatformShow => ActionKind::PlatformShow,
             Self::PlatformAdmin { .. } => ActionKind::PlatformAdmin,
@@ -212,6 +227,11 @@ impl Action {
     pub fn technology(&self) -> Option<(Technology, bool)> {
         match self {
             Self::Launch {
+                technology,
+                emulated,
+                ..
+            }
+            | Self::Clone {
                 technology,
                 emulated,
                 ..
@@ -305,6 +325,8 @@ macro_rules! kinds {
 kinds! {
     /// [`Action::Launch`]
     Launch = "launch",
+    /// [`Action::Clone`]
+    Clone = "clone",
     /// [`Action::MigrateOut`]
     MigrateOut = "migrate-out",
     /// [`Action::MigrateSession`]
@@ -345,6 +367,8 @@ kinds! {
     Resize = "resize",
     /// [`Action::Snapshot`]
     Snapshot = "snapshot",
+    /// [`Action::SnapshotErase`]
+    SnapshotErase = "snapshot-erase",
     /// [`Action::Cancel`]
     Cancel = "cancel",
     /// [`Action::PlatformShow`]

@@ -110,6 +110,9 @@ fn host_rules(policy: &HostPolicy, action: &Action) -> Vec<Reason> {
     match action {
         Action::Launch {
             vcpus, memory_mib, ..
+        }
+        | Action::Clone {
+            vcpus, memory_mib, ..
         } => reasons.extend(size_rules(policy, *vcpus, *memory_mib)),
         Action::MigrateOut { peer_name, .. } | Action::MigrateSession { peer_name, .. } => {
             reasons.push(direction_rule(
@@ -147,6 +150,7 @@ fn host_rules(policy: &HostPolicy, action: &Action) -> Vec<Reason> {
 fn ground_rules(policy: &HostPolicy, inquiry: &Inquiry) -> Vec<Reason> {
     let technology = match &inquiry.action {
         Action::Launch { technology, .. }
+        | Action::Clone { technology, .. }
         | Action::MigrateIn { technology, .. }
         | Action::Failover { technology, .. } => *technology,
         _ => return Vec::new(),

@@ -24,6 +24,11 @@ pub fn check(policy: &HostPolicy, action: &Action) -> Vec<Reason> {
                 bits_rule(*technology, *policy_bits),
             ]
         }
+        Action::Clone {
+            technology,
+            emulated,
+            ..
+        } => vec![emulated_rule(policy, *emulated), copy_rule(*technology)],
         Action::MigrateOut {
             technology,
             emulated,
@@ -85,6 +90,7 @@ pub fn check(policy: &HostPolicy, action: &Action) -> Vec<Reason> {
         | Action::Nmi
         | Action::Resize
         | Action::Snapshot
+        | Action::SnapshotErase
         | Action::Cancel
         | Action::PlatformShow
         | Action::PlatformAdmin { .. }
@@ -172,6 +178,18 @@ fn movable_rule(technology: Technology) -> Reason {
         allows,
         code: Code::TechnologyCannotMigrate,
         remedy,
+    }
+}
+
+/// No firmware gives the state of a guest to two.
+fn copy_rule(technology: Technology) -> Reason {
+    Reason {
+        rule: "floor.copyable",
+        wanted: "a technology whose guests can be copied: none".to_owned(),
+        found: technology.to_string(),
+        allows: technology == Technology::None,
+        code: Code::TechnologyCannotClone,
+        remedy: "launch each guest anew: its owner attests it by itself",
     }
 }
 

@@ -76,6 +76,16 @@ fn nothing_loosens_the_floor() {
             }
         }
     }
+    // Two of one confidential guest.
+    for technology in [Sev, SevEs, SevSnp] {
+        let copy = Action::Clone {
+            technology,
+            emulated: technology == SevEs,
+            vcpus: 1,
+            memory_mib: 64,
+        };
+        assert_eq!(refused(0, copy), Code::TechnologyCannotClone);
+    }
     // Secrets and attestations without proof.
     let release = |technology, measurement_matches| Action::ReleaseSecret {
         technology,

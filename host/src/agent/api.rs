@@ -18,7 +18,8 @@ pub use crate::agent::platform_api::{
     OrderedBytes, PlatformInfo, PlatformOrderText, ProcessorKind, SnpCertificatesText, SnpInfo,
     TcbInfo,
 };
-pub use crate::agent::snapshot::{MemoryMode, SnapshotInfo};
+pub use crate::agent::restore::MemoryMode;
+pub use crate::agent::snapshot::SnapshotInfo;
 use crate::machine::cpu::CpuModel;
 pub use crate::machine::plan::devices::{
     ConsolePlan, DeviceChange, DeviceName, DeviceStatus, Limits, Rate,
@@ -195,6 +196,14 @@ pub enum Request {
         file: PathBuf,
         /// Whether the guest ends with it.
         stop: bool,
+        /// Whether it is a template: cloned as often as one likes, never restored itself.
+        #[serde(default)]
+        template: bool,
+    },
+    /// Destroys the key of a snapshot: its file cannot be opened any more.
+    SnapshotErase {
+        /// The snapshot's id, 32 hex digits.
+        id: String,
     },
     /// Makes a guest from a sealed file.
     Restore {
@@ -207,6 +216,20 @@ pub enum Request {
         /// Whether a snapshot may be older than the guest's newest.
         allow_older: bool,
         /// Whether its disks may have changed since.
+        allow_changed_disks: bool,
+    },
+    /// Makes another guest of a sealed file: identity, addresses and disks of its own.
+    Clone {
+        /// Absolute path of the file.
+        file: PathBuf,
+        /// The new guest's name.
+        name: String,
+        /// When its memory comes.
+        memory: MemoryMode,
+        /// Absolute path of the folder that its disks are put in; the agent's own for this guest if absent.
+        disks: Option<PathBuf>,
+        /// Whether the snapshot's disks may have changed since.
+        #[serde(default)]
         allow_changed_disks: bool,
     },
     /// Cancels the migration of a guest.
@@ -463,6 +486,12 @@ pub struct GuestInfo {
     pub console: PathBuf,
     /// Unix socket to the guest's vsock ports.
     pub vsock: Option<PathBuf>,
+    /// Context id of its vsock device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock_cid: Option<u32>,
+    /// Its network cards.
+    #[serde(default)]
+    pub nets: Vec<CardInfo>,
     /// How often the guest broke a rule of its devices, where the VMM was asked.
     #[serde(default)]
     pub device_faults: u64,
@@ -475,6 +504,15 @@ pub struct GuestInfo {
     /// guest that was launched here.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub start_cpu_us: Option<u64>,
+}
+
+/// A guest's network card.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+pub struct CardInfo {
+    /// Its name in the description.
+    pub id: String,
+    /// Its address, `52:54:00:00:00:01`; the guest can send from no other.
+    pub mac: String,
 }
 
 /// A description that is kept.

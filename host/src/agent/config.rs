@@ -37,9 +37,21 @@ pub struct AgentConfig {
     pub amd_certificates: Option<PathBuf>,
     /// Certificate (CEK) of this host's own AMD processor with AMD's signature, which the processor exports without.
     pub chip_certificate: Option<PathBuf>,
+    /// What the keys of snapshots lie under; without it there are no snapshots.
+    pub snapshots: Option<SnapshotConfig>,
     /// First of the user ids given to roles.
     #[serde(default = "default_uid_base")]
     pub uid_base: u32,
+}
+
+/// The operator's keys for snapshots: files of 32 to 4096 bytes that root alone reads, outside the state folder.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotConfig {
+    /// The present one; read at each use, so that a credential of systemd's or a file in memory will do.
+    pub key: PathBuf,
+    /// The one before: keys that are under it are put under the present one when they are used.
+    pub previous_key: Option<PathBuf>,
 }
 
 /// A policy in Rego.
@@ -118,6 +130,10 @@ impl AgentConfig {
             .flat_map(|api| [&mut api.certificate, &mut api.key, &mut api.client_ca]);
         let published = [&mut config.amd_certificates, &mut config.chip_certificate];
         let published = published.into_iter().flatten();
+        let snapshots = config.snapshots.iter_mut().flat_map(|snapshots| {
+            std::iter::once(&mut snapshots.key).chain(&mut snapshots.previous_key)
+        });
+        let paths = paths.chain(snapshots);
         let paths = paths.chain(config.rego.iter_mut().map(|rego| &mut rego.policy));
         for path in paths.chain(identity).chain(api).chain(published) {
             *path = folder.join(&*path);

@@ -93,6 +93,8 @@ impl Request {
             Self::Resume { name } => Asked::Whole(Action::Resume, name),
             Self::Snapshot { name, .. } => Asked::Whole(Action::Snapshot, name),
             Self::Restore { .. } => Asked::First(ActionKind::Launch, None),
+            Self::Clone { name, .. } => Asked::First(ActionKind::Clone, Some(name)),
+            Self::SnapshotErase { .. } => Asked::First(ActionKind::SnapshotErase, None),
             Self::Nmi { name } => Asked::Whole(Action::Nmi, name),
             Self::Cancel { name } => Asked::Whole(Action::Cancel, name),
         }

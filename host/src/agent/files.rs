@@ -6,6 +6,7 @@ use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat2};
+use nix::sys::stat::Mode;
 
 use crate::agent::api::Request;
 
@@ -40,6 +41,15 @@ pub fn open(path: &Path, writable: bool) -> io::Result<File> {
     Err(io::Error::other("not a regular file, nor a block device"))
 }
 
+/// Makes a file at exactly this path, for its owner alone: nothing is there yet, and no link is on the way.
+pub fn create(path: &Path) -> io::Result<File> {
+    let how = OpenHow::new()
+        .flags(OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC)
+        .mode(Mode::S_IRUSR | Mode::S_IWUSR)
+        .resolve(ResolveFlag::RESOLVE_NO_SYMLINKS);
+    Ok(File::from(openat2(AT_FDCWD, path, how)?))
+}
+
 /// Paths as a policy is asked about them.
 pub fn in_words<'a>(paths: impl IntoIterator<Item = &'a Path>) -> Vec<String> {
     let paths = paths.into_iter();
@@ -51,7 +61,9 @@ impl Request {
     pub(super) fn file(&self) -> Option<&Path> {
         match self {
             Self::Run { description, .. } | Self::Create { description } => Some(description),
-            Self::Snapshot { file, .. } | Self::Restore { file, .. } => Some(file),
+            Self::Snapshot { file, .. } | Self::Restore { file, .. } | Self::Clone { file, .. } => {
+                Some(file)
+            }
             _ => None,
         }
     }
@@ -63,6 +75,12 @@ impl Request {
                 *description = real(description);
             }
             Self::Snapshot { file, .. } | Self::Restore { file, .. } => *file = real(file),
+            Self::Clone { file, disks, .. } => {
+                *file = real(file);
+                if let Some(folder) = disks {
+                    *folder = real(folder);
+                }
+            }
             _ => {}
         }
         self
@@ -91,13 +109,20 @@ mod tests {
         assert_eq!(real(&at("no/new")), at("no/new"));
         assert!(open(&at("way/disk"), false).is_err(), "a link on the way");
         open(&at("inside/disk"), true).unwrap();
+        assert!(create(&at("way/made")).is_err(), "a link on the way");
+        symlink(at("inside/gone"), at("dangling")).unwrap();
+        for there in ["inside/disk", "dangling"] {
+            let error = create(&at(there)).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::AlreadyExists, "{there}");
+        }
+        create(&at("inside/made")).unwrap();
     }
 
     #[test]
     fn pipes_folders_and_devices_of_other_kinds_are_no_files() {
         let folder = tempfile::tempdir().unwrap();
         let pipe = folder.path().join("pipe");
-        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRUSR).unwrap();
+        nix::unistd::mkfifo(&pipe, Mode::S_IRUSR).unwrap();
         for path in [&pipe, folder.path(), Path::new("/dev/null")] {
             assert!(open(path, false).is_err(), "{}", path.display());
         }

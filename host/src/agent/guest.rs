@@ -10,13 +10,13 @@ use std::sync::{Arc, Mutex};
 use kvm_ioctls::Kvm;
 use serde::{Deserialize, Serialize};
 
-use crate::agent::api::{Failure, GuestInfo};
+use crate::agent::api::{CardInfo, Failure, GuestInfo};
 use crate::agent::files;
 use crate::agent::mover_process::MoverProcess;
 use crate::agent::tap;
 use crate::agent::vmm_process::{VmmProcess, lock};
 use crate::machine::cpu::{CpuBaseline, CpuModel};
-use crate::machine::plan::MachinePlan;
+use crate::machine::plan::{MachinePlan, NetPlan};
 use crate::machine::spec::BootSpec;
 use crate::vmm::protocol::{HandleKind, MachineState, Measurement, VmmReply, VmmRequest};
 use crate::vmm::vcpu::model;
@@ -88,6 +88,8 @@ impl Guest {
             pid: self.vmm.pid(),
             console: self.console.clone(),
             vsock: self.vsock.clone(),
+            vsock_cid: self.plan.vsock_cid,
+            nets: self.plan.nets.iter().map(card).collect(),
             terminal: self.terminal.clone(),
             device_faults: 0,
             launch_us: *lock(&self.launch_us),
@@ -107,7 +109,7 @@ impl Drop for Guest {
 }
 
 /// Names of the local resources a guest was given.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Local {
     /// Images of its disks.
     pub disks: Vec<PathBuf>,
@@ -128,7 +130,7 @@ pub struct Resources {
 }
 
 /// A local tap for one network card.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TapChoice {
     /// Name of the tap device.
     pub tap: String,
@@ -250,6 +252,13 @@ impl Resources {
             start_cpu_us: Mutex::new(None),
         };
         Ok(Arc::new(guest))
+    }
+}
+
+fn card(net: &NetPlan) -> CardInfo {
+    CardInfo {
+        id: net.id.clone(),
+        mac: net.mac.map(|byte| format!("{byte:02x}")).join(":"),
     }
 }
 

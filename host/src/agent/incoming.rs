@@ -23,6 +23,7 @@ use crate::agent::vmm_process::lock;
 use crate::agent::{Agent, ROLE_OVERHEAD, files, room};
 use crate::ipc::Channel;
 use crate::machine::plan::MachinePlan;
+use crate::machine::saved;
 use crate::mover::disks;
 use crate::mover::protocol::{
     AgentAnswer, DestinationStart, MoveLimits, MoveOutcome, MoverCommand, MoverRequestToAgent,
@@ -281,7 +282,7 @@ impl Agent {
         let (_, disks) = disks::split(&offer.memory).map_err(Failure::from)?;
         arrival.images = NewImages::make(&disks, &plan, &policy)?;
         let guest = self.build_arrival(&plan, offer.epoch)?;
-        guest.vmm.call(&VmmRequest::Incoming, &[])?;
+        guest.vmm.call(&VmmRequest::Incoming { copy: false }, &[])?;
         let mover_end = guest.vmm.attach_mover()?;
         arrival.guest = Some(guest);
         Ok(mover_end)
@@ -383,11 +384,14 @@ impl Agent {
 fn parse_description(offer: &GuestOffer) -> Result<MachinePlan, Failure> {
     let refuse =
         |text: String| Failure::new("DESCRIPTION", format!("the offer's description {text}"));
-    let (plan, rest) = postcard::take_from_bytes::<MachinePlan>(&offer.description)
-        .map_err(|e| refuse(format!("cannot be read: {e}")))?;
-    if !rest.is_empty() {
-        return Err(refuse(format!("has {} bytes behind it", rest.len())));
-    }
+    let plan = saved::decode_plan(&offer.description).map_err(|e| {
+        let code = if e.is_version() {
+            "STATE_VERSION"
+        } else {
+            "DESCRIPTION"
+        };
+        Failure::new(code, format!("the offer's description: {e}"))
+    })?;
     plan.check().map_err(refuse)?;
     if plan.name != offer.name || plan.vm_id != offer.vm_id {
         return Err(refuse("names another guest than the offer".into()));

@@ -8,6 +8,7 @@ mod arrivals;
 mod assessment;
 pub mod authority;
 pub mod client;
+mod clone;
 pub mod config;
 mod decision;
 mod definitions;
@@ -27,6 +28,7 @@ mod platform;
 pub mod platform_api;
 mod processor;
 mod record;
+pub mod restore;
 mod room;
 mod second_opinion;
 mod server;
@@ -35,7 +37,7 @@ mod sev;
 mod shutdown;
 pub mod snapshot;
 mod snapshot_keys;
-mod tap;
+pub mod tap;
 mod tasks;
 mod transfer;
 mod upkeep;
@@ -76,7 +78,7 @@ use crate::sandbox::Role;
 use crate::sandbox::jail::{
     CpuShare, JailSpec, RoleProcess, end_cgroup, spawn_role, sweep_cgroups,
 };
-use crate::vmm::protocol::{HandleKind, RoleError, VmmReply, VmmRequest};
+use crate::vmm::protocol::{HandleKind, RoleError, VmmEvent, VmmReply, VmmRequest};
 
 /// Runs the agent until it is told to stop (SIGTERM, SIGINT). Its guests end with it.
 pub fn run(config: &Path) -> Result<(), Failure> {
@@ -107,7 +109,7 @@ pub struct Agent {
     config: AgentConfig,
     authority: Authority,
     second_opinion: SecondOpinion,
-    evidence: Evidence,
+    evidence: Arc<Evidence>,
     records: Records,
     identity: Option<HostCredentials>,
     processor: Option<Processor>,
@@ -126,7 +128,7 @@ impl Agent {
         std::fs::create_dir_all(&config.state_dir)
             .map_err(|e| Failure::new("STATE", format!("{}: {e}", config.state_dir.display())))?;
         let (authority, admitted) = Authority::open(&config)?;
-        let evidence = Evidence::open(&config.state_dir, &config.name)?;
+        let evidence = Arc::new(Evidence::open(&config.state_dir, &config.name)?);
         let records = Records::open(&config.state_dir.join("ownership"))
             .map_err(|e| Failure::new("STATE", e.to_string()))?;
         let identity = config
@@ -301,7 +303,20 @@ impl Agent {
                 name,
                 bandwidth_mib,
             } => self.migrate_set(caller, &name, bandwidth_mib),
-            Request::Snapshot { name, file, stop } => self.snapshot(caller, &name, &file, stop),
+            Request::Snapshot {
+                name,
+                file,
+                stop,
+                template,
+            } => {
+                let wish = snapshot::SnapshotWish {
+                    file: &file,
+                    stop,
+                    template,
+                };
+                self.snapshot(caller, &name, wish)
+            }
+            Request::SnapshotErase { id } => self.erase_snapshot(caller, &id),
             Request::Restore {
                 file,
                 name,
@@ -309,11 +324,28 @@ impl Agent {
                 allow_older,
                 allow_changed_disks,
             } => {
-                let wanted = snapshot::Wanted {
+                let wanted = restore::Wanted {
                     name,
                     memory,
                     allow_older,
                     allow_changed_disks,
+                    copy: None,
+                };
+                self.restore(caller, &file, wanted, progress)
+            }
+            Request::Clone {
+                file,
+                name,
+                memory,
+                disks,
+                allow_changed_disks,
+            } => {
+                let wanted = restore::Wanted {
+                    name: Some(name),
+                    memory,
+                    allow_older: true,
+                    allow_changed_disks,
+                    copy: Some(restore::CopyWish { disks }),
                 };
                 self.restore(caller, &file, wanted, progress)
             }
@@ -602,8 +634,13 @@ impl Agent {
         };
         let (process, channel) = self.spawn(Role::Vmm, bounds)?;
         let name = plan.name.clone();
+        let evidence = Arc::clone(&self.evidence);
+        let emulated = plan.technology.emulated();
         let on_event = move |event| match event {
-            Some(event) => tracing::info!(guest = name, ?event, "guest"),
+            Some(event) => {
+                tracing::info!(guest = name, ?event, "guest");
+                record_event(&evidence, &name, emulated, &event);
+            }
             None => tracing::info!(guest = name, "VMM ended"),
         };
         VmmProcess::new(process, channel, on_event)
@@ -661,6 +698,20 @@ impl Agent {
 
     fn fresh_tap(&self) -> String {
         format!("cm-{}", self.next_role.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+/// What a guest did to itself, as its VMM saw it: how it stopped, or that nobody fed its watchdog.
+fn record_event(evidence: &Evidence, name: &str, emulated: bool, event: &VmmEvent) {
+    let entry = match event {
+        VmmEvent::GuestStopped { reason } => {
+            Entry::new("guest", "guest-stopped", name, Outcome::Done)
+                .with("reason", reason.as_str())
+        }
+        VmmEvent::Watchdog => Entry::new("guest", "guest-watchdog", name, Outcome::Done),
+    };
+    if let Err(failure) = evidence.record(entry.emulated(emulated)) {
+        tracing::error!(code = failure.code, "{name}: {}", failure.error);
     }
 }
 

@@ -19,6 +19,7 @@ use crate::agent::record::{Ownership, OwnershipState};
 use crate::agent::transfer::{peer_entry, provider_name, role_error};
 use crate::agent::vmm_process::lock;
 use crate::machine::plan::Technology;
+use crate::machine::saved;
 use crate::mover::protocol::{
     AgentAnswer, GuestHere, MoveLimits, MoveOutcome, MoverCommand, MoverEvent, MoverRequestToAgent,
     OwnershipStep, SourceStart,
@@ -221,7 +222,7 @@ impl Agent {
         };
         let policy = self.policy();
         let peer = policy.peer_named(to).ok_or_else(unknown)?;
-        let description = postcard::to_stdvec(&guest.plan_now())
+        let description = saved::encode_plan(&guest.plan_now())
             .map_err(|e| Failure::new("INTERNAL", e.to_string()))?;
         let limit = wish
             .downtime_limit_ms

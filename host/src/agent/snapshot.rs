@@ -1,11 +1,10 @@
-//! Snapshot and restore of a guest: the agent opens the file, decides and derives the secret; a mover seals and opens.
+//! Snapshots of a guest: the agent opens the file, decides and makes the key; a mover seals.
 
-use std::fs::{File, OpenOptions};
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
 
 use casemate_policy::Action;
 use casemate_policy::ledger::{Entry, Outcome};
@@ -14,34 +13,17 @@ use serde::{Deserialize, Serialize};
 
 use crate::agent::api::{Answer, Failure};
 use crate::agent::authority::Caller;
-use crate::agent::decision::Facts;
-use crate::agent::guest::{Guest, Local, Resources};
-use crate::agent::record::{Ownership, OwnershipState};
-use crate::agent::snapshot_keys::SnapshotKeys;
+use crate::agent::guest::{Guest, Local};
+use crate::agent::snapshot_keys::{KeyError, SnapshotKeys, SnapshotOf};
 use crate::agent::transfer::role_error;
 use crate::agent::vmm_process::lock;
-use crate::agent::{Agent, Reserved, files};
-use crate::ipc::Channel;
-use crate::machine::plan::{MachinePlan, Technology, is_name};
+use crate::agent::{Agent, files};
+use crate::machine::plan::{MachinePlan, Technology};
+use crate::machine::saved::{Format, FormatError};
 use crate::mover::protocol::{
-    AgentAnswer, MoveOutcome, MoverCommand, MoverEvent, MoverRequestToAgent, OwnershipStep,
-    RestoreStart, SnapshotClaim, SnapshotStart,
+    AgentAnswer, MoveOutcome, MoverCommand, MoverRequestToAgent, SnapshotStart,
 };
-use crate::sandbox::jail::CpuShare;
-use crate::vmm::protocol::{MachineState, RoleError, VmmRequest};
-
-/// When the memory of a restored guest comes.
-#[derive(
-    Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema, clap::ValueEnum,
-)]
-#[serde(rename_all = "kebab-case")]
-pub enum MemoryMode {
-    /// All of it before the guest runs.
-    #[default]
-    AtOnce,
-    /// The guest runs, each page comes when it is asked for, the others meanwhile.
-    OnDemand,
-}
+use crate::vmm::protocol::{RoleError, VmmRequest};
 
 /// A snapshot that was written.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
@@ -62,34 +44,47 @@ pub struct SnapshotInfo {
     pub pause_ms: f64,
     /// Whether it was ended.
     pub stopped: bool,
+    /// Whether it is a template: cloned as often as one likes, never restored itself.
+    #[serde(default)]
+    pub template: bool,
 }
 
-/// How a restore is wanted.
-pub(super) struct Wanted {
-    pub(super) name: Option<String>,
-    pub(super) memory: MemoryMode,
-    pub(super) allow_older: bool,
-    pub(super) allow_changed_disks: bool,
+/// How a snapshot is wanted.
+#[derive(Clone, Copy)]
+pub(super) struct SnapshotWish<'a> {
+    pub(super) file: &'a Path,
+    pub(super) stop: bool,
+    pub(super) template: bool,
 }
 
 /// What a snapshot keeps for the agent that restores it.
-#[derive(Serialize, Deserialize)]
-struct Description {
-    plan: MachinePlan,
-    epoch: u64,
-    local: Local,
-    disks: Vec<DiskMark>,
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Description {
+    pub(super) plan: MachinePlan,
+    pub(super) epoch: u64,
+    pub(super) local: Local,
+    pub(super) disks: Vec<DiskMark>,
+    pub(super) template: bool,
 }
+
+/// A snapshot's description. Version 1 had neither tag nor number, and knew no templates; it holds a plan of
+/// [`crate::machine::saved::PLAN`]'s version.
+const DESCRIPTION: Format = Format {
+    name: "snapshot's description",
+    tag: *b"CSMT-SDN",
+    version: 2,
+    max: 256 << 10,
+};
 
 /// How a disk's image was when the guest stood still, everything written.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct DiskMark {
-    size: u64,
-    modified: (i64, i64),
+pub(super) struct DiskMark {
+    pub(super) size: u64,
+    pub(super) modified: (i64, i64),
 }
 
 impl DiskMark {
-    fn of(path: &Path) -> std::io::Result<Self> {
+    pub(super) fn of(path: &Path) -> std::io::Result<Self> {
         let file = files::open(path, false)?;
         file.sync_all()?;
         let found = file.metadata()?;
@@ -106,12 +101,12 @@ impl Agent {
         &self,
         caller: &Caller,
         name: &str,
-        file: &Path,
-        stop: bool,
+        wish: SnapshotWish<'_>,
     ) -> Result<Answer, Failure> {
         let guest = self.guest(name)?;
-        self.may_snapshot(&guest)?;
-        let written = self.take_snapshot(&guest, file, stop);
+        self.may_snapshot(&guest, wish)?;
+        let SnapshotWish { file, stop, .. } = wish;
+        let written = self.take_snapshot(&guest, wish);
         if written.is_err() {
             // What is not whole is nothing; the file is ours, it was made here.
             if let Err(failure) = &written
@@ -126,7 +121,8 @@ impl Agent {
             Ok(info) => {
                 entry = entry
                     .with("snapshot", info.snapshot_id.as_str())
-                    .with("generation", info.generation);
+                    .with("generation", info.generation)
+                    .with("template", info.template);
             }
             Err(failure) => entry = entry.code(&failure.code),
         }
@@ -138,7 +134,35 @@ impl Agent {
         Ok(Answer::Snapshotted(info))
     }
 
-    fn may_snapshot(&self, guest: &Guest) -> Result<(), Failure> {
+    /// `casemate vm snapshot-erase`.
+    pub(super) fn erase_snapshot(&self, caller: &Caller, id: &str) -> Result<Answer, Failure> {
+        let mut snapshot_id = [0u8; 16];
+        hex::decode_to_slice(id, &mut snapshot_id).map_err(|_| {
+            let text = format!(
+                "{id:?} is no snapshot's id; `casemate snapshot` printed one of 32 hex digits"
+            );
+            Failure::new("SNAPSHOT_ID", text)
+        })?;
+        let keys = self.snapshot_keys();
+        let name = keys.name(&snapshot_id).map_err(keys_failed)?;
+        self.decide(caller, &name, &Action::SnapshotErase)?;
+        let erased = keys.erase(&snapshot_id).map_err(keys_failed);
+        let outcome = erased.as_ref().map_or(Outcome::Failed, |()| Outcome::Done);
+        let mut entry = Entry::new(caller.name(), "snapshot-erase", &name, outcome);
+        entry = entry.with("snapshot", hex::encode(snapshot_id));
+        if let Err(failure) = &erased {
+            entry = entry.code(&failure.code);
+        }
+        self.evidence.record(entry)?;
+        erased.map(|()| Answer::Done)
+    }
+
+    /// The keys of this host's snapshots.
+    pub(super) fn snapshot_keys(&self) -> SnapshotKeys {
+        SnapshotKeys::at(&self.config.state_dir, self.config.snapshots.as_ref())
+    }
+
+    fn may_snapshot(&self, guest: &Guest, wish: SnapshotWish<'_>) -> Result<(), Failure> {
         let name = &guest.plan.name;
         if guest.plan.technology != Technology::None {
             return Err(Failure::new(
@@ -150,35 +174,64 @@ impl Agent {
                 ),
             ));
         }
+        if wish.template && !wish.stop && guest.plan.disks.iter().any(|disk| !disk.read_only) {
+            return Err(Failure::new(
+                "TEMPLATE_DISKS",
+                format!("{name} would write to the disks of its template; make that with --stop"),
+            ));
+        }
         self.must_own(name)
     }
 
     fn take_snapshot(
         &self,
         guest: &Arc<Guest>,
-        path: &Path,
-        stop: bool,
+        wish: SnapshotWish<'_>,
     ) -> Result<SnapshotInfo, Failure> {
-        let keys = SnapshotKeys::at(&self.config.state_dir);
-        let vm_id = guest.plan.vm_id;
-        let file = new_file(path)?;
+        let file = new_file(wish.file)?;
         let snapshot_id = super::launch::random_id()?;
+        let written = self.write_snapshot(guest, wish, snapshot_id, &file);
+        if written.is_err() {
+            // The key of nothing.
+            let _ = self.snapshot_keys().erase(&snapshot_id);
+        }
+        written
+    }
+
+    fn write_snapshot(
+        &self,
+        guest: &Arc<Guest>,
+        wish: SnapshotWish<'_>,
+        snapshot_id: [u8; 16],
+        file: &File,
+    ) -> Result<SnapshotInfo, Failure> {
+        let SnapshotWish {
+            file: path,
+            stop,
+            template,
+        } = wish;
+        let keys = self.snapshot_keys();
+        let vm_id = guest.plan.vm_id;
+        let of = SnapshotOf {
+            snapshot_id: &snapshot_id,
+            vm_id: &vm_id,
+        };
+        let secret = keys.make(of, &guest.plan.name).map_err(keys_failed)?;
         let generation = keys.newest(&vm_id).map_err(keys_failed)? + 1;
         keys.advance(&vm_id, generation).map_err(keys_failed)?;
         let start = SnapshotStart {
             snapshot_id,
             generation,
-            secret: keys
-                .secret(&snapshot_id, &vm_id)
-                .map_err(keys_failed)?
-                .to_vec(),
+            secret: secret.to_vec(),
             stop,
         };
         let command = MoverCommand::Snapshot(Box::new(start));
         let mover = self.start_mover(guest, &command, &[file.as_fd()])?;
         let outcome = mover.serve(
             &mut |request| match request {
-                MoverRequestToAgent::DescribeSnapshot => Ok((describe(guest)?, Vec::new())),
+                MoverRequestToAgent::DescribeSnapshot => {
+                    Ok((describe(guest, template)?, Vec::new()))
+                }
                 _ => Err(role_error(
                     "ROLE_PROTOCOL",
                     "a snapshot asks for nothing else",
@@ -218,259 +271,12 @@ impl Agent {
             zero_pages: report.zero_pages,
             pause_ms: report.downtime_ms,
             stopped: stop,
-        })
-    }
-
-    /// `casemate restore`.
-    pub(super) fn restore(
-        &self,
-        caller: &Caller,
-        path: &Path,
-        wanted: Wanted,
-        progress: &mut dyn FnMut(serde_json::Value),
-    ) -> Result<Answer, Failure> {
-        if let Some(name) = wanted.name.as_deref().filter(|name| !is_name(name)) {
-            let text = format!("{name:?} is no name; want 1 to 64 characters of a-z, 0-9 and '-'");
-            return Err(Failure::new("DESCRIPTION", text));
-        }
-        let file = existing_file(path)?;
-        let mover = Arc::new(self.spawn_mover(self.policy().limits.max_memory_mib.get() << 20)?);
-        let start = RestoreStart {
-            on_demand: wanted.memory == MemoryMode::OnDemand,
-        };
-        mover.start(&MoverCommand::Restore(start), &[file.as_fd()])?;
-        let restoring = std::cell::RefCell::new(Restoring {
-            agent: self,
-            caller,
-            wanted,
-            begun: Instant::now(),
-            guest: None,
-            reserved: None,
-            epoch: 0,
-            running: false,
-        });
-        let outcome = mover.serve(
-            &mut |request| restoring.borrow_mut().serve(request),
-            &mut |event| {
-                let mut restoring = restoring.borrow_mut();
-                restoring.hear(event, &mover);
-                progress(serde_json::to_value(event).unwrap_or_default());
-            },
-        );
-        restoring.into_inner().conclude(path, outcome)
-    }
-}
-
-/// A restore under way, in the thread of who asked for it.
-struct Restoring<'a> {
-    agent: &'a Agent,
-    caller: &'a Caller,
-    wanted: Wanted,
-    begun: Instant,
-    guest: Option<Arc<Guest>>,
-    reserved: Option<Reserved<'a>>,
-    epoch: u64,
-    running: bool,
-}
-
-impl Restoring<'_> {
-    fn serve(
-        &mut self,
-        request: MoverRequestToAgent,
-    ) -> Result<(AgentAnswer, Vec<OwnedFd>), RoleError> {
-        let refused = |failure: Failure| role_error(&failure.code, failure.error);
-        match request {
-            MoverRequestToAgent::SnapshotKey(claim) => {
-                let secret = self.key(claim).map_err(refused)?;
-                Ok((AgentAnswer::SnapshotKey { secret }, Vec::new()))
-            }
-            MoverRequestToAgent::AdmitSnapshot { description } => {
-                let channel = self.admit(&description).map_err(refused)?;
-                Ok((AgentAnswer::Admitted, vec![channel.into_fd()]))
-            }
-            MoverRequestToAgent::Record(OwnershipStep::Activating { .. }) => {
-                self.take_over().map_err(refused)?;
-                Ok((AgentAnswer::Recorded, Vec::new()))
-            }
-            _ => Err(role_error(
-                "ROLE_PROTOCOL",
-                "a restore asks for nothing else",
-            )),
-        }
-    }
-
-    /// The secret, unless the snapshot is older than the guest's newest. What the file claims is not yet believed, but
-    /// with a false claim the secret opens nothing.
-    fn key(&self, claim: SnapshotClaim) -> Result<Vec<u8>, Failure> {
-        let keys = SnapshotKeys::at(&self.agent.config.state_dir);
-        let newest = keys.newest(&claim.vm_id).map_err(keys_failed)?;
-        if claim.generation < newest && !self.wanted.allow_older {
-            return Err(Failure::new(
-                "SNAPSHOT_OLDER",
-                format!(
-                    "the snapshot is the guest's {}., its newest the {newest}.; restore that, or say --allow-older",
-                    claim.generation
-                ),
-            ));
-        }
-        let secret = keys.secret(&claim.snapshot_id, &claim.vm_id);
-        Ok(secret.map_err(keys_failed)?.to_vec())
-    }
-
-    fn admit(&mut self, description: &[u8]) -> Result<Channel, Failure> {
-        if self.guest.is_some() {
-            return Err(Failure::new("ROLE_PROTOCOL", "a restore makes one guest"));
-        }
-        let agent = self.agent;
-        let mut kept = parse(description)?;
-        if let Some(name) = &self.wanted.name {
-            kept.plan.name.clone_from(name);
-        }
-        let plan = &kept.plan;
-        let twin = lock(&agent.guests)
-            .values()
-            .any(|guest| guest.plan.vm_id == plan.vm_id);
-        if twin {
-            return Err(Failure::new(
-                "ALREADY_HERE",
-                format!(
-                    "the guest that {} was taken of runs on this host; stop it first",
-                    plan.name
-                ),
-            ));
-        }
-        let action = Action::Launch {
-            technology: plan.technology.in_policy(),
-            emulated: false,
-            vcpus: plan.vcpus.into(),
-            memory_mib: plan.memory_bytes >> 20,
-            policy_bits: 0,
-        };
-        let facts = Facts {
-            files: files::in_words(kept.local.disks.iter().map(PathBuf::as_path)),
-            ..Facts::default()
-        };
-        agent.decide_knowing(self.caller, &plan.name, &action, facts)?;
-        self.reserved = Some(agent.reserve(&plan.name)?);
-        if !self.wanted.allow_changed_disks {
-            check_disks(&kept)?;
-        }
-        self.epoch = self.next_epoch(&kept)?;
-        let disks: Vec<&Path> = kept.local.disks.iter().map(PathBuf::as_path).collect();
-        let folder = agent.guest_folder(&plan.name);
-        let mut resources = Resources::open(plan, &folder, &disks, &kept.local.taps, Vec::new())?;
-        if self.wanted.memory == MemoryMode::OnDemand {
-            resources = resources.with_faults()?;
-        }
-        let guest = resources.prepare(
-            agent.spawn_vmm(plan, CpuShare::default())?,
-            plan.clone(),
-            self.epoch,
-        )?;
-        guest.vmm.call(&VmmRequest::Incoming, &[])?;
-        let mover_end = guest.vmm.attach_mover()?;
-        self.guest = Some(guest);
-        Ok(mover_end)
-    }
-
-    /// Above every epoch that this host has seen of the guest.
-    fn next_epoch(&self, kept: &Description) -> Result<u64, Failure> {
-        let record =
-            self.agent.records.read(&kept.plan.name).map_err(|e| {
-                Failure::new("RECORD", format!("record of {}: {e}", kept.plan.name))
-            })?;
-        Ok(record.map_or(0, |r| r.epoch).max(kept.epoch) + 1)
-    }
-
-    /// Ownership is on the disk before the first instruction.
-    fn take_over(&self) -> Result<(), Failure> {
-        let guest = self
-            .guest
-            .as_ref()
-            .ok_or_else(|| Failure::new("ROLE_PROTOCOL", "nothing was admitted"))?;
-        // It went back in time: it must not use its random numbers again.
-        let id = super::launch::random_id()?;
-        guest.vmm.call(&VmmRequest::NewGeneration { id }, &[])?;
-        self.record(guest, OwnershipState::Owner)
-    }
-
-    fn record(&self, guest: &Guest, state: OwnershipState) -> Result<(), Failure> {
-        let record = Ownership {
-            vm_id: hex::encode(guest.plan.vm_id),
-            epoch: self.epoch,
-            state,
-            peer: None,
-        };
-        self.agent.record_ownership(&guest.plan.name, &record)
-    }
-
-    fn hear(&mut self, event: &MoverEvent, mover: &Arc<crate::agent::mover_process::MoverProcess>) {
-        let Some(guest) = &self.guest else { return };
-        match event {
-            MoverEvent::Running { .. } => {
-                self.running = true;
-                let us = u64::try_from(self.begun.elapsed().as_micros()).unwrap_or(u64::MAX);
-                *lock(&guest.launch_us) = Some(us);
-                *lock(&guest.mover) = Some(Arc::clone(mover));
-                lock(&self.agent.guests).insert(guest.plan.name.clone(), Arc::clone(guest));
-            }
-            // A vCPU may wait for that page: it shall not go on without it.
-            MoverEvent::PageLost { code } => {
-                tracing::error!(code, "{}: a page of its snapshot is lost", guest.plan.name);
-                guest.vmm.kill();
-            }
-            _ => {}
-        }
-    }
-
-    fn conclude(self, path: &Path, outcome: Option<MoveOutcome>) -> Result<Answer, Failure> {
-        let name = self
-            .guest
-            .as_ref()
-            .map_or_else(|| "unknown".to_owned(), |g| g.plan.name.clone());
-        let file = path.display().to_string();
-        let entry = |outcome| {
-            Entry::new(self.caller.name(), "restore", &name, outcome).with("file", file.as_str())
-        };
-        if let Some(guest) = &self.guest {
-            *lock(&guest.mover) = None;
-        }
-        let (code, reason) = match (outcome, &self.guest) {
-            (Some(MoveOutcome::Moved(_)), Some(guest)) => {
-                self.agent
-                    .evidence
-                    .record(entry(Outcome::Done).with("epoch", self.epoch))?;
-                return Ok(Answer::Guest(guest.info_in(MachineState::Running)));
-            }
-            (Some(MoveOutcome::Failed { code, reason, .. }), _) => (code, reason),
-            _ => ("MOVER_DIED".to_owned(), "the mover process died".to_owned()),
-        };
-        let ended = match &self.guest {
-            None => "",
-            Some(guest) => {
-                guest.vmm.kill();
-                lock(&self.agent.guests).remove(&guest.plan.name);
-                self.record(guest, OwnershipState::Ended)?;
-                if self.running {
-                    "; the guest ran already and was ended"
-                } else {
-                    ""
-                }
-            }
-        };
-        self.agent.evidence.record(
-            entry(Outcome::Failed)
-                .code(&code)
-                .with("reason", reason.as_str()),
-        )?;
-        Err(Failure {
-            error: format!("{} cannot be restored: {reason}{ended}", path.display()),
-            code,
+            template,
         })
     }
 }
 
-fn describe(guest: &Guest) -> Result<AgentAnswer, RoleError> {
+fn describe(guest: &Guest, template: bool) -> Result<AgentAnswer, RoleError> {
     let marks = guest.local.disks.iter().map(|path| {
         DiskMark::of(path).map_err(|e| {
             role_error(
@@ -484,21 +290,28 @@ fn describe(guest: &Guest) -> Result<AgentAnswer, RoleError> {
         epoch: *lock(&guest.epoch),
         local: guest.local.clone(),
         disks: marks.collect::<Result<_, _>>()?,
+        template,
     };
-    let description =
-        postcard::to_stdvec(&description).map_err(|e| role_error("INTERNAL", e.to_string()))?;
+    let description = DESCRIPTION
+        .encode(&description)
+        .map_err(|e| role_error("INTERNAL", e.to_string()))?;
     Ok(AgentAnswer::Description { description })
 }
 
 /// Opened by its seal, so this host wrote it; perhaps another version of it did.
-fn parse(bytes: &[u8]) -> Result<Description, Failure> {
+pub(super) fn parse(bytes: &[u8]) -> Result<Description, Failure> {
     let refuse =
         |text: String| Failure::new("DESCRIPTION", format!("the snapshot's description {text}"));
-    let (kept, rest) = postcard::take_from_bytes::<Description>(bytes)
-        .map_err(|e| refuse(format!("cannot be read: {e}")))?;
-    if !rest.is_empty() {
-        return Err(refuse(format!("has {} bytes behind it", rest.len())));
-    }
+    let kept: Description = DESCRIPTION.decode(bytes).map_err(|e| match e {
+        // Before the tag there were no versions.
+        FormatError::Version { .. } | FormatError::Tag(_) => Failure::new(
+            "STATE_VERSION",
+            format!(
+                "{e}: another version of casemate took the snapshot, which alone can restore it"
+            ),
+        ),
+        e => Failure::new("DESCRIPTION", e.to_string()),
+    })?;
     kept.plan.check().map_err(refuse)?;
     if kept.plan.technology != Technology::None {
         return Err(refuse("is of a confidential guest".into()));
@@ -513,40 +326,8 @@ fn parse(bytes: &[u8]) -> Result<Description, Failure> {
     Ok(kept)
 }
 
-fn check_disks(kept: &Description) -> Result<(), Failure> {
-    for (path, mark) in kept.local.disks.iter().zip(&kept.disks) {
-        let now = DiskMark::of(path).map_err(|e| {
-            Failure::new(
-                "RESOURCE",
-                format!("{} cannot be used: {e}", path.display()),
-            )
-        })?;
-        if now != *mark {
-            return Err(Failure::new(
-                "SNAPSHOT_DISK_CHANGED",
-                format!(
-                    "{} is not as the snapshot knows it (then {} bytes, written at {}; now {} bytes, written at {}); put \
-                     back the copy made while the guest stood still (cp --preserve=timestamps), or say \
-                     --allow-changed-disks",
-                    path.display(),
-                    mark.size,
-                    mark.modified.0,
-                    now.size,
-                    now.modified.0
-                ),
-            ));
-        }
-    }
-    Ok(())
-}
-
 fn new_file(path: &Path) -> Result<File, Failure> {
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(path);
+    let file = files::create(path);
     file.map_err(|e| match e.kind() {
         std::io::ErrorKind::AlreadyExists => Failure::new(
             "SNAPSHOT_EXISTS",
@@ -556,7 +337,7 @@ fn new_file(path: &Path) -> Result<File, Failure> {
     })
 }
 
-fn existing_file(path: &Path) -> Result<File, Failure> {
+pub(super) fn existing_file(path: &Path) -> Result<File, Failure> {
     files::open(path, false).map_err(|e| file_failed(path, &e))
 }
 
@@ -571,9 +352,57 @@ fn file_failed(path: &Path, error: &std::io::Error) -> Failure {
     Failure::new("SNAPSHOT_FILE", format!("{}: {error}", path.display()))
 }
 
-fn keys_failed(error: std::io::Error) -> Failure {
-    Failure::new(
-        "SNAPSHOT_KEY",
-        format!("the host's key for snapshots: {error}"),
-    )
+pub(super) fn keys_failed(error: KeyError) -> Failure {
+    Failure::new(error.code(), error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::agent::guest::TapChoice;
+    use crate::machine::saved;
+
+    #[test]
+    fn a_description_is_as_its_golden_file_has_it() {
+        let plan = std::fs::read(concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/tests/golden/machine-plan-2.bin"
+        ));
+        let plan = MachinePlan {
+            technology: Technology::None,
+            ..saved::decode_plan(&plan.unwrap()).unwrap()
+        };
+        let description = Description {
+            plan,
+            epoch: 3,
+            local: Local {
+                disks: vec!["/srv/data.raw".into()],
+                taps: vec![TapChoice {
+                    tap: "tap0".into(),
+                    bridge: Some("br0".into()),
+                }],
+            },
+            disks: vec![DiskMark {
+                size: 1 << 30,
+                modified: (1_700_000_000, 5),
+            }],
+            template: true,
+        };
+        let bytes = DESCRIPTION.encode(&description).unwrap();
+        let golden = saved::golden("snapshot-description-2.bin", &bytes);
+        assert!(parse(&golden).unwrap() == description);
+        assert!(
+            bytes == golden,
+            "a change of a description is a new version"
+        );
+        for other in [&bytes[8..], &[&bytes[..8], &[1, 0], &bytes[10..]].concat()] {
+            assert_eq!(parse(other).unwrap_err().code, "STATE_VERSION");
+        }
+        let fewer = Description {
+            disks: vec![],
+            ..description
+        };
+        let fewer = DESCRIPTION.encode(&fewer).unwrap();
+        assert_eq!(parse(&fewer).unwrap_err().code, "DESCRIPTION");
+    }
 }

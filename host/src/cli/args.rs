@@ -50,6 +50,9 @@ pub struct SnapshotArgs {
     /// End the guest with it, so that its disks stay as the snapshot knows them.
     #[arg(long)]
     stop: bool,
+    /// Make it a template: cloned as often as you like, never restored itself.
+    #[arg(long)]
+    template: bool,
 }
 
 impl SnapshotArgs {
@@ -59,6 +62,7 @@ impl SnapshotArgs {
             name: self.name,
             file: absolute(&self.file)?,
             stop: self.stop,
+            template: self.template,
         })
     }
 }
@@ -90,6 +94,37 @@ impl RestoreArgs {
             name: self.name,
             memory: self.memory,
             allow_older: self.allow_older,
+            allow_changed_disks: self.allow_changed_disks,
+        })
+    }
+}
+
+/// What is cloned, and how.
+#[derive(Debug, Args)]
+pub struct CloneArgs {
+    /// The snapshot's file.
+    file: PathBuf,
+    /// The new guest's name.
+    name: String,
+    /// When its memory comes: all of it before it runs, or each page when it is asked for.
+    #[arg(long, value_enum, default_value_t = MemoryMode::AtOnce)]
+    memory: MemoryMode,
+    /// Folder that the copies of its disks are put in, as NAME-DISK.img; by default the agent's own for the guest.
+    #[arg(long)]
+    disks: Option<PathBuf>,
+    /// Copy the snapshot's disks although they have changed since: the guest may find its file systems broken.
+    #[arg(long)]
+    allow_changed_disks: bool,
+}
+
+impl CloneArgs {
+    /// What the agent is asked.
+    pub fn request(self) -> Result<Request, Failure> {
+        Ok(Request::Clone {
+            file: absolute(&self.file)?,
+            name: self.name,
+            memory: self.memory,
+            disks: self.disks.as_deref().map(absolute).transpose()?,
             allow_changed_disks: self.allow_changed_disks,
         })
     }

@@ -50,7 +50,12 @@ pub fn answer(answer: &Answer) -> String {
             (info.pages - info.zero_pages) >> 8,
             info.file.display(),
             info.pause_ms,
-            if info.stopped { ", guest ended" } else { "" }
+            match (info.stopped, info.template) {
+                (true, true) => ", guest ended, a template",
+                (true, false) => ", guest ended",
+                (false, true) => ", a template",
+                (false, false) => "",
+            }
         ),
         Answer::EvidenceKey { key, old_key } => format!(
             "the ledger goes on under another key; auditors who have the old one need not act\n  new  {key}\n  old  {old_key}\n"

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::Subcommand;
 
-use super::args::{RestoreArgs, SnapshotArgs};
+use super::args::{CloneArgs, RestoreArgs, SnapshotArgs};
 use super::resize::ResizeArgs;
 use super::{
     absolute, from_base64, output_failed, print_bytes, print_json, print_pretty, read_session, show,
@@ -65,6 +65,13 @@ pub enum VmCommand {
     Snapshot(SnapshotArgs),
     /// Make a guest from a sealed file, as `casemate restore` does.
     Restore(RestoreArgs),
+    /// Make another guest of a sealed file: identity, addresses and disks of its own.
+    Clone(CloneArgs),
+    /// Destroy the key of a snapshot: nobody opens its file any more.
+    SnapshotErase {
+        /// Its id, as `casemate snapshot` printed it.
+        id: String,
+    },
     /// Change a device of a guest, running or not: the balloon, a disk's size, the limits of a disk or card.
     Resize(ResizeArgs),
     /// Print the JSON Schema of descriptions, by which editors complete and check them. Needs no agent.
@@ -129,6 +136,8 @@ pub fn run(agent: &Agent, command: VmCommand, json: bool) -> Result<u8, Failure>
         },
         VmCommand::Snapshot(args) => args.request()?,
         VmCommand::Restore(args) => args.request()?,
+        VmCommand::Clone(args) => args.request()?,
+        VmCommand::SnapshotErase { id } => Request::SnapshotErase { id },
         VmCommand::Resize(args) => args.request()?,
         VmCommand::Schema => return print_pretty(&spec::schema()),
         VmCommand::Pause { name } => Request::Pause { name },

@@ -2,4 +2,5 @@
 
 pub mod cpu;
 pub mod plan;
+pub mod saved;
 pub mod spec;

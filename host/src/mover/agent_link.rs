@@ -63,10 +63,12 @@ impl AgentLink {
         request: MoverRequestToAgent,
     ) -> Result<(AgentAnswer, Vec<OwnedFd>), RoleError> {
         let inner = self.lock()?;
+        // Where disks are copied for a guest that takes as long as it takes; an agent that dies hangs up.
+        let copies = matches!(request, MoverRequestToAgent::AdmitSnapshot { .. });
+        let deadline = (!copies).then_some(AGENT_DEADLINE);
         inner.channel.send(&MoverMessage::Request(request))?;
         loop {
-            let Received { body, handles } =
-                inner.channel.recv::<MoverCommand>(Some(AGENT_DEADLINE))?;
+            let Received { body, handles } = inner.channel.recv::<MoverCommand>(deadline)?;
             match inner.serve(body)? {
                 Some(MoverCommand::Answer(answer)) => return Ok((answer?, handles)),
                 Some(order) => self.obey(order)?,

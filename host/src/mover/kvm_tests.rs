@@ -94,7 +94,7 @@ impl Vmm {
 fn a_real_vmm_takes_in_what_another_platform_sends() {
     let (a, b) = (psp(&SITE_A, &[root(&SITE_B)]), psp(&SITE_B, &[]));
     let there = Vmm::start(&b);
-    there.done(&VmmRequest::Incoming, &[]);
+    there.done(&VmmRequest::Incoming { copy: false }, &[]);
     let link = there.attach();
     assert_eq!(link.memory.layout().length(), MEMORY);
 

@@ -184,6 +184,8 @@ impl std::fmt::Debug for SnapshotStart {
 pub struct RestoreStart {
     /// Whether the guest runs before its pages are there.
     pub on_demand: bool,
+    /// Whether it becomes another guest than the one that the snapshot was taken of.
+    pub copy: bool,
 }
 
 /// A verified peer, as the agent knows it.

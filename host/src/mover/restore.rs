@@ -48,7 +48,7 @@ fn restore(
     let file = File::from(file);
     let secret = ask_secret(agent, &file)?;
     let snapshot = Reader::open(&file, &secret)?;
-    let mut vmm = admitted(agent, &snapshot, start.on_demand)?;
+    let mut vmm = admitted(agent, &snapshot, start)?;
     let state = snapshot.state();
     if state.len() > EXCHANGE_SIZE {
         return Err(RoleError::new(
@@ -91,7 +91,7 @@ fn ask_secret(agent: &AgentLink, file: &File) -> Result<Zeroizing<[u8; 32]>, Rol
 fn admitted(
     agent: &AgentLink,
     snapshot: &Reader<'_, File>,
-    on_demand: bool,
+    start: RestoreStart,
 ) -> Result<VmmLink, RoleError> {
     let request = MoverRequestToAgent::AdmitSnapshot {
         description: snapshot.description().to_vec(),
@@ -103,16 +103,15 @@ fn admitted(
     let [channel] = <[_; 1]>::try_from(handles)
         .map_err(|_| RoleError::new("ROLE_PROTOCOL", "admitted without a VMM"))?;
     // On demand nothing may be written by a mapping: the guest would see half a page.
-    let access = if on_demand {
+    let access = if start.on_demand {
         Access::ReadOnly
     } else {
         Access::ReadWrite
     };
     let vmm = VmmLink::attach(Channel::from_fd(channel), access)?;
     let header = snapshot.header();
-    if vmm.plan().vm_id != header.vm_id
-        || vmm.memory.layout().length() != header.pages * PAGE_SIZE as u64
-    {
+    let same = vmm.plan().vm_id == header.vm_id;
+    if same == start.copy || vmm.memory.layout().length() != header.pages * PAGE_SIZE as u64 {
         return Err(RoleError::new(
             "SNAPSHOT_MISMATCH",
             "the machine that was built is not the snapshot's",

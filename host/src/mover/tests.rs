@@ -114,7 +114,7 @@ impl ToyVmm {
             self.log.lock().unwrap().push(name);
             if matches!(received.body, MoverRequest::Attach) {
                 let reply: Result<_, RoleError> = Ok(MoverReply::Attached {
-                    fault_base: None,
+                    fault_bases: Vec::new(),
                     plan: Box::new(self.plan.clone()),
                     memory: vec![(0, PAGES * PAGE)],
                 });

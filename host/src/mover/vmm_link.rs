@@ -11,7 +11,7 @@ use casemate_crypto_migrate::pages::PageSet;
 use crate::confidential::shared::{Access, Exchange, GuestMemory, MemoryLayout};
 use crate::ipc::Channel;
 use crate::machine::plan::{MachinePlan, Technology};
-use crate::userfault::Faults;
+use crate::userfault::{FaultRange, Faults};
 use crate::vmm::protocol::{EXCHANGE_SIZE, MoverReply, MoverRequest, RoleError};
 
 /// A VMM, attached.
@@ -34,7 +34,7 @@ impl VmmLink {
         let MoverReply::Attached {
             plan,
             memory,
-            fault_base,
+            fault_bases,
         } = received.body?
         else {
             return Err(unexpected());
@@ -47,8 +47,10 @@ impl VmmLink {
             ));
         };
         let layout = MemoryLayout::packed(&memory)?;
-        let faults = fault_base.zip(handles.next());
-        let faults = faults.map(|(base, fd)| Faults::received(fd, base, layout.length()));
+        let faults = match handles.next() {
+            Some(fd) => Some(Faults::received(fd, fault_ranges(&fault_bases, &layout)?)?),
+            None => None,
+        };
         Ok(Self {
             memory: GuestMemory::map(guest.as_fd(), layout, access)?,
             exchange: Exchange::map(exchange.as_fd())?,
@@ -170,6 +172,23 @@ impl VmmLink {
         }
         Ok(self.exchange.read(length)?)
     }
+}
+
+/// Where faults come from: a range for each run of the layout, in its order.
+fn fault_ranges(bases: &[u64], layout: &MemoryLayout) -> Result<Vec<FaultRange>, RoleError> {
+    if bases.len() != layout.runs().len() {
+        return Err(RoleError::new(
+            "ROLE_PROTOCOL",
+            "the VMM's faults are of other ranges than its memory",
+        ));
+    }
+    let runs = bases.iter().zip(layout.runs());
+    Ok(runs
+        .map(|(base, run)| FaultRange {
+            base: *base,
+            length: run.length,
+        })
+        .collect())
 }
 
 /// A role's error as the engine takes it; the code stays in front.

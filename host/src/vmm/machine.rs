@@ -27,7 +27,7 @@ use super::page_sharing::PageSharing;
 use super::pci::msix::Msix;
 use super::pci::{PciBus, PciFunction};
 use super::protocol::{HandleKind, RoleError};
-use super::state::{MachineStateV1, StateFormatError};
+use super::state::MachineStateV3;
 use super::vcpu::entry::power_on_msrs;
 use super::vcpu::model::{self, CpuError};
 use super::vcpu::state::{StateContext, StateError};
@@ -41,7 +41,8 @@ use crate::devices::virtio::transport::{Placement, TransportStateError, VirtioPc
 use crate::devices::watchdog::Watchdog;
 use crate::machine::plan::devices::{DeviceChange, DeviceName, DeviceStatus};
 use crate::machine::plan::{MAX_LOW_MEMORY, MAX_VCPUS, MachinePlan, Technology};
-use crate::userfault::{FaultError, Faults};
+use crate::machine::saved::FormatError;
+use crate::userfault::{FaultError, FaultRange, Faults};
 
 /// A machine with all its threads. Dropping it ends them.
 pub struct Machine {
@@ -231,7 +232,7 @@ impl Machine {
             let context = Arc::clone(&self.context);
             vcpus.push(vcpu.call(move |fd| context.save(id, fd))??);
         }
-        let state = MachineStateV1 {
+        let state = MachineStateV3 {
             vcpus,
             vm: self.vm.save()?,
             serial: self.console.save(),
@@ -247,9 +248,10 @@ impl Machine {
         Ok(state.encode()?)
     }
 
-    /// Puts a state into a machine that has not run; its memory is already there.
-    pub fn restore(&self, bytes: &[u8]) -> Result<(), MachineError> {
-        let state = MachineStateV1::decode(bytes)?;
+    /// Puts a state into a machine that has not run; its memory is already there. For a `copy` it is the state of another
+    /// guest, whose addresses it does not take over.
+    pub fn restore(&self, bytes: &[u8], copy: bool) -> Result<(), MachineError> {
+        let state = MachineStateV3::decode(bytes)?;
         if state.vcpus.len() != self.vcpus.len()
             || state.functions.len() != self.functions.len()
             || state.watchdog.is_some() != self.watchdog.is_some()
@@ -266,6 +268,9 @@ impl Machine {
         self.console.restore(&state.serial)?;
         self.pci.set_address(state.pci_address);
         for (function, saved) in self.functions.iter().zip(state.functions) {
+            if copy {
+                function.expect_copy();
+            }
             function.restore(saved)?;
         }
         if let (Some(watchdog), Some(saved)) = (&self.watchdog, state.watchdog) {
@@ -467,7 +472,7 @@ pub enum MachineError {
     Boot(#[from] BootError),
     /// The machine state's format.
     #[error(transparent)]
-    Format(#[from] StateFormatError),
+    Format(#[from] FormatError),
     /// The state has other numbers of vCPUs or devices than the machine.
     #[error("machine state is of another machine: numbers of vCPUs or devices differ")]
     Shape,
@@ -508,6 +513,7 @@ impl MachineError {
             Self::Kvm(KvmError::Sev(error)) => error.code(),
             Self::Kvm(_) => "KVM",
             Self::Vcpu(_) | Self::Devices(_) => "THREAD",
+            Self::Format(error) if error.is_version() => "STATE_VERSION",
             Self::VcpuState(_)
             | Self::DeviceState(_)
             | Self::Console(_)
@@ -595,12 +601,11 @@ fn make_vcpus(
         .collect()
 }
 
-/// Has the guest's pages waited for. One range is enough for what fits below the PCI window.
+/// Has the guest's pages waited for.
 fn register_faults(device: OwnedFd, memory: &GuestMemory) -> Result<Faults, MachineError> {
-    match memory.slots().as_slice() {
-        [(_, length, address)] => Ok(Faults::register(device.as_fd(), *address, *length)?),
-        _ => Err(FaultError::Layout.into()),
-    }
+    let slots = memory.slots().into_iter();
+    let ranges = slots.map(|(_, length, base)| FaultRange { base, length });
+    Ok(Faults::register(device.as_fd(), ranges.collect())?)
 }
 
 /// A guest that ran elsewhere goes on here only if its TSC can.

@@ -58,7 +58,10 @@ pub enum VmmRequest {
         binding: Box<LaunchBinding>,
     },
     /// Waits for a mover to fill the machine.
-    Incoming,
+    Incoming {
+        /// With what was another guest's, whose addresses it does not take over.
+        copy: bool,
+    },
     /// Injects the owner's secret packet (state measured).
     InjectSecret {
         /// Packet header, 52 bytes.
@@ -335,9 +338,9 @@ pub enum MoverReply {
         plan: Box<MachinePlan>,
         /// Guest physical start and length of each run of memory; file offsets follow the same order, packed.
         memory: Vec<(u64, u64)>,
-        /// If the guest shall run before its memory is there: where that begins in the VMM. A third handle comes then,
-        /// by which its faults are served.
-        fault_base: Option<u64>,
+        /// If the guest shall run before its memory is there: where each run begins in the VMM. A third handle comes
+        /// then, by which its faults are served.
+        fault_bases: Vec<u64>,
     },
     /// The send context is open.
     SendStarted {

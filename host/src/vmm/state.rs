@@ -6,15 +6,15 @@ use serde::{Deserialize, Serialize};
 
 use super::chipset::ChipsetStateV1;
 use super::kvm::VmStateV1;
-use super::protocol::MAX_STATE;
 use super::vcpu::state::VcpuStateV1;
 use crate::devices::serial::SerialStateV1;
 use crate::devices::virtio::transport::VirtioStateV1;
 use crate::devices::watchdog::WatchdogStateV1;
+use crate::machine::saved::{FormatError, MACHINE_STATE};
 
-/// Everything of a machine but its memory, version 1.
+/// Everything of a machine but its memory, version 3.
 #[derive(Serialize, Deserialize)]
-pub struct MachineStateV1 {
+pub struct MachineStateV3 {
     /// vCPUs in order.
     pub vcpus: Vec<VcpuStateV1>,
     /// Interrupt controllers, timer, clock.
@@ -31,78 +31,57 @@ pub struct MachineStateV1 {
     pub chipset: Option<ChipsetStateV1>,
 }
 
-impl MachineStateV1 {
-    /// Tag, version, body.
-    pub fn encode(&self) -> Result<Vec<u8>, StateFormatError> {
-        let mut bytes = TAG.to_vec();
-        bytes.extend_from_slice(&VERSION.to_le_bytes());
-        let bytes = postcard::to_extend(self, bytes).map_err(StateFormatError::Body)?;
-        if bytes.len() > MAX_STATE {
-            return Err(StateFormatError::Size(bytes.len()));
-        }
-        Ok(bytes)
+impl MachineStateV3 {
+    /// As [`MACHINE_STATE`] says.
+    pub fn encode(&self) -> Result<Vec<u8>, FormatError> {
+        MACHINE_STATE.encode(self)
     }
 
-    /// Reads what [`MachineStateV1::encode`] wrote; nothing may follow.
-    pub fn decode(bytes: &[u8]) -> Result<Self, StateFormatError> {
-        if bytes.len() > MAX_STATE {
-            return Err(StateFormatError::Size(bytes.len()));
-        }
-        let rest = bytes
-            .strip_prefix(TAG.as_slice())
-            .ok_or(StateFormatError::Tag)?;
-        let (version, body) = rest.split_first_chunk::<2>().ok_or(StateFormatError::Tag)?;
-        let version = u16::from_le_bytes(*version);
-        if version != VERSION {
-            return Err(StateFormatError::Version(version));
-        }
-        let (state, rest) = postcard::take_from_bytes(body).map_err(StateFormatError::Body)?;
-        if !rest.is_empty() {
-            return Err(StateFormatError::Trailing(rest.len()));
-        }
-        Ok(state)
+    /// Reads what [`MachineStateV3::encode`] wrote; nothing may follow.
+    pub fn decode(bytes: &[u8]) -> Result<Self, FormatError> {
+        MACHINE_STATE.decode(bytes)
     }
 }
-
-/// Bytes that are no machine state of this version.
-#[derive(Debug, thiserror::Error)]
-pub enum StateFormatError {
-    /// No tag.
-    #[error("not a machine state")]
-    Tag,
-    /// Another version.
-    #[error("machine state of version {0}; this host reads version 1, update it")]
-    Version(u16),
-    /// Too long.
-    #[error("machine state of {0} bytes is larger than 4 MiB")]
-    Size(usize),
-    /// The body does not parse.
-    #[error("machine state cannot be read")]
-    Body(#[source] postcard::Error),
-    /// Something follows the body.
-    #[error("{0} bytes behind the machine state")]
-    Trailing(usize),
-}
-
-const TAG: &[u8; 8] = b"CSMT-MST";
-const VERSION: u16 = 1;
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn what_is_no_state_is_refused() {
-        let refuse = |bytes: &[u8]| {
-            MachineStateV1::decode(bytes)
-                .err()
-                .map(|e| e.to_string())
-                .unwrap()
-        };
-        assert_eq!(refuse(b""), "not a machine state");
-        assert_eq!(refuse(b"CSMT-MST\x01"), "not a machine state");
-        assert!(refuse(b"CSMT-MST\x02\x00").contains("version 2"));
-        assert!(refuse(b"CSMT-MST\x01\x00\xff\xff\xff\xff\x0f").contains("cannot be read"));
-        assert!(refuse(&vec![0; MAX_STATE + 1]).contains("larger"));
+    fn the_golden_file_is_read_and_written_again_as_it_is() {
+        let golden = golden();
+        let state = MachineStateV3::decode(&golden).unwrap();
+        assert!(
+            state.vcpus.len() == 2
+                && state.functions.len() == 6
+                && state.watchdog.is_some()
+                && state.chipset.is_some(),
+            "a file that says nothing of some part would not tell of its change"
+        );
+        assert!(state.encode().unwrap() == golden);
+    }
+
+    #[test]
+    fn states_of_other_versions_are_refused_with_what_to_do() {
+        let golden = golden();
+        for (version, remedy) in [(1, "the casemate that wrote it"), (4, "update")] {
+            let mut other = golden.clone();
+            other[8] = version;
+            let error = MachineStateV3::decode(&other).err().unwrap();
+            assert!(
+                error.is_version() && error.to_string().contains(remedy),
+                "{error}"
+            );
+        }
+        assert!(MachineStateV3::decode(&golden[..golden.len() - 1]).is_err());
+    }
+
+    /// Of a machine that has every device; `host/tests/vmm_state.rs` writes it.
+    fn golden() -> Vec<u8> {
+        let path = concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/tests/golden/machine-state-3.bin"
+        );
+        std::fs::read(path).unwrap()
     }
 }

@@ -14,10 +14,32 @@ pub fn run_counter(host: &Host, name: &str) {
 
 /// Runs the guest; `more` goes behind its description.
 pub fn run(host: &Host, name: &str, more: &str) {
-    let description = host.describe("host", name, more);
+    run_with(host, name, |_, text| format!("{text}{more}"));
+}
+
+/// Runs the guest with another description, which `change` makes of the usual one.
+pub fn run_with(host: &Host, name: &str, change: impl Fn(&Host, String) -> String) {
+    run_code(host, name, COUNTER, change);
+}
+
+/// Runs it with 4 GiB of memory and its pages around the hole: 124 end where memory below 4 GiB does, the others begin
+/// at 4 GiB. Then waits until it counts.
+pub fn run_across_the_hole(host: &Host, name: &str) {
+    let mut code = ACROSS.to_vec();
+    code.extend(COUNTER);
+    // Its pages begin in the first of the two mapped large pages, 124 before the second.
+    code[ACROSS.len() + 17..][..4].copy_from_slice(&0x0218_4000u32.to_le_bytes());
+    run_code(host, name, &code, |_, text| text.replace("64 MiB", "4 GiB"));
+    until("it counts", || rounds(host, name) > 20);
+}
+
+fn run_code(host: &Host, name: &str, code: &[u8], change: impl Fn(&Host, String) -> String) {
+    let description = host.describe("host", name, "");
+    let text = fs::read_to_string(host.path(&description)).unwrap();
     let mut image = small_image();
-    image[1024 + 0x200..][..COUNTER.len()].copy_from_slice(COUNTER);
+    image[1024 + 0x200..][..code.len()].copy_from_slice(code);
     host.write("host/vmlinuz", image);
+    host.write(&description, change(host, text));
     host.run(&["run", &description]).expect(0);
 }
 
@@ -62,6 +84,18 @@ const COUNTER: &[u8] = &[
     0xd6, 0xb9, 0x1c, 0x00, 0x00, 0x00, 0x89, 0xd8, 0xd3, 0xe8, 0x83, 0xe0, 0x0f, 0x04, 0x61, 0xee,
     0x83, 0xe9, 0x04, 0x79, 0xf1, 0xb0, 0x0a, 0xee, 0xeb, 0xbd, 0xb0, 0x58, 0xee, 0xb0, 0x0a, 0xee,
     0xeb, 0xfe,
+];
+
+/// The two large pages at 32 MiB become the last one below the hole and the first above it:
+///
+/// ```text
+///         mov eax, 0xbfe00083 ; mov [0xb080], rax ; mov rax, 0x100000083 ; mov [0xb088], rax
+///         mov rax, cr3 ; mov cr3, rax
+/// ```
+const ACROSS: &[u8] = &[
+    0xb8, 0x83, 0x00, 0xe0, 0xbf, 0x48, 0x89, 0x04, 0x25, 0x80, 0xb0, 0x00, 0x00, 0x48, 0xb8, 0x83,
+    0x00, 0x00, 0x00, 0x01, 0x00, 0x00, 0x00, 0x48, 0x89, 0x04, 0x25, 0x88, 0xb0, 0x00, 0x00, 0x0f,
+    0x20, 0xd8, 0x0f, 0x22, 0xd8,
 ];
 
 /// What the guest prints, whichever hosts it runs on: the consoles put together in the order of its visits.

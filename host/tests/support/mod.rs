@@ -61,6 +61,7 @@ impl Host {
             agent: None,
         };
         host.write("policy.toml", policy);
+        host.write_secret("snapshots.key", [7; 32]);
         host.configure("");
         host
     }
@@ -68,7 +69,8 @@ impl Host {
     /// (Re)writes the agent's configuration; `more` goes behind it.
     pub fn configure(&self, more: &str) {
         let text = format!(
-            "name = {:?}\nstate_dir = \"state\"\nsocket = \"agent.sock\"\npolicy = \"policy.toml\"\nuid_base = {}\n{more}",
+            "name = {:?}\nstate_dir = \"state\"\nsocket = \"agent.sock\"\npolicy = \"policy.toml\"\nuid_base = {}\n\
+             snapshots = {{ key = \"snapshots.key\" }}\n{more}",
             self.name, self.uid_base
         );
         self.write("agent.toml", text);
@@ -109,6 +111,14 @@ impl Host {
         let path = self.path(file);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(&path, bytes).unwrap();
+        path
+    }
+
+    /// The same, for its owner alone.
+    pub fn write_secret(&self, file: &str, bytes: impl AsRef<[u8]>) -> PathBuf {
+        use std::os::unix::fs::PermissionsExt;
+        let path = self.write(file, bytes);
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
         path
     }
 

@@ -178,12 +178,14 @@ impl Role {
             Kind::EvidenceRead => !matches!(self, Self::Viewer),
             Kind::SandboxProbe => !matches!(self, Self::Viewer),
             Kind::Launch
+            | Kind::Clone
             | Kind::Stop
             | Kind::Pause
             | Kind::Resume
             | Kind::Nmi
             | Kind::Resize
             | Kind::Snapshot
+            | Kind::SnapshotErase
             | Kind::MigrateOut
             | Kind::Cancel
             | Kind::Replicate

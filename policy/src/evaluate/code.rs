@@ -34,6 +34,8 @@ codes! {
     GuestPolicyMismatch = "guest-policy-mismatch",
     /// Guests of this technology cannot be moved by any Linux.
     TechnologyCannotMigrate = "technology-cannot-migrate",
+    /// Guests of this technology cannot be copied.
+    TechnologyCannotClone = "technology-cannot-clone",
     /// The guest has not proven what it is.
     NotProven = "not-proven",
     /// The technology is not in `technologies.allowed`.

@@ -48,6 +48,12 @@ impl Asked<'_> {
                 reasons.extend(self.launch_rule());
                 reasons.extend(self.site_rule(self.policy.host.site.as_deref()));
             }
+            // Of what it was launched from nobody can tell any more: where that is laid down, it is not cloned.
+            Action::Clone { .. } => {
+                reasons.extend(self.bits_rule(Some(0)));
+                reasons.extend(self.launch_rule());
+                reasons.extend(self.site_rule(self.policy.host.site.as_deref()));
+            }
             Action::Attest { .. } | Action::ReleaseSecret { .. } => self.proof_rules(reasons),
             Action::Failover { .. } => {
                 self.proof_rules(reasons);

@@ -103,6 +103,14 @@ fn launches() {
             policy_bits: 1,
         };
         assert_eq!(evaluate(&policy, &action).code, code);
+        let copy = Action::Clone {
+            technology: Technology::None,
+            emulated: false,
+            vcpus,
+            memory_mib,
+        };
+        let found = evaluate(&policy, &copy);
+        assert!(found.refusals().any(|r| r.code == code), "{found:?}");
     }
 }
 

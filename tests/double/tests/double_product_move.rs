@@ -31,7 +31,7 @@ fn a_running_guest_moves_between_two_jailed_vmms_and_counts_on() {
     source.launch(kernel());
     source.counts_to(3);
     target.prepare(None);
-    target.done(VmmRequest::Incoming);
+    target.done(VmmRequest::Incoming { copy: false });
     source.attach();
     target.attach();
     open(&mut source, &mut target);
@@ -70,7 +70,7 @@ fn a_guest_that_does_not_tell_what_it_shares_is_not_sent_and_runs_on() {
     source.launch(kernel_that_does_not_tell());
     source.counts_to(3);
     target.prepare(None);
-    target.done(VmmRequest::Incoming);
+    target.done(VmmRequest::Incoming { copy: false });
     source.attach();
     target.attach();
     let before = source.double.log().len();
@@ -92,7 +92,7 @@ fn a_move_that_the_target_cannot_take_leaves_the_guest_running() {
     source.launch(kernel());
     source.counts_to(3);
     target.prepare(None);
-    target.done(VmmRequest::Incoming);
+    target.done(VmmRequest::Incoming { copy: false });
     source.attach();
     target.attach();
     open(&mut source, &mut target);

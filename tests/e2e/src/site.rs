@@ -415,6 +415,7 @@ fn write_files(spec: &SiteSpec<'_>, folder: &Path) -> Result<()> {
         secret(state.join("processor-snp.identity"), snp)?;
     }
     secret(folder.join("host.key"), spec.material.key_pem.as_bytes())?;
+    secret(folder.join("snapshots.key"), &[7; 32])?;
     plain("host.crt", &spec.material.certificate_pem)?;
     plain("ca.crt", spec.authority)?;
     plain("policy.toml", &policy(spec))?;
@@ -428,6 +429,7 @@ fn configuration(spec: &SiteSpec<'_>) -> String {
         .unwrap_or_default();
     let mut text = format!(
         "name = \"{}\"\nstate_dir = \"state\"\nsocket = \"agent.sock\"\npolicy = \"policy.toml\"\nuid_base = {}\n{listen}\
+         snapshots = {{ key = \"snapshots.key\" }}\n\
          \n[identity]\ncertificate = \"host.crt\"\nkey = \"host.key\"\nca = \"ca.crt\"\n\n[peers]\n",
         spec.name, spec.uid_base
     );

@@ -1,5 +1,5 @@
 //! The host's view into the guest, on vsock port 1024: `status`, `verify`, `report NONCE`, `devices`, `use MIB`,
-//! `starve MILLISECONDS`, `poweroff`, one line each, answered in JSON.
+//! `starve MILLISECONDS`, `fork`, `renew-card`, `panic`, `reset`, `poweroff`, one line each, answered in JSON.
 
 use std::sync::Arc;
 use std::thread;
@@ -9,7 +9,7 @@ use crate::console::say;
 use crate::lines::{Slots, serve};
 use crate::state::State;
 use crate::supervise::{self, lock};
-use crate::{devices, disk, memory, report, sys};
+use crate::{devices, disk, fork, memory, report, sys};
 
 pub(crate) fn spawn(state: &Arc<State>) {
     let listener = match sys::vsock_listener(PORT) {
@@ -44,12 +44,16 @@ fn answer(state: &Arc<State>, request: &str) -> String {
             "{\"ok\":true}".to_owned()
         }
         "devices" => devices::answer(),
+        "fork" => fork::answer(),
+        "renew-card" => fork::renew_card(),
+        "panic" => fork::system_request("c"),
+        "reset" => fork::system_request("b"),
         _ => match request.split_once(' ') {
             Some(("report", nonce)) => report::answer(nonce.trim()),
             Some(("use", mib)) => devices::use_memory(mib.trim()),
             Some(("starve", milliseconds)) => devices::starve(milliseconds.trim()),
             _ => {
-                "{\"ok\":false,\"error\":\"unknown request; known are status, verify, report, devices, use, starve, poweroff\"}"
+                "{\"ok\":false,\"error\":\"unknown request; known are status, verify, report, devices, use, starve, fork, renew-card, panic, reset, poweroff\"}"
                     .to_owned()
             }
         },

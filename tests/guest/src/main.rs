@@ -20,6 +20,7 @@ mod control;
 mod devices;
 mod disk;
 mod echo;
+mod fork;
 mod lines;
 mod memory;
 mod options;
@@ -79,6 +80,7 @@ fn start() {
     ticker::spawn(&state);
     memory::spawn(&state, options.dirty_mib, options.dirty_pages_per_tick);
     disk::spawn(&state);
+    fork::keep(options.address);
     boot::network(options.address);
     echo::spawn(&state);
     devices::spawn();

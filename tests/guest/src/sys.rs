@@ -111,6 +111,21 @@ pub(crate) fn vsock_accept(listener: &OwnedFd) -> io::Result<File> {
     Ok(unsafe { File::from_raw_fd(connection) })
 }
 
+/// The context id of this machine's virtio-vsock device, as its driver knows it.
+pub(crate) fn context_id() -> io::Result<u32> {
+    let device = File::open("/dev/vsock")?;
+    let mut cid = 0u32;
+    // SAFETY: the request writes one u32, to one that outlives the call.
+    let result = unsafe { libc::ioctl(device.as_raw_fd(), GET_LOCAL_CID, &raw mut cid) };
+    match result {
+        0 => Ok(cid),
+        _ => Err(Error::last_os_error()),
+    }
+}
+
+/// `IOCTL_VM_SOCKETS_GET_LOCAL_CID` (linux/vm_sockets.h).
+const GET_LOCAL_CID: libc::Ioctl = 0x7b9;
+
 /// Takes the machine down. Returns only if the kernel refuses.
 pub(crate) fn go_down(exit: Exit) -> Error {
     let how = match exit {

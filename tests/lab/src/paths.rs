@@ -87,6 +87,16 @@ impl Paths {
         self.guest().join("initrd.cpio")
     }
 
+    /// The lab's own kernel, for guests that need a newer one than Debian's of their release.
+    pub fn newer_kernel(&self) -> PathBuf {
+        self.guest().join("newer-vmlinuz")
+    }
+
+    /// Its initramfs.
+    pub fn newer_initrd(&self) -> PathBuf {
+        self.guest().join("newer-initrd.cpio")
+    }
+
     /// Scratch directories, one a run.
     pub fn runs(&self) -> PathBuf {
         self.root.join("run")

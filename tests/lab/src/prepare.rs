@@ -309,7 +309,8 @@ fn prune(snapshots: &Path) -> Result<()> {
     Ok(())
 }
 
-fn lab_package(paths: &Paths) -> PathBuf {
+/// Where the lab's own kernel is.
+pub fn lab_package(paths: &Paths) -> PathBuf {
     paths.root.join("kernel-lab")
 }
 

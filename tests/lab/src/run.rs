@@ -229,13 +229,15 @@ fn payload(request: &Request) -> Result<Payload> {
 }
 
 /// What tests of guests need, by the variable that names it inside.
-fn built(paths: &Paths) -> [(&'static str, PathBuf); 7] {
+fn built(paths: &Paths) -> [(&'static str, PathBuf); 9] {
     [
         ("LAB_CASEMATE", paths.release.join("casemate")),
         ("LAB_CASEMATE_GUEST", paths.release.join("casemate-guest")),
         ("LAB_GUEST_KERNEL", paths.guest_kernel()),
         ("LAB_GUEST_VMLINUX", paths.guest_vmlinux()),
         ("LAB_GUEST_INITRD", paths.guest_initrd()),
+        ("LAB_GUEST_NEWER_KERNEL", paths.newer_kernel()),
+        ("LAB_GUEST_NEWER_INITRD", paths.newer_initrd()),
         ("LAB_FIRMWARE", boot_disk::firmware(&paths.firmware())),
         ("LAB_BOOT_DISK", paths.boot_disk()),
     ]

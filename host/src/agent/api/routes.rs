@@ -54,6 +54,8 @@ pub const ROUTES: &[Route] = &[
     post("nmi", "/v1/guests/{name}/nmi", "guest"),
     task("snapshot", "/v1/guests/{name}/snapshot", "snapshotted"),
     task("restore", "/v1/restore", "guest"),
+    task("clone", "/v1/clone", "guest"),
+    delete("snapshot-erase", "/v1/snapshots/{id}", "done"),
     get(
         "measurement",
         "/v1/guests/{name}/measurement",

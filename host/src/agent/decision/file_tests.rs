@@ -56,6 +56,14 @@ fn what_lies_elsewhere_is_refused_unread_and_recorded() {
         name: "vm".to_owned(),
         file: host.path("new"),
         stop: false,
+        template: false,
+    };
+    let clone = |file, disks| Request::Clone {
+        file,
+        name: "other".to_owned(),
+        memory: MemoryMode::AtOnce,
+        disks,
+        allow_changed_disks: false,
     };
     let create = Request::Create {
         description: secret.clone(),
@@ -67,7 +75,8 @@ fn what_lies_elsewhere_is_refused_unread_and_recorded() {
         run(secret.clone()),
         create,
         snapshot,
-        restore(secret),
+        restore(secret.clone()),
+        clone(secret, None),
         climbing,
         through_link,
         nowhere,

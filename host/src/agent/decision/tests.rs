@@ -136,6 +136,7 @@ pub fn every_request() -> Vec<Request> {
             name: name(),
             file: PathBuf::from("/etc/shadow"),
             stop: false,
+            template: false,
         },
         Request::Restore {
             file: PathBuf::from("/etc/shadow"),
@@ -189,6 +190,16 @@ pub fn every_request() -> Vec<Request> {
             change: Some(crate::agent::api::DeviceChange::Resized),
         },
         Request::Settle { name: name() },
+        Request::Clone {
+            file: PathBuf::from("/etc/shadow"),
+            name: name(),
+            memory: crate::agent::api::MemoryMode::AtOnce,
+            disks: Some(PathBuf::from("/etc")),
+            allow_changed_disks: false,
+        },
+        Request::SnapshotErase {
+            id: "00".repeat(16),
+        },
     ];
     let mut kinds: Vec<usize> = all.iter().map(kind).collect();
     kinds.dedup();
@@ -196,7 +207,7 @@ pub fn every_request() -> Vec<Request> {
     all
 }
 
-const LAST: usize = 38;
+const LAST: usize = 40;
 
 fn kind(request: &Request) -> usize {
     match request {
@@ -238,7 +249,9 @@ fn kind(request: &Request) -> usize {
         Request::MigrateSet { .. } => 35,
         Request::Shutdown { .. } => 36,
         Request::Device { .. } => 37,
-        Request::Settle { .. } => LAST,
+        Request::Settle { .. } => 38,
+        Request::Clone { .. } => 39,
+        Request::SnapshotErase { .. } => LAST,
     }
 }
 

@@ -73,6 +73,8 @@ pub trait VirtioDevice: Send {
     /// Device state beyond the queues (versioned by the device); called while the device thread is stopped and all
     /// requests in flight are complete.
     fn save(&self) -> Vec<u8>;
+    /// What is restored next was another guest's: an address in it is not this device's. Most devices have none.
+    fn expect_copy(&mut self) {}
     /// Restores what [`VirtioDevice::save`] gave; called before [`VirtioDevice::activate`].
     fn restore(&mut self, state: &[u8]) -> Result<(), RestoreError>;
     /// The guest is about to leave: flush, give up locks.

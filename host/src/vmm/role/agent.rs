@@ -24,8 +24,9 @@ impl Control {
         match request {
             VmmRequest::Prepare { .. } => Err(wrong_state("the machine is prepared already")),
             VmmRequest::Launch { binding } => self.launch(&binding).map(VmmReply::Launched),
-            VmmRequest::Incoming => {
+            VmmRequest::Incoming { copy } => {
                 self.expect(&[MachineState::Prepared], "receiving")?;
+                self.moving.copy = copy;
                 self.state = MachineState::Incoming;
                 Ok(VmmReply::Done)
             }

@@ -91,6 +91,8 @@ struct Move {
     released: bool,
     /// RECEIVE_START has succeeded.
     receiving: bool,
+    /// What comes is another guest's.
+    copy: bool,
     /// The state is in place.
     restored: bool,
     /// The vCPUs do not get all their time.

@@ -84,7 +84,9 @@ impl Control {
                 let reply = MoverReply::Attached {
                     plan: Box::new(self.machine.plan().clone()),
                     memory: self.machine.memory().runs(),
-                    fault_base: faults.map(Faults::base),
+                    fault_bases: faults.map(Faults::ranges).map_or_else(Vec::new, |ranges| {
+                        ranges.iter().map(|range| range.base).collect()
+                    }),
                 };
                 let mut handles: Vec<BorrowedFd<'_>> = vec![memory, self.machine.exchange().file()];
                 handles.extend(faults.map(Faults::fd));
@@ -268,7 +270,7 @@ impl Control {
             .exchange()
             .take(length)
             .map_err(MachineError::from)?;
-        self.machine.restore(&state)?;
+        self.machine.restore(&state, self.moving.copy)?;
         self.moving.restored = true;
         Ok(MoverReply::Done)
     }

@@ -46,6 +46,8 @@ pub struct Net {
     starved: bool,
     /// The tap is gone.
     dead: bool,
+    /// The state to come was another guest's.
+    copy: bool,
     buffer: Box<[u8]>,
     counters: Counters,
 }
@@ -108,6 +110,7 @@ impl Net {
             held: false,
             starved: false,
             dead: false,
+            copy: false,
             buffer: vec![0; HEADER + FRAME_MAX].into_boxed_slice(),
             counters: Counters::default(),
         })
@@ -353,9 +356,13 @@ impl VirtioDevice for Net {
         )
     }
 
+    fn expect_copy(&mut self) {
+        self.copy = true;
+    }
+
     fn restore(&mut self, state: &[u8]) -> Result<(), RestoreError> {
         let State { mac } = saved::decode("net", STATE_VERSION, state)?;
-        if mac != self.mac.bytes() {
+        if mac != self.mac.bytes() && !self.copy {
             let reason = format!(
                 "the guest's address is {mac:x?}, the card here has {:x?}",
                 self.mac.bytes()

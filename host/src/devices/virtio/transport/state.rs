@@ -94,6 +94,11 @@ impl VirtioPci {
         }
     }
 
+    /// What is put back next was another guest's.
+    pub fn expect_copy(&self) {
+        self.lock().device.expect_copy();
+    }
+
     /// Puts everything back into a function that nobody has used yet.
     pub fn restore(&self, saved: VirtioStateV1) -> Result<(), TransportStateError> {
         let mut inner = self.lock();

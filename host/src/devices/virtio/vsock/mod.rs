@@ -55,6 +55,8 @@ pub struct Vsock {
     replies: VecDeque<Header>,
     /// The guest has no receive buffers.
     starved: bool,
+    /// The state to come was another guest's.
+    copy: bool,
     /// Packets of the guest wait until it takes replies.
     held_back: bool,
     scratch: Box<[u8]>,
@@ -96,6 +98,7 @@ impl Vsock {
             next_serial: 0,
             replies: VecDeque::new(),
             starved: false,
+            copy: false,
             held_back: false,
             scratch: vec![0; PACKET_MAX].into_boxed_slice(),
         })
