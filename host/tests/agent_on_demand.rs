@@ -113,6 +113,32 @@ fn a_mover_that_dies_under_a_restore_ends_the_guest_and_says_so() {
     host.quiet(1);
 }
 
+#[test]
+fn a_guest_whose_code_is_its_firmware_gets_that_on_demand_too() {
+    let mut host = Host::new("rom");
+    host.start();
+    let mut image = vec![0xf4; 2 << 20];
+    let last = image.len() - 0x1_0000;
+    image[last + 0xf000..][..PRINTS.len()].copy_from_slice(PRINTS);
+    // jmp 0xf000, at the reset vector
+    image[last + 0xfff0..][..3].copy_from_slice(&[0xe9, 0x0d, 0xf0]);
+    host.write("host/fw.fd", image);
+    let text = "name = \"rom\"\nvcpus = 1\nmemory = \"64 MiB\"\n[boot]\nfirmware = \"fw.fd\"\n";
+    host.write("host/vm.toml", text);
+    host.run(&["run", "host/vm.toml"]).expect(0);
+    let console = host.path("state/guests/rom/console.log");
+    let printed = || fs::metadata(&console).map_or(0, |found| found.len());
+    until("it prints", || printed() > 20);
+    host.run(&["snapshot", "rom", "rom.snap", "--stop"])
+        .expect(0);
+    let before = printed();
+    host.run(&["restore", "rom.snap", "--memory", "on-demand"])
+        .expect(0);
+    until("it goes on", || printed() > before + 20);
+    host.run(&["stop", "rom"]).expect(0);
+    host.quiet(1);
+}
+
 /// A host whose policy lets guests be of 5 GiB.
 fn large(tag: &str) -> Host {
     Host::with_policy(
@@ -128,4 +154,11 @@ fn signal(movers: &[u32], signal: Signal) {
     }
 }
 
+/// ```text
+///         mov dx, 0x3f8
+/// again:  mov al, 'r' ; out dx, al ; mov cx, 0x400 ; loop $ ; jmp again
+/// ```
+const PRINTS: &[u8] = &[
+    0xba, 0xf8, 0x03, 0xb0, 0x72, 0xee, 0xb9, 0x00, 0x04, 0xe2, 0xfe, 0xeb, 0xf6,
+];
 const INITRD: usize = 128 << 20;
