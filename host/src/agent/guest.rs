@@ -56,6 +56,7 @@ impl Guest {
             Ok(VmmReply::Status(status)) => Ok(GuestInfo {
                 stopped: status.stopped,
                 device_faults: status.device_faults,
+                disks: status.disks,
                 ..self.info_in(status.state)
             }),
             Ok(_) => Err(Failure::new("VMM_GONE", "the VMM answered something else")),
@@ -90,6 +91,7 @@ impl Guest {
             vsock: self.vsock.clone(),
             terminal: self.terminal.clone(),
             device_faults: 0,
+            disks: Vec::new(),
             launch_us: *lock(&self.launch_us),
             start_cpu_us: *lock(&self.start_cpu_us),
         }

@@ -592,7 +592,7 @@ impl Agent {
             cpu,
             memory: Some(plan.mapped_bytes()),
             vcpus: plan.vcpus.into(),
-            locked: sev::locked_memory(plan),
+            locked: sev::locked_memory(plan) + plan.rings() * RING_MEMORY,
         };
         let (process, channel) = self.spawn(Role::Vmm, bounds)?;
         let name = plan.name.clone();
@@ -711,6 +711,8 @@ fn no_processor() -> Failure {
 
 /// Users (and so roles) this agent cycles through.
 const MAX_ROLES: u32 = 4096;
+/// What the kernel counts as locked of a disk's io_uring, and then some.
+const RING_MEMORY: u64 = 64 << 10;
 /// Memory of a role beyond the guest's, in bytes.
 const ROLE_OVERHEAD: u64 = 256 << 20;
 

@@ -26,8 +26,8 @@ use self::document::{Cpu, Disk, Document, Net};
 use crate::machine::cpu::{CpuModel, CpuPlan, Topology};
 use crate::machine::plan::devices::{Limits, SmallDevices};
 use crate::machine::plan::{
-    DiskFormat, DiskPlan, MAX_ANNOUNCE, MAX_CMDLINE, MAX_DEVICES, MAX_DISK_ID, MAX_LOW_MEMORY,
-    MAX_MEMORY, MAX_VCPUS, MIN_MEMORY, MachinePlan, NetPlan, is_name,
+    DiskFormat, DiskIo, DiskPlan, MAX_ANNOUNCE, MAX_CMDLINE, MAX_DEVICES, MAX_DISK_ID,
+    MAX_LOW_MEMORY, MAX_MEMORY, MAX_VCPUS, MIN_MEMORY, MachinePlan, NetPlan, is_name,
 };
 use crate::sandbox::jail::CpuShare;
 
@@ -69,6 +69,8 @@ pub struct DiskSpec {
     pub path: PathBuf,
     /// What the image is.
     pub format: DiskFormat,
+    /// Who does its requests.
+    pub io: DiskIo,
     /// Whether writes are refused.
     pub read_only: bool,
     /// How much it may read and write.
@@ -164,6 +166,7 @@ impl MachineSpec {
                 .map(|d| DiskPlan {
                     id: d.id.clone(),
                     format: d.format,
+                    io: d.io,
                     read_only: d.read_only,
                     limits: d.limits,
                 })
@@ -392,10 +395,19 @@ impl Reader<'_> {
             ));
         }
         let path = self.file("disk.path", value.path)?;
+        if let Some(io) = &value.io
+            && *io.get_ref() == DiskIo::IoUring
+            && value.format != DiskFormat::Raw
+        {
+            let problem =
+                "`disk.io` is \"io_uring\", which is for raw images; want \"auto\" or \"threads\"";
+            return Err(self.at(io.span(), problem.to_owned()));
+        }
         Ok(DiskSpec {
             id,
             path,
             format: value.format,
+            io: value.io.map(Spanned::into_inner).unwrap_or_default(),
             read_only: value.read_only,
             limits: self.limits("disk", value.limit)?,
         })

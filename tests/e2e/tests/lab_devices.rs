@@ -35,6 +35,13 @@ fn a_linux_guest_uses_every_device_and_is_stopped_by_its_watchdog() {
         .wait("the guest's `ready`", BOOT, |w| w.ready)
         .unwrap();
     let vsock = info.vsock.clone().unwrap();
+    // A qcow2 image on the device thread, a raw one by the kernel's ring, both under the VMM's filters.
+    let served: Vec<_> = world.status(Host::A, "devices").unwrap().disks;
+    let served: Vec<_> = served
+        .iter()
+        .map(|d| (d.id.as_str(), d.by.as_str()))
+        .collect();
+    assert_eq!(served, [("data", "threads"), ("rom", "io_uring")]);
 
     let devices: Devices = ask(&vsock, "devices").unwrap();
     assert!(
