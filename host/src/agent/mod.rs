@@ -33,7 +33,7 @@ mod sev;
 mod shutdown;
 pub mod snapshot;
 mod snapshot_keys;
-mod tap;
+pub mod tap;
 mod tasks;
 mod transfer;
 mod upkeep;

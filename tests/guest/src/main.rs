@@ -21,6 +21,7 @@ mod devices;
 mod disk;
 mod echo;
 mod lines;
+mod load;
 mod memory;
 mod options;
 mod pattern;
@@ -67,6 +68,11 @@ fn start() {
     }
     say!("up {}", boot::describe());
     boot::load_modules();
+    if let Some(host) = options.load {
+        boot::network(options.address);
+        load::run(host);
+        return;
+    }
     let secret = options.secret.and_then(secret::take);
     say!(
         "secret {}",
