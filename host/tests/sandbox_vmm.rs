@@ -127,7 +127,8 @@ fn every_descriptor_of_a_vmm_is_known_and_counted() {
     }
     // What does the disk's requests is there, is said, and is bound.
     let shown = host.json(&["status", "plain"]);
-    assert_eq!(shown["disks"][0]["by"], "io_uring", "{shown}");
+    let by = &shown["disks"][0]["by"];
+    assert_eq!(by, "io_uring, writes by threads", "{shown}");
     assert_eq!(rings, 1, "{links:?}");
     let notes = report["reports"][0]["notes"].to_string();
     assert!(notes.contains("1 ring(s), each bound"), "{notes}");
@@ -135,6 +136,38 @@ fn every_descriptor_of_a_vmm_is_known_and_counted() {
     assert_eq!(sockets, 2, "{links:?}");
     let table = fs::read_to_string(format!("/proc/{}/net/tcp", pid_of(&host, "plain"))).unwrap();
     assert_eq!(table.lines().count(), 1, "{table}");
+}
+
+/// The kernel's file is read back in the lab (`limits_of_block_devices_are_in_the_kernel`): here the group may have no io
+/// controller, and the disk no block device.
+#[test]
+fn limits_of_block_devices_are_set_or_said_and_refused_where_they_are_demanded() {
+    let mut host = Host::new("io-max");
+    host.start();
+    host.write("plain/data.raw", vec![0; 1 << 20]);
+    let described = |required: bool| {
+        format!(
+            "[resources]\nio_max = {{ read_bytes_per_second = \"10 MiB\", writes_per_second = 50, required = {required} }}\n\
+             [[disk]]\nid = \"data\"\npath = \"data.raw\"\n"
+        )
+    };
+    let path = host.describe("plain", "plain", &described(false));
+    host.run(&["run", &path]).expect(0);
+    let notes = host.json(&["sandbox", "report", "plain"])["reports"][0]["notes"].to_string();
+    host.run(&["stop", "plain"]).expect(0);
+    let set = notes.contains("rbps=10485760 wiops=50");
+    assert!(set || notes.contains("io.max not set: "), "{notes}");
+    let path = host.describe("plain", "plain", &described(true));
+    let demanded = host.run(&["run", &path]);
+    match set {
+        true => drop(demanded.expect(0)),
+        false => {
+            assert_ne!(demanded.code, Some(0), "{demanded:#?}");
+            let said = format!("{demanded:?}");
+            assert!(said.contains("io_max` cannot be enforced here"), "{said}");
+            assert!(host.listed("plain").is_none(), "it runs");
+        }
+    }
 }
 
 #[test]

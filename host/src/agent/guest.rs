@@ -139,6 +139,21 @@ pub struct TapChoice {
 }
 
 impl Resources {
+    /// The disks by name, and what the opened files are.
+    pub fn disks<'a>(
+        &'a self,
+        plan: &'a MachinePlan,
+    ) -> impl Iterator<Item = (&'a str, std::io::Result<std::fs::Metadata>)> {
+        self.handles.iter().filter_map(|(kind, file)| {
+            let HandleKind::Disk(number) = kind else {
+                return None;
+            };
+            let disk = plan.disks.get(usize::from(*number))?;
+            let file = file.try_clone().map(File::from);
+            Some((disk.id.as_str(), file.and_then(|file| file.metadata())))
+        })
+    }
+
     /// Opens everything but the boot files.
     pub fn open(
         plan: &MachinePlan,

@@ -70,6 +70,7 @@ use crate::machine::plan::MachinePlan;
 use crate::machine::spec::{Offer, Strongest};
 use crate::mover::protocol::AgentAnswer;
 use crate::sandbox::Role;
+use crate::sandbox::io_limit::IoShare;
 use crate::sandbox::jail::{
     CpuShare, JailSpec, RoleProcess, end_cgroup, spawn_role, sweep_cgroups,
 };
@@ -587,9 +588,15 @@ impl Agent {
         processor.connect(snp).map(GuestLink::into_handles)
     }
 
-    fn spawn_vmm(&self, plan: &MachinePlan, cpu: CpuShare) -> Result<VmmProcess, Failure> {
+    fn spawn_vmm(
+        &self,
+        plan: &MachinePlan,
+        cpu: CpuShare,
+        io: Option<IoShare>,
+    ) -> Result<VmmProcess, Failure> {
         let bounds = Bounds {
             cpu,
+            io,
             memory: Some(plan.mapped_bytes()),
             vcpus: plan.vcpus.into(),
             locked: sev::locked_memory(plan) + plan.rings() * RING_MEMORY,
@@ -631,6 +638,7 @@ impl Agent {
         spec.memlock_max = bounds.locked;
         spec.pids_max += bounds.vcpus;
         spec.cpu = bounds.cpu;
+        spec.io = bounds.io;
         spec.landlock_min = self.policy().sandbox.landlock_min_abi.get();
         let (ours, theirs) =
             Channel::pair().map_err(|e| Failure::new("INTERNAL", e.to_string()))?;
@@ -663,6 +671,8 @@ impl Agent {
 struct Bounds {
     /// Processors.
     cpu: CpuShare,
+    /// Block devices.
+    io: Option<IoShare>,
     /// Guest memory in bytes.
     memory: Option<u64>,
     /// vCPUs.

@@ -330,11 +330,11 @@ pub struct DiskPlan {
 /// Who does a disk's requests.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum DiskIo {
-    /// The host's choice.
+    /// A raw image's reads and flushes by the kernel's ring, where there is one, and its writes by the devices' thread.
     #[default]
     #[serde(rename = "auto")]
     Auto,
-    /// The kernel, many at once, by a ring that can do nothing else. A host without io_uring refuses the guest.
+    /// All by the kernel's ring, which can do nothing else. A host without io_uring refuses the guest.
     #[serde(rename = "io_uring")]
     IoUring,
     /// The devices' thread, one at a time.

@@ -29,6 +29,7 @@ use crate::machine::plan::{
     DiskFormat, DiskIo, DiskPlan, MAX_ANNOUNCE, MAX_CMDLINE, MAX_DEVICES, MAX_DISK_ID,
     MAX_LOW_MEMORY, MAX_MEMORY, MAX_VCPUS, MIN_MEMORY, MachinePlan, NetPlan, is_name,
 };
+use crate::sandbox::io_limit::IoLimits;
 use crate::sandbox::jail::CpuShare;
 
 /// A description that has been read and checked. Files named in it exist and are readable.
@@ -58,6 +59,8 @@ pub struct MachineSpec {
     pub small: SmallDevices,
     /// What it may take of the host's processors.
     pub share: CpuShare,
+    /// What it may take of the block devices beneath its disks.
+    pub io: Option<IoLimits>,
 }
 
 /// One disk of a description.
@@ -279,8 +282,12 @@ impl Reader<'_> {
             watchdog: document.watchdog,
         };
         let small = self.small(small, !plain)?;
-        let share = document.resources.map(|r| self.resources(r)).transpose()?;
+        let mut resources = document.resources;
+        let io = resources.as_mut().and_then(|r| r.io_max.take());
+        let io = io.map(|io| self.io_max(io)).transpose()?;
+        let share = resources.map(|r| self.resources(r)).transpose()?;
         Ok(MachineSpec {
+            io,
             share: share.unwrap_or_default(),
             name,
             vcpus,

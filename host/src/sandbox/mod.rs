@@ -34,6 +34,7 @@
 //! A panic in any thread of a jailed process ends the process.
 
 mod cgroup;
+pub mod io_limit;
 pub mod jail;
 pub mod landlock;
 pub mod probe;

@@ -62,7 +62,7 @@ fn served(mut block: Block, disk: &DiskPlan) -> Result<Block, RoleError> {
     if !by_ring {
         return Ok(block);
     }
-    match block.use_uring() {
+    match block.use_uring(disk.io == DiskIo::IoUring) {
         Ok(ring) => seccomp::allow_ring(ring),
         Err(_) if disk.io == DiskIo::Auto => {}
         Err(error) => {
@@ -190,7 +190,10 @@ mod tests {
     #[test]
     fn the_kernel_does_a_disks_requests_if_it_may() {
         let by = |io| with_disk(io).unwrap();
-        assert_eq!(by(DiskIo::Auto).as_deref(), Some("io_uring"));
+        assert_eq!(
+            by(DiskIo::Auto).as_deref(),
+            Some("io_uring, writes by threads")
+        );
         assert_eq!(by(DiskIo::IoUring).as_deref(), Some("io_uring"));
         assert_eq!(by(DiskIo::Threads).as_deref(), Some("threads"));
     }

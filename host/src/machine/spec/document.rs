@@ -84,7 +84,7 @@ pub(super) struct Disk {
     /// What the image is; never guessed from its content.
     #[serde(default)]
     pub(super) format: DiskFormat,
-    /// Who does its requests: "io_uring", the kernel, many at once; "threads", one at a time; "auto" is the host's choice.
+    /// Who does its requests: "io_uring", the kernel; "threads"; "auto", reads by the kernel and writes by threads.
     #[schemars(with = "Option<DiskIo>")]
     pub(super) io: Option<Spanned<DiskIo>>,
     /// Whether the guest may not write.

@@ -68,11 +68,6 @@ impl Series {
 const MOST_FAULTS: u32 = 4;
 
 #[cfg(test)]
-#[expect(
-    clippy::unwrap_used,
-    clippy::panic,
-    reason = "a test fails by panicking"
-)]
 mod tests {
     use std::cell::Cell;
 

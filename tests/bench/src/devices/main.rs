@@ -1,6 +1,6 @@
 //! `casemate-bench-devices`: disk and card of one guest under Casemate, in its jail and without it, beside QEMU's q35.
 //!
-//! The rows: `casemate` is the product as it is, `threads` the same with `io = "threads"`, `unjailed` its VMM without the
+//! The rows: `casemate` is the product as it is, `ring` and `threads` the same with that `io`, `unjailed` its VMM without the
 //! sandbox. The same kernel, initramfs, command line, memory, backing file and tap for each, in turn, several times. The guest
 //! measures (`tests/guest/src/load`); this program is the host that it speaks with, and compares.
 
@@ -20,7 +20,7 @@ use anyhow::{Context as _, Result};
 use clap::Parser;
 
 use figures::Series;
-use vmm::{Guest, Jailed, RING, THREADS};
+use vmm::{AUTO, Guest, Jailed, RING, THREADS};
 
 /// Measures disk and card of one guest under Casemate and QEMU in turn, and compares.
 #[derive(Parser)]
@@ -82,8 +82,9 @@ fn bench(arguments: &Arguments) -> Result<()> {
     let _tap = net::Tap::new()?;
     net::listen()?;
     let jailed = Jailed::start(&arguments.casemate, &guest)?;
-    let runs: [(&str, &dyn Fn() -> Result<String>); 4] = [
-        ("casemate", &|| jailed.run(RING)),
+    let runs: [(&str, &dyn Fn() -> Result<String>); 5] = [
+        ("casemate", &|| jailed.run(AUTO)),
+        ("ring", &|| jailed.run(RING)),
         ("threads", &|| jailed.run(THREADS)),
         ("unjailed", &|| unjailed::run(&guest)),
         ("qemu_q35", &|| qemu::run(&arguments.qemu, &guest)),

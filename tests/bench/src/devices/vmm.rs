@@ -67,7 +67,7 @@ impl Jailed {
             cmdline(),
             guest.disk
         );
-        for io in [RING, THREADS] {
+        for io in [AUTO, RING, THREADS] {
             fs::write(
                 folder.path().join(format!("{io}.toml")),
                 text.replace("IO", io),
@@ -93,7 +93,9 @@ struct Launched {
     console: PathBuf,
 }
 
-/// Who does the disk's requests.
+/// Who does the disk's requests: the product as it is.
+pub const AUTO: &str = "auto";
+/// The kernel, writes too.
 pub const RING: &str = "io_uring";
 /// The same, without the kernel's rings.
 pub const THREADS: &str = "threads";

@@ -78,6 +78,7 @@ impl Block {
             serial,
             read_only,
             write_through: false,
+            ring_writes: false,
             written: Written::default(),
         };
         Ok(Block {
@@ -113,10 +114,13 @@ impl Block {
     /// Has the requests of a raw image done by a ring of the kernel's, from now on. Before there is a filter. The
     /// descriptor is the one that the filter must let threads enter. Without a ring the disk is what it was.
     ///
+    /// Without `writes`, these are done at once: they end in the page cache, and most file systems would have the ring hand
+    /// each of them to a worker.
+    ///
     /// # Errors
     ///
     /// If the image is not raw, or the kernel has no io_uring or gives this process none.
-    pub fn use_uring(&mut self) -> io::Result<RawFd> {
+    pub fn use_uring(&mut self, writes: bool) -> io::Result<RawFd> {
         let made = match self.disk.image.raw_file() {
             Some(file) => Uring::new(file),
             None => Err(io::Error::new(
@@ -124,6 +128,7 @@ impl Block {
                 "only raw images are read and written by io_uring",
             )),
         };
+        self.disk.ring_writes = writes;
         match made {
             Ok(uring) => Ok(self.uring.insert(uring).fd()),
             Err(error) => {
@@ -354,7 +359,8 @@ impl VirtioDevice for Block {
 
     fn service(&self) -> Option<String> {
         Some(match (&self.uring, &self.no_uring) {
-            (Some(_), _) => "io_uring".to_owned(),
+            (Some(_), _) if self.disk.ring_writes => "io_uring".to_owned(),
+            (Some(_), _) => "io_uring, writes by threads".to_owned(),
             (None, None) => "threads".to_owned(),
             (None, Some(why)) => format!("threads, for there is no io_uring: {why}"),
         })

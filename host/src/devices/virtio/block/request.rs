@@ -32,6 +32,8 @@ pub(super) struct Disk {
     pub(super) read_only: bool,
     /// Every write is flushed.
     pub(super) write_through: bool,
+    /// A ring does writes too.
+    pub(super) ring_writes: bool,
     /// Blocks written while a mover copies it.
     pub(super) written: Written,
 }
@@ -71,7 +73,11 @@ impl Disk {
     /// Starts what the chain asks in `ring`, or does it and writes the status byte.
     pub(super) fn begin(&mut self, chain: &Chain<'_>, ring: Option<&mut Uring>) -> Option<Served> {
         let order = self.parse(chain);
-        let ring = ring.filter(|_| !self.write_through);
+        let by_ring = match &order {
+            Ok(Order::Write(..)) => self.ring_writes && !self.write_through,
+            _ => !self.write_through,
+        };
+        let ring = ring.filter(|_| by_ring);
         if let (Ok(order), Some(tail), Some(ring)) = (&order, &chain.tail, ring)
             && let Some(flight) = flight(order, chain.head(), tail)
         {

@@ -50,7 +50,7 @@ macro_rules! both {
 fn disk(file: File, read_only: bool) -> Block {
     let mut block = Block::new(file, "disk-0", read_only).expect("a disk");
     if BY_URING.get() {
-        block.use_uring().expect("this kernel has io_uring");
+        block.use_uring(true).expect("this kernel has io_uring");
     }
     block
 }
@@ -598,6 +598,28 @@ both! {
         assert_eq!(all_used(&rig), 200);
         assert_eq!(rig.block.faults(), 0);
     }
+}
+
+#[test]
+fn writes_can_be_kept_out_of_the_ring() {
+    BY_URING.set(false);
+    let mut rig = rig(false);
+    rig.block
+        .use_uring(false)
+        .expect("this kernel has io_uring");
+    rig.block.reset();
+    rig.block.activate(rig.driver.activation(ALL));
+    offer_many(&rig, 1);
+    rig.block.queue_event(0);
+    assert_eq!(all_used(&rig), MANY as usize, "each is done at once");
+    rig.driver.interrupts.take();
+    assert_eq!(rig.on_disk(3), [0x83; 512]);
+    assert_eq!(rig.request(4, 0, &[]), (0, 1), "a flush goes through it");
+    assert_eq!(rig.request(0, 3, &[Buffer::write(DATA, 512)]), (0, 513));
+    assert_eq!(
+        rig.block.service().as_deref(),
+        Some("io_uring, writes by threads")
+    );
 }
 
 #[test]
