@@ -47,6 +47,7 @@ fn main() {
     plan.disks.push(DiskPlan {
         id: "disk0".into(),
         format: Default::default(),
+        io: Default::default(),
         read_only: true,
         limits: Default::default(),
     });

@@ -57,6 +57,7 @@ fn main() {
         plan.disks.push(DiskPlan {
             id: "disk0".into(),
             format: Default::default(),
+            io: Default::default(),
             read_only: false,
             limits: Default::default(),
         });

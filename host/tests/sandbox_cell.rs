@@ -446,6 +446,7 @@ extern "C" fn child() {
 }
 
 const REFUSED: i32 = 77;
+const RING: i32 = 200;
 
 fn agent() -> ! {
     use std::os::fd::FromRawFd;
@@ -470,6 +471,8 @@ fn play(role: Role, scenario: &str) -> Result<(), Box<dyn std::error::Error>> {
     }
     let enforced = jailed.enforce()?;
     if let Some(name) = scenario.strip_prefix("rules ") {
+        // A ring that is none: its number is what a filter sees.
+        seccomp::allow_ring(RING);
         let kind = ThreadKind::ALL.into_iter().find(|k| k.name() == name);
         channel.send(&try_rules(kind.ok_or("kind")?))?;
         return wait(&channel);
@@ -676,9 +679,11 @@ fn satisfying(rule: &Rule) -> Vec<[u64; 6]> {
     let mut all = vec![harmless(rule.call)];
     for cond in rule.when {
         let own = [u64::from(std::process::id())];
+        let rings = seccomp::rings();
         let (arg, values): (u8, &[u64]) = match cond {
             Cond::Among(arg, values) | Cond::Masked(arg, _, values) => (*arg, values),
             Cond::OwnPid(arg) => (*arg, &own),
+            Cond::Ring(arg) => (*arg, &rings),
         };
         let with = |args: &[u64; 6], value: u64| {
             let mut args = *args;
@@ -699,7 +704,9 @@ fn neighbours(rule: &Rule) -> Vec<[u64; 6]> {
     for args in satisfying(rule) {
         for cond in rule.when {
             let (arg, deltas): (u8, &[u64]) = match cond {
-                Cond::Among(arg, _) | Cond::OwnPid(arg) => (*arg, &[1, 0x100, 0x1_0000]),
+                Cond::Among(arg, _) | Cond::OwnPid(arg) | Cond::Ring(arg) => {
+                    (*arg, &[1, 0x100, 0x1_0000])
+                }
                 Cond::Masked(arg, ..) => (*arg, &[4]),
             };
             for delta in deltas {
@@ -722,5 +729,6 @@ fn covers(rule: &Rule, call: i64, args: [u64; 6]) -> bool {
             Cond::Among(arg, values) => values.iter().any(|v| low(arg) == v & 0xffff_ffff),
             Cond::Masked(arg, mask, values) => values.contains(&(low(arg) & mask)),
             Cond::OwnPid(arg) => low(arg) == u64::from(std::process::id()),
+            Cond::Ring(arg) => seccomp::rings().contains(&low(arg)),
         })
 }

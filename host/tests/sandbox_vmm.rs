@@ -86,7 +86,9 @@ fn guest_memory_is_in_no_dump_and_no_child() {
 fn every_descriptor_of_a_vmm_is_known_and_counted() {
     let mut host = Host::new("descriptors");
     host.start();
-    let path = host.describe("plain", "plain", "[vsock]\ncid = 3\n");
+    host.write("plain/data.raw", vec![0; 1 << 20]);
+    let devices = "[vsock]\ncid = 3\n[[disk]]\nid = \"data\"\npath = \"data.raw\"\n";
+    let path = host.describe("plain", "plain", devices);
     host.run(&["run", &path]).expect(0);
     let folder = format!("/proc/{}/fd", pid_of(&host, "plain"));
     let report = host.json(&["sandbox", "report", "plain"]);
@@ -97,14 +99,19 @@ fn every_descriptor_of_a_vmm_is_known_and_counted() {
         .collect();
     let counted = report["reports"][0]["descriptors"].as_u64().unwrap();
     assert_eq!(links.len() as u64, counted, "{links:?}");
-    let mut sockets = 0;
+    let (mut sockets, mut rings) = (0, 0);
     for link in &links {
         let known = match link.as_str() {
             "/dev/null" | "/dev/kvm" | "anon_inode:kvm-vm" => true,
             name if name.starts_with("anon_inode:kvm-vcpu:") => true,
+            "anon_inode:[io_uring]" => {
+                rings += 1;
+                true
+            }
             name if name.starts_with("anon_inode:") => ["[eventfd]", "[eventpoll]", "[timerfd]"]
                 .iter()
                 .any(|kind| name.ends_with(kind)),
+            name if name.ends_with("/data.raw") => true,
             name if name.starts_with("/memfd:") => true,
             name if name.starts_with("socket:") => {
                 sockets += 1;
@@ -118,10 +125,49 @@ fn every_descriptor_of_a_vmm_is_known_and_counted() {
         };
         assert!(known, "{link} in {links:?}");
     }
+    // What does the disk's requests is there, is said, and is bound.
+    let shown = host.json(&["status", "plain"]);
+    let by = &shown["disks"][0]["by"];
+    assert_eq!(by, "io_uring, writes by threads", "{shown}");
+    assert_eq!(rings, 1, "{links:?}");
+    let notes = report["reports"][0]["notes"].to_string();
+    assert!(notes.contains("1 ring(s), each bound"), "{notes}");
     // The agent's channel and the vsock device's listener, both Unix sockets made by the agent: its network is empty.
     assert_eq!(sockets, 2, "{links:?}");
     let table = fs::read_to_string(format!("/proc/{}/net/tcp", pid_of(&host, "plain"))).unwrap();
     assert_eq!(table.lines().count(), 1, "{table}");
+}
+
+/// The kernel's file is read back in the lab (`limits_of_block_devices_are_in_the_kernel`): here the group may have no io
+/// controller, and the disk no block device.
+#[test]
+fn limits_of_block_devices_are_set_or_said_and_refused_where_they_are_demanded() {
+    let mut host = Host::new("io-max");
+    host.start();
+    host.write("plain/data.raw", vec![0; 1 << 20]);
+    let described = |required: bool| {
+        format!(
+            "[resources]\nio_max = {{ read_bytes_per_second = \"10 MiB\", writes_per_second = 50, required = {required} }}\n\
+             [[disk]]\nid = \"data\"\npath = \"data.raw\"\n"
+        )
+    };
+    let path = host.describe("plain", "plain", &described(false));
+    host.run(&["run", &path]).expect(0);
+    let notes = host.json(&["sandbox", "report", "plain"])["reports"][0]["notes"].to_string();
+    host.run(&["stop", "plain"]).expect(0);
+    let set = notes.contains("rbps=10485760 wiops=50");
+    assert!(set || notes.contains("io.max not set: "), "{notes}");
+    let path = host.describe("plain", "plain", &described(true));
+    let demanded = host.run(&["run", &path]);
+    match set {
+        true => drop(demanded.expect(0)),
+        false => {
+            assert_ne!(demanded.code, Some(0), "{demanded:#?}");
+            let said = format!("{demanded:?}");
+            assert!(said.contains("io_max` cannot be enforced here"), "{said}");
+            assert!(host.listed("plain").is_none(), "it runs");
+        }
+    }
 }
 
 #[test]

@@ -134,6 +134,7 @@ fn full() -> MachinePlan {
     plan.disks.push(DiskPlan {
         id: "data".into(),
         format: DiskFormat::Raw,
+        io: Default::default(),
         read_only: false,
         limits: Limits::default(),
     });

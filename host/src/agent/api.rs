@@ -25,7 +25,7 @@ pub use crate::machine::plan::devices::{
     ConsolePlan, DeviceChange, DeviceName, DeviceStatus, Limits, Rate,
 };
 use crate::sandbox::report::{ProbeReport, SandboxReport};
-use crate::vmm::protocol::MachineState;
+use crate::vmm::protocol::{DiskService, MachineState};
 
 /// What may be asked.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
@@ -495,6 +495,9 @@ pub struct GuestInfo {
     /// How often the guest broke a rule of its devices, where the VMM was asked.
     #[serde(default)]
     pub device_faults: u64,
+    /// Who does the requests of each disk, where the VMM was asked.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<DiskService>,
     /// Unix socket of the guest's virtio console.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub terminal: Option<PathBuf>,

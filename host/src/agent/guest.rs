@@ -56,6 +56,7 @@ impl Guest {
             Ok(VmmReply::Status(status)) => Ok(GuestInfo {
                 stopped: status.stopped,
                 device_faults: status.device_faults,
+                disks: status.disks,
                 ..self.info_in(status.state)
             }),
             Ok(_) => Err(Failure::new("VMM_GONE", "the VMM answered something else")),
@@ -92,6 +93,7 @@ impl Guest {
             nets: self.plan.nets.iter().map(card).collect(),
             terminal: self.terminal.clone(),
             device_faults: 0,
+            disks: Vec::new(),
             launch_us: *lock(&self.launch_us),
             start_cpu_us: *lock(&self.start_cpu_us),
         }
@@ -139,6 +141,21 @@ pub struct TapChoice {
 }
 
 impl Resources {
+    /// The disks by name, and what the opened files are.
+    pub fn disks<'a>(
+        &'a self,
+        plan: &'a MachinePlan,
+    ) -> impl Iterator<Item = (&'a str, std::io::Result<std::fs::Metadata>)> {
+        self.handles.iter().filter_map(|(kind, file)| {
+            let HandleKind::Disk(number) = kind else {
+                return None;
+            };
+            let disk = plan.disks.get(usize::from(*number))?;
+            let file = file.try_clone().map(File::from);
+            Some((disk.id.as_str(), file.and_then(|file| file.metadata())))
+        })
+    }
+
     /// Opens everything but the boot files.
     pub fn open(
         plan: &MachinePlan,

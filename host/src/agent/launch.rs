@@ -191,7 +191,8 @@ impl Agent {
         let folder = self.guest_folder(&plan.name);
         let resources =
             Resources::open(plan, &folder, &disks, &taps, processor)?.with_boot(&spec.boot)?;
-        let vmm = self.spawn_vmm(plan, spec.share.clone())?;
+        let io = spec.io.clone().map(|io| io.of_disks(resources.disks(plan)));
+        let vmm = self.spawn_vmm(plan, spec.share.clone(), io)?;
         resources.prepare(vmm, plan.clone(), FIRST_EPOCH)
     }
 

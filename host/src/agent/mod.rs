@@ -75,6 +75,7 @@ use crate::machine::plan::MachinePlan;
 use crate::machine::spec::{Offer, Strongest};
 use crate::mover::protocol::AgentAnswer;
 use crate::sandbox::Role;
+use crate::sandbox::io_limit::IoShare;
 use crate::sandbox::jail::{
     CpuShare, JailSpec, RoleProcess, end_cgroup, spawn_role, sweep_cgroups,
 };
@@ -625,12 +626,18 @@ impl Agent {
         processor.connect(snp).map(GuestLink::into_handles)
     }
 
-    fn spawn_vmm(&self, plan: &MachinePlan, cpu: CpuShare) -> Result<VmmProcess, Failure> {
+    fn spawn_vmm(
+        &self,
+        plan: &MachinePlan,
+        cpu: CpuShare,
+        io: Option<IoShare>,
+    ) -> Result<VmmProcess, Failure> {
         let bounds = Bounds {
             cpu,
+            io,
             memory: Some(plan.mapped_bytes()),
             vcpus: plan.vcpus.into(),
-            locked: sev::locked_memory(plan),
+            locked: sev::locked_memory(plan) + plan.rings() * RING_MEMORY,
         };
         let (process, channel) = self.spawn(Role::Vmm, bounds)?;
         let name = plan.name.clone();
@@ -674,6 +681,7 @@ impl Agent {
         spec.memlock_max = bounds.locked;
         spec.pids_max += bounds.vcpus;
         spec.cpu = bounds.cpu;
+        spec.io = bounds.io;
         spec.landlock_min = self.policy().sandbox.landlock_min_abi.get();
         let (ours, theirs) =
             Channel::pair().map_err(|e| Failure::new("INTERNAL", e.to_string()))?;
@@ -720,6 +728,8 @@ fn record_event(evidence: &Evidence, name: &str, emulated: bool, event: &VmmEven
 struct Bounds {
     /// Processors.
     cpu: CpuShare,
+    /// Block devices.
+    io: Option<IoShare>,
     /// Guest memory in bytes.
     memory: Option<u64>,
     /// vCPUs.
@@ -768,6 +778,8 @@ fn no_processor() -> Failure {
 
 /// Users (and so roles) this agent cycles through.
 const MAX_ROLES: u32 = 4096;
+/// What the kernel counts as locked of a disk's io_uring, and then some.
+const RING_MEMORY: u64 = 64 << 10;
 /// Memory of a role beyond the guest's, in bytes.
 const ROLE_OVERHEAD: u64 = 256 << 20;
 

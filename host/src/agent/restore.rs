@@ -300,7 +300,7 @@ impl Restoring<'_> {
             resources = resources.with_faults()?;
         }
         let guest = resources.prepare(
-            agent.spawn_vmm(plan, CpuShare::default())?,
+            agent.spawn_vmm(plan, CpuShare::default(), None)?,
             plan.clone(),
             self.epoch,
         )?;

@@ -303,6 +303,9 @@ fn one_guest(guest: &GuestInfo) -> String {
     if let Some(vsock) = &guest.vsock {
         let _ = writeln!(text, "  vsock       {}", vsock.display());
     }
+    for disk in &guest.disks {
+        let _ = writeln!(text, "  disk {:<6} by {}", disk.id, disk.by);
+    }
     if let Some(us) = guest.launch_us {
         let _ = writeln!(text, "  launched in {} ms", us / 1000);
     }

@@ -88,6 +88,12 @@ impl MachinePlan {
                 "a disk whose name is not 1 to 20 of a-z, 0-9 and '-'",
             ),
             (
+                self.disks
+                    .iter()
+                    .all(|d| d.io != DiskIo::IoUring || d.format == DiskFormat::Raw),
+                "io_uring for an image that is not raw",
+            ),
+            (
                 self.nets
                     .iter()
                     .all(|n| is_name(&n.id) && n.mac.first().is_some_and(|b| b & 1 == 0)),
@@ -169,6 +175,12 @@ impl MachinePlan {
             None => MAX_LOW_MEMORY,
         };
         self.memory_bytes.min(most)
+    }
+
+    /// How many disks want an io_uring.
+    pub fn rings(&self) -> u64 {
+        let wants = |disk: &&DiskPlan| disk.io != DiskIo::Threads && disk.format == DiskFormat::Raw;
+        self.disks.iter().filter(wants).count() as u64
     }
 
     /// How many PCI functions the machine has, without the host bridge.
@@ -309,8 +321,25 @@ pub struct DiskPlan {
     pub format: DiskFormat,
     /// Whether writes are refused.
     pub read_only: bool,
+    /// Who does its requests.
+    pub io: DiskIo,
     /// How much it may read and write.
     pub limits: Limits,
+}
+
+/// Who does a disk's requests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum DiskIo {
+    /// A raw image's reads and flushes by the kernel's ring, where there is one, and its writes by the devices' thread.
+    #[default]
+    #[serde(rename = "auto")]
+    Auto,
+    /// All by the kernel's ring, which can do nothing else. A host without io_uring refuses the guest.
+    #[serde(rename = "io_uring")]
+    IoUring,
+    /// The devices' thread, one at a time.
+    #[serde(rename = "threads")]
+    Threads,
 }
 
 /// What a disk's image is.
@@ -379,6 +408,7 @@ mod tests {
             disks: vec![DiskPlan {
                 id: "data".into(),
                 format: DiskFormat::Raw,
+                io: Default::default(),
                 read_only: false,
                 limits: Limits::default(),
             }],

@@ -171,7 +171,7 @@ mod tests {
     use crate::machine::plan::devices::{
         BalloonPlan, ConsolePlan, Limits, Rate, RngPlan, SmallDevices, WatchdogAction, WatchdogPlan,
     };
-    use crate::machine::plan::{DiskFormat, DiskPlan, FirmwarePlan, NetPlan, Technology};
+    use crate::machine::plan::{DiskFormat, DiskIo, DiskPlan, FirmwarePlan, NetPlan, Technology};
 
     const SMALL: Format = Format {
         name: "small thing",
@@ -271,6 +271,7 @@ mod tests {
                 id: "data".into(),
                 format: DiskFormat::Qcow2,
                 read_only: true,
+                io: DiskIo::Threads,
                 limits,
             }],
             nets: vec![NetPlan {

@@ -26,9 +26,10 @@ use self::document::{Cpu, Disk, Document, Net};
 use crate::machine::cpu::{CpuModel, CpuPlan, Topology};
 use crate::machine::plan::devices::{Limits, SmallDevices};
 use crate::machine::plan::{
-    DiskFormat, DiskPlan, MAX_ANNOUNCE, MAX_CMDLINE, MAX_DEVICES, MAX_DISK_ID, MAX_LOW_MEMORY,
-    MAX_MEMORY, MAX_VCPUS, MIN_MEMORY, MachinePlan, NetPlan, is_name,
+    DiskFormat, DiskIo, DiskPlan, MAX_ANNOUNCE, MAX_CMDLINE, MAX_DEVICES, MAX_DISK_ID,
+    MAX_LOW_MEMORY, MAX_MEMORY, MAX_VCPUS, MIN_MEMORY, MachinePlan, NetPlan, is_name,
 };
+use crate::sandbox::io_limit::IoLimits;
 use crate::sandbox::jail::CpuShare;
 
 /// A description that has been read and checked. Files named in it exist and are readable.
@@ -58,6 +59,8 @@ pub struct MachineSpec {
     pub small: SmallDevices,
     /// What it may take of the host's processors.
     pub share: CpuShare,
+    /// What it may take of the block devices beneath its disks.
+    pub io: Option<IoLimits>,
 }
 
 /// One disk of a description.
@@ -69,6 +72,8 @@ pub struct DiskSpec {
     pub path: PathBuf,
     /// What the image is.
     pub format: DiskFormat,
+    /// Who does its requests.
+    pub io: DiskIo,
     /// Whether writes are refused.
     pub read_only: bool,
     /// How much it may read and write.
@@ -164,6 +169,7 @@ impl MachineSpec {
                 .map(|d| DiskPlan {
                     id: d.id.clone(),
                     format: d.format,
+                    io: d.io,
                     read_only: d.read_only,
                     limits: d.limits,
                 })
@@ -276,8 +282,12 @@ impl Reader<'_> {
             watchdog: document.watchdog,
         };
         let small = self.small(small, !plain)?;
-        let share = document.resources.map(|r| self.resources(r)).transpose()?;
+        let mut resources = document.resources;
+        let io = resources.as_mut().and_then(|r| r.io_max.take());
+        let io = io.map(|io| self.io_max(io)).transpose()?;
+        let share = resources.map(|r| self.resources(r)).transpose()?;
         Ok(MachineSpec {
+            io,
             share: share.unwrap_or_default(),
             name,
             vcpus,
@@ -392,10 +402,19 @@ impl Reader<'_> {
             ));
         }
         let path = self.file("disk.path", value.path)?;
+        if let Some(io) = &value.io
+            && *io.get_ref() == DiskIo::IoUring
+            && value.format != DiskFormat::Raw
+        {
+            let problem =
+                "`disk.io` is \"io_uring\", which is for raw images; want \"auto\" or \"threads\"";
+            return Err(self.at(io.span(), problem.to_owned()));
+        }
         Ok(DiskSpec {
             id,
             path,
             format: value.format,
+            io: value.io.map(Spanned::into_inner).unwrap_or_default(),
             read_only: value.read_only,
             limits: self.limits("disk", value.limit)?,
         })

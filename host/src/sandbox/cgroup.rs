@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::io_limit::IoShare;
 use super::jail::CpuShare;
 
 /// A group of our own, removed with everything in it when dropped.
@@ -24,18 +25,22 @@ impl Cgroup {
         memory_max: Option<u64>,
         pids_max: u32,
         cpu: &CpuShare,
+        io: Option<&IoShare>,
     ) -> Result<(Option<Self>, Vec<String>), CgroupError> {
         let Some(root) = hierarchy() else {
             let note =
                 "cgroup: no v2 hierarchy is mounted; memory and tasks are bounded by rlimits only";
-            return Ok((None, vec![note.to_owned()]));
+            return match io.filter(|io| io.limits.required) {
+                Some(_) => Err(CgroupError::NoIo("no v2 hierarchy is mounted".to_owned())),
+                None => Ok((None, vec![note.to_owned()])),
+            };
         };
         let parent = root.join(PARENT);
         let path = parent.join(name);
         make_both(&parent, &path)?;
         // Where a controller is missing (hybrid hosts keep it in v1) the write fails; `notes` will say so.
         for dir in [&root, &parent] {
-            for controller in ["+memory", "+pids", "+cpu"] {
+            for controller in ["+memory", "+pids", "+cpu", "+io"] {
                 let _ = fs::write(dir.join("cgroup.subtree_control"), controller);
             }
         }
@@ -59,6 +64,9 @@ impl Cgroup {
         }
         if let Some(weight) = cpu.weight {
             group.limit("cpu.weight", &weight.to_string())?;
+        }
+        if let Some(io) = io {
+            group.limit_io(io)?;
         }
         let notes = group.notes.clone();
         Ok((Some(group), notes))
@@ -84,6 +92,36 @@ impl Cgroup {
         let path = self.path.join("cgroup.events");
         let events = fs::read_to_string(&path).map_err(|e| CgroupError::Io(path, e))?;
         Ok(events.lines().any(|line| line == "populated 1"))
+    }
+
+    /// Limits each device beneath the guest's disks, and looks whether the kernel has taken it.
+    fn limit_io(&mut self, io: &IoShare) -> Result<(), CgroupError> {
+        let path = self.path.join("io.max");
+        let mut missing = io.without.clone();
+        let wanted = io.limits.text();
+        for device in &io.devices {
+            let line = format!("{device} {wanted}");
+            let taken = fs::write(&path, &line)
+                .and_then(|()| fs::read_to_string(&path))
+                .map(|text| text.lines().any(|l| limits_alike(l, &line)));
+            match taken {
+                Ok(true) => self.notes.push(format!("cgroup: io.max = {line}")),
+                Ok(false) => missing.push(format!("device {device}: the kernel did not keep it")),
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                    missing.push("the v2 hierarchy has no io controller".to_owned());
+                    break;
+                }
+                Err(e) => missing.push(format!("device {device}: {e}")),
+            }
+        }
+        if io.limits.required && !missing.is_empty() {
+            return Err(CgroupError::NoIo(missing.join("; ")));
+        }
+        let said = missing
+            .iter()
+            .map(|m| format!("cgroup: io.max not set: {m}"));
+        self.notes.extend(said);
+        Ok(())
     }
 
     fn limit(&mut self, file: &str, value: &str) -> Result<(), CgroupError> {
@@ -146,9 +184,22 @@ pub enum CgroupError {
     /// A file of the hierarchy could not be used.
     #[error("cgroup file {0:?}: {1}; the agent needs root and a writable cgroup v2 hierarchy")]
     Io(PathBuf, #[source] io::Error),
+    /// Limits that the description demands cannot be set.
+    #[error(
+        "`resources.io_max` cannot be enforced here: {0}; mend that, or leave out `required` and have it noted only"
+    )]
+    NoIo(String),
     /// The group exists and has members.
     #[error("cgroup {0:?} has living processes; stop them or choose another name")]
     InUse(PathBuf),
+}
+
+/// Whether a line of `io.max` has everything that was written: the kernel adds `max` for what was not.
+fn limits_alike(line: &str, written: &str) -> bool {
+    let mut words = written.split_whitespace();
+    let device = words.next();
+    line.split_whitespace().next() == device
+        && words.all(|word| line.split_whitespace().any(|have| have == word))
 }
 
 fn kill_and_remove(path: &Path) {
@@ -203,6 +254,61 @@ mod tests {
     use std::sync::atomic::{AtomicBool, Ordering};
 
     use super::*;
+    use crate::sandbox::io_limit::IoLimits;
+
+    fn share(required: bool, without: &[&str]) -> IoShare {
+        let limits = IoLimits {
+            read_bytes: Some(1 << 20),
+            required,
+            ..IoLimits::default()
+        };
+        IoShare {
+            limits,
+            devices: ["7:0".to_owned()].into(),
+            without: without.iter().map(|w| (*w).to_owned()).collect(),
+        }
+    }
+
+    fn group(folder: &Path) -> Cgroup {
+        Cgroup {
+            path: folder.to_owned(),
+            notes: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn limits_that_cannot_be_set_are_said_or_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        // A kernel that keeps what it is told, as it writes it.
+        let mut kept = group(folder.path());
+        kept.limit_io(&share(true, &[])).unwrap();
+        assert_eq!(kept.notes, ["cgroup: io.max = 7:0 rbps=1048576"]);
+        let nowhere = ["disk `data`: on tmpfs"];
+        let mut said = group(folder.path());
+        said.limit_io(&share(false, &nowhere)).unwrap();
+        assert!(
+            said.notes
+                .concat()
+                .contains("not set: disk `data`: on tmpfs"),
+            "{said:?}"
+        );
+        let refused = group(folder.path())
+            .limit_io(&share(true, &nowhere))
+            .unwrap_err();
+        assert!(refused.to_string().contains("on tmpfs"), "{refused}");
+        // No such folder, and so no such controller.
+        let none = folder.path().join("none");
+        let mut said = group(&none);
+        said.limit_io(&share(false, &[])).unwrap();
+        assert!(said.notes.concat().contains("no io controller"), "{said:?}");
+        assert!(group(&none).limit_io(&share(true, &[])).is_err());
+        assert!(limits_alike(
+            "7:0 rbps=1 wbps=max riops=max wiops=max",
+            "7:0 rbps=1"
+        ));
+        assert!(!limits_alike("7:0 rbps=2 wbps=max", "7:0 rbps=1"));
+        assert!(!limits_alike("7:1 rbps=1", "7:0 rbps=1"));
+    }
 
     #[test]
     fn a_parent_that_another_agent_removes_as_empty_is_made_again() {

@@ -20,6 +20,7 @@ use nix::unistd::{
 };
 use serde::{Deserialize, Serialize};
 
+use super::io_limit::IoShare;
 use super::status::{ProcSelf, Status, StatusFile};
 use super::{Role, sys};
 use crate::ipc::Channel;
@@ -52,6 +53,8 @@ pub struct JailSpec {
     pub landlock_min: u32,
     /// Processors.
     pub cpu: CpuShare,
+    /// Block devices.
+    pub io: Option<IoShare>,
 }
 
 /// What a role may take of the host's processors; the default is what its threads get.
@@ -79,6 +82,7 @@ impl JailSpec {
             memlock_max: 0,
             landlock_min: DEFAULT_LANDLOCK_MIN,
             cpu: CpuShare::default(),
+            io: None,
         }
     }
 

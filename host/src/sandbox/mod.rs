@@ -34,6 +34,7 @@
 //! A panic in any thread of a jailed process ends the process.
 
 mod cgroup;
+pub mod io_limit;
 pub mod jail;
 pub mod landlock;
 pub mod probe;
@@ -221,7 +222,7 @@ impl Sealed {
             // No filter of a VMM lets a thread be made, and at the seal each had its filter.
             if others != 0 {
                 notes.push(format!(
-                    "threads: {others} of the kernel's (KVM), which run no code of this process"
+                    "threads: {others} of the kernel's (KVM, io_uring), which run no code of this process"
                 ));
             }
         } else {
@@ -234,6 +235,12 @@ impl Sealed {
             }));
         }
         let nofile = i32::try_from(self.cell.spec.nofile).unwrap_or(i32::MAX);
+        if !seccomp::rings().is_empty() {
+            notes.push(format!(
+                "io_uring: {} ring(s), each bound by the kernel to READV, WRITEV, FSYNC and FALLOCATE on one disk's image",
+                seccomp::rings().len()
+            ));
+        }
         if seccomp::log_only() {
             notes.push("seccomp: LOG MODE, nothing is refused".to_owned());
         }

@@ -80,9 +80,10 @@ impl Spawn {
             memory_max,
             pids_max,
             cpu,
+            io,
             ..
         } = &self.spec;
-        let (cgroup, notes) = Cgroup::create(name, *memory_max, *pids_max, cpu)?;
+        let (cgroup, notes) = Cgroup::create(name, *memory_max, *pids_max, cpu, io.as_ref())?;
         let procs = cgroup.as_ref().map(Cgroup::procs).transpose()?;
         let handover = Handover {
             role: self.role,

@@ -192,6 +192,7 @@ impl Runner {
                 Command::Run => self.start(),
                 Command::Pause(done) => {
                     self.service_all();
+                    self.functions.iter().for_each(|device| device.drain());
                     self.running = false;
                     self.announcements.clear();
                     if let Some(watchdog) = &self.watchdog {

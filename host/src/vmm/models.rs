@@ -18,7 +18,8 @@ use crate::devices::virtio::console::VirtioConsole;
 use crate::devices::virtio::net::Net;
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::{Vsock, WiredPort};
-use crate::machine::plan::MachinePlan;
+use crate::machine::plan::{DiskFormat, DiskIo, DiskPlan, MachinePlan};
+use crate::sandbox::seccomp;
 
 /// Makes every device model of `plan` from its descriptor; for [`Hooks::devices`](super::hooks::Hooks::devices).
 pub fn from_plan(plan: &MachinePlan, handles: &mut Handles) -> Result<Models, RoleError> {
@@ -27,7 +28,8 @@ pub fn from_plan(plan: &MachinePlan, handles: &mut Handles) -> Result<Models, Ro
         let file = File::from(handles.require(HandleKind::Disk(index))?);
         let block = Block::open(file, disk.format, &disk.id, disk.read_only)
             .map_err(|e| failed("disk", &disk.id, &e))?;
-        models.push(Box::new(block.with_limits(disk.limits)));
+        let block = served(block.with_limits(disk.limits), disk)?;
+        models.push(Box::new(block));
     }
     for (net, index) in plan.nets.iter().zip(0u8..) {
         let tap = handles.require(HandleKind::Tap(index))?;
@@ -48,6 +50,34 @@ pub fn from_plan(plan: &MachinePlan, handles: &mut Handles) -> Result<Models, Ro
     }
     small(plan, handles, &mut models)?;
     Ok(models)
+}
+
+/// The disk with who does its requests.
+fn served(mut block: Block, disk: &DiskPlan) -> Result<Block, RoleError> {
+    let by_ring = match disk.io {
+        DiskIo::Auto => disk.format == DiskFormat::Raw,
+        DiskIo::IoUring => true,
+        DiskIo::Threads => false,
+    };
+    if !by_ring {
+        return Ok(block);
+    }
+    match block.use_uring(disk.io == DiskIo::IoUring) {
+        Ok(ring) => seccomp::allow_ring(ring),
+        Err(_) if disk.io == DiskIo::Auto => {}
+        Err(error) => {
+            let text = format!(
+                "this host has no io_uring for it: {error}; set `io = \"auto\"`, or allow it by the sysctl \
+                 kernel.io_uring_disabled"
+            );
+            return Err(failed(
+                "disk",
+                &disk.id,
+                &io::Error::new(error.kind(), text),
+            ));
+        }
+    }
+    Ok(block)
 }
 
 fn small(plan: &MachinePlan, handles: &mut Handles, models: &mut Models) -> Result<(), RoleError> {
@@ -127,6 +157,67 @@ mod tests {
         let kinds = vec![HandleKind::VsockListener, HandleKind::GuestMessages];
         let mut handles = Handles::new(kinds, vec![listener.into(), pair.unwrap().0]).unwrap();
         from_plan(&plan(vsock_cid), &mut handles).map(|models| models.len())
+    }
+
+    fn with_disk(io: DiskIo) -> Result<Option<String>, RoleError> {
+        let mut plan = plan(None);
+        plan.disks.push(DiskPlan {
+            id: "data".into(),
+            format: DiskFormat::Raw,
+            io,
+            read_only: false,
+            limits: Default::default(),
+        });
+        let image = tempfile::tempfile().unwrap();
+        let mut handles = Handles::new(vec![HandleKind::Disk(0)], vec![image.into()]).unwrap();
+        let models = from_plan(&plan, &mut handles)?;
+        Ok(models.first().and_then(|model| model.service()))
+    }
+
+    /// As a kernel does that has none, or whose administrator has switched it off.
+    fn without_io_uring(errno: i32) {
+        use seccompiler::{SeccompAction, SeccompFilter, TargetArch};
+        let filter = SeccompFilter::new(
+            [(libc::SYS_io_uring_setup, vec![])].into(),
+            SeccompAction::Allow,
+            SeccompAction::Errno(errno.unsigned_abs()),
+            TargetArch::x86_64,
+        );
+        let program: seccompiler::BpfProgram = filter.unwrap().try_into().unwrap();
+        seccompiler::apply_filter(&program).unwrap();
+    }
+
+    #[test]
+    fn the_kernel_does_a_disks_requests_if_it_may() {
+        let by = |io| with_disk(io).unwrap();
+        assert_eq!(
+            by(DiskIo::Auto).as_deref(),
+            Some("io_uring, writes by threads")
+        );
+        assert_eq!(by(DiskIo::IoUring).as_deref(), Some("io_uring"));
+        assert_eq!(by(DiskIo::Threads).as_deref(), Some("threads"));
+    }
+
+    #[test]
+    fn without_io_uring_the_thread_does_them_or_the_guest_is_refused() {
+        for errno in [libc::ENOSYS, libc::EPERM] {
+            let tried = std::thread::spawn(move || {
+                without_io_uring(errno);
+                (
+                    with_disk(DiskIo::Auto).unwrap().unwrap(),
+                    with_disk(DiskIo::IoUring).unwrap_err(),
+                    with_disk(DiskIo::Threads).unwrap().unwrap(),
+                )
+            });
+            let (auto, wanted, threads) = tried.join().unwrap();
+            assert!(
+                auto.starts_with("threads, for there is no io_uring"),
+                "{auto}"
+            );
+            assert!(wanted.text.contains("disk `data`"), "{wanted}");
+            assert!(wanted.text.contains("io = \"auto\""), "{wanted}");
+            assert_eq!(threads, "threads");
+        }
     }
 
     #[test]

@@ -220,6 +220,17 @@ pub struct MachineStatus {
     pub device_faults: u64,
     /// Why the guest stopped itself, if it has.
     pub stopped: Option<String>,
+    /// Who does the requests of each disk.
+    pub disks: Vec<DiskService>,
+}
+
+/// Who does a disk's requests.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct DiskService {
+    /// The disk.
+    pub id: String,
+    /// `io_uring`, or `threads` and, where io_uring was wanted, why not.
+    pub by: String,
 }
 
 /// Where a machine is in its life.

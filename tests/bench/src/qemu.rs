@@ -7,9 +7,9 @@ use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
+use casemate_bench::PATIENCE;
 
 use crate::Guest;
-use crate::casemate::PATIENCE;
 use crate::guest::MARKER;
 use crate::measure::{CMDLINE, MEMORY_MIB, Sample};
 

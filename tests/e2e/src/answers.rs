@@ -27,6 +27,18 @@ pub struct GuestInfo {
     pub terminal: Option<PathBuf>,
     /// From the request to the measured guest, microseconds.
     pub launch_us: Option<u64>,
+    /// Who does the requests of each disk, where the VMM was asked.
+    #[serde(default)]
+    pub disks: Vec<DiskService>,
+}
+
+/// Who does a disk's requests.
+#[derive(Clone, Debug, Deserialize)]
+pub struct DiskService {
+    /// The disk.
+    pub id: String,
+    /// `io_uring`, or `threads` and why.
+    pub by: String,
 }
 
 /// `casemate platform show`.

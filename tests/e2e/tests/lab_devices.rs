@@ -1,4 +1,4 @@
-//! Every device used from inside a Linux guest: disks (qcow2 and read-only), card, vsock, random numbers, balloon,
+//! Every device used from inside a Linux guest: disks (qcow2 by threads, a read-only one by io_uring), card, vsock, random numbers, balloon,
 //! terminal, watchdog.
 #![expect(
     clippy::unwrap_used,
@@ -10,6 +10,7 @@ mod common;
 
 use std::fs;
 use std::io::{Read, Write};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -26,6 +27,7 @@ use serde::Deserialize;
 fn a_linux_guest_uses_every_device_and_is_stopped_by_its_watchdog() {
     let world = world("devices", Extent::Direct);
     let description = describe(&world);
+    demanded_limits_that_cannot_be_enforced_keep_a_guest_from_starting(&world, &description);
     let info: GuestInfo = world
         .site_a
         .ask(&["run", text(&description).unwrap()])
@@ -35,6 +37,16 @@ fn a_linux_guest_uses_every_device_and_is_stopped_by_its_watchdog() {
         .wait("the guest's `ready`", BOOT, |w| w.ready)
         .unwrap();
     let vsock = info.vsock.clone().unwrap();
+    // A qcow2 image on the device thread, a raw one by the kernel's ring, both under the VMM's filters.
+    let served: Vec<_> = world.status(Host::A, "devices").unwrap().disks;
+    let served: Vec<_> = served
+        .iter()
+        .map(|d| (d.id.as_str(), d.by.as_str()))
+        .collect();
+    assert_eq!(
+        served,
+        [("data", "threads"), ("rom", "io_uring, writes by threads")]
+    );
 
     let devices: Devices = ask(&vsock, "devices").unwrap();
     assert!(
@@ -52,6 +64,7 @@ fn a_linux_guest_uses_every_device_and_is_stopped_by_its_watchdog() {
         "{devices:?}"
     );
 
+    limits_of_block_devices_are_in_the_kernel(&world, &info);
     the_terminal_answers(info.terminal.as_deref().unwrap());
     memory_that_is_let_go_comes_back(&info);
     watch.wait_ticks(20, Duration::from_secs(30)).unwrap();
@@ -68,6 +81,42 @@ fn a_linux_guest_uses_every_device_and_is_stopped_by_its_watchdog() {
     assert_logged(&world.site_a, "Watchdog");
     world.site_a.done(&["stop", "devices"]).unwrap();
     assert_ends_clean(world);
+}
+
+/// The first disk's image is on a tmpfs.
+fn demanded_limits_that_cannot_be_enforced_keep_a_guest_from_starting(
+    world: &World,
+    description: &Path,
+) {
+    let path = world.folder.join("demanded.toml");
+    let described = fs::read_to_string(description).unwrap();
+    let demanded = described.replace("reads_per_second = 5000", "required = true");
+    assert_ne!(demanded, described);
+    fs::write(&path, demanded).unwrap();
+    let refused = world
+        .site_a
+        .ask::<GuestInfo>(&["run", text(&path).unwrap()]);
+    let refused = format!("{:?}", refused.unwrap_err());
+    assert!(refused.contains("cannot be enforced here"), "{refused}");
+    assert!(refused.contains("disk `data`"), "{refused}");
+}
+
+/// `io.max` of the VMM's group has the device beneath the second disk; the first, on a tmpfs, has none, which is said.
+fn limits_of_block_devices_are_in_the_kernel(world: &World, info: &GuestInfo) {
+    let group = fs::read_to_string(format!("/proc/{}/cgroup", info.pid)).unwrap();
+    let group = group.lines().find_map(|l| l.strip_prefix("0::/")).unwrap();
+    let path = Path::new("/sys/fs/cgroup").join(group).join("io.max");
+    let limits = fs::read_to_string(&path).unwrap();
+    // The lab's disk, which has no partitions.
+    let number = fs::metadata(rom(world)).unwrap().dev();
+    let device = format!("{}:{}", libc::major(number), libc::minor(number));
+    let wanted = format!("{device} rbps=67108864 wbps=max riops=5000 wiops=max\n");
+    assert_eq!(limits, wanted);
+}
+
+/// A file on the lab's disk, only read here.
+fn rom(world: &World) -> &Path {
+    &world.product.initrd
 }
 
 fn the_terminal_answers(path: &Path) {
@@ -117,8 +166,6 @@ fn memory_that_is_let_go_comes_back(info: &GuestInfo) {
 fn describe(world: &World) -> std::path::PathBuf {
     let disk = world.folder.join("disk.qcow2");
     fs::write(&disk, empty_qcow2(DISK)).unwrap();
-    let rom = world.folder.join("rom.raw");
-    fs::write(&rom, vec![0xa5; 1 << 20]).unwrap();
     let described = format!(
         "name = \"devices\"\nvcpus = 2\nmemory = \"512 MiB\"\n\n[boot]\nkernel = \"{}\"\ninitrd = \"{}\"\n\
          cmdline = \"console=ttyS0 quiet panic=-1 reboot=k casemate.ip={GUEST}/24 casemate.dirty_mib=8\"\n\n\
@@ -126,11 +173,12 @@ fn describe(world: &World) -> std::path::PathBuf {
          limit = {{ bytes_per_second = \"100 MiB\", operations_per_second = 2000 }}\n\n\
          [[disk]]\nid = \"rom\"\npath = \"{}\"\nread_only = true\n\n\
          [[net]]\nid = \"net0\"\ntap = \"tap0\"\nbridge = \"{BRIDGE}\"\nmac = \"52:54:00:00:00:77\"\n\n\
-         [vsock]\ncid = 30\n[rng]\n[balloon]\n[console]\ncolumns = 80\nrows = 25\n[watchdog]\naction = \"stop\"\n",
+         [vsock]\ncid = 30\n[rng]\n[balloon]\n[console]\ncolumns = 80\nrows = 25\n[watchdog]\naction = \"stop\"\n\
+         [resources]\nio_max = {{ read_bytes_per_second = \"64 MiB\", reads_per_second = 5000 }}\n",
         world.product.kernel.display(),
         world.product.initrd.display(),
         disk.display(),
-        rom.display(),
+        rom(world).display(),
     );
     let path = world.folder.join("devices.toml");
     fs::write(&path, described).unwrap();

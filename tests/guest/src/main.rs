@@ -22,6 +22,7 @@ mod disk;
 mod echo;
 mod fork;
 mod lines;
+mod load;
 mod memory;
 mod options;
 mod pattern;
@@ -68,6 +69,11 @@ fn start() {
     }
     say!("up {}", boot::describe());
     boot::load_modules();
+    if let Some(host) = options.load {
+        boot::network(options.address);
+        load::run(host);
+        return;
+    }
     let secret = options.secret.and_then(secret::take);
     say!(
         "secret {}",

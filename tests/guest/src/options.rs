@@ -7,6 +7,7 @@
 //! | `casemate.ip=10.77.0.10/24` | none | the address of `eth0` |
 //! | `casemate.dirty_mib=N` | 32 | memory under the self-checking pattern; 0 for none |
 //! | `casemate.dirty_pages_per_tick=N` | 256 | pages rewritten every 100 ms |
+//! | `casemate.load=10.77.0.1` | none | no workload; disk and card are measured once, with the host that listens there |
 //! | `casemate.exit=poweroff\|reboot\|halt` | poweroff | what the `poweroff` request does |
 
 use std::net::Ipv4Addr;
@@ -19,6 +20,8 @@ pub(crate) struct Options {
     pub(crate) dirty_mib: u32,
     pub(crate) dirty_pages_per_tick: u32,
     pub(crate) exit: Exit,
+    /// Where the host listens that the devices are measured with.
+    pub(crate) load: Option<Ipv4Addr>,
     /// Options that were not understood.
     pub(crate) problems: Vec<String>,
 }
@@ -63,6 +66,7 @@ impl Options {
             dirty_mib: 32,
             dirty_pages_per_tick: 256,
             exit: Exit::Poweroff,
+            load: None,
             problems: Vec::new(),
         };
         for word in line
@@ -97,6 +101,7 @@ impl Options {
             }
             // The agent's: where the SEV-SNP pages are.
             "snp" => {}
+            "load" => self.load = Some(value.parse().ok()?),
             "dirty_mib" => self.dirty_mib = value.parse().ok()?,
             "dirty_pages_per_tick" => self.dirty_pages_per_tick = value.parse().ok()?,
             "exit" => {
@@ -128,7 +133,7 @@ mod tests {
     fn a_whole_line_parses() {
         let options = Options::from_command_line(
             "console=ttyS0 quiet casemate.secret=0x1f000000,0x1000 casemate.ip=10.77.0.10/24 casemate.dirty_mib=8 \
-             casemate.dirty_pages_per_tick=10 casemate.exit=reboot\n",
+             casemate.dirty_pages_per_tick=10 casemate.exit=reboot casemate.load=10.77.0.1\n",
         );
         assert_eq!(
             options.secret,
@@ -150,6 +155,7 @@ mod tests {
             ),
             (8, 10, Exit::Reboot)
         );
+        assert_eq!(options.load, Some(Ipv4Addr::new(10, 77, 0, 1)));
         assert!(options.problems.is_empty());
     }
 
@@ -183,6 +189,7 @@ mod tests {
             "ip=1.2.3.4/33",
             "dirty_mib=-1",
             "exit=no",
+            "load=",
             "what",
             "what=1",
         ] {

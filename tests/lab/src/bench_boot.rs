@@ -33,6 +33,19 @@ pub fn bench(paths: &Paths, runs: u32, json: bool) -> Result<i32> {
     guest_image::make(paths)?;
     let program = paths.release.join("casemate-bench-boot");
     write_initrd(paths, &program)?;
+    let initrd = paths.bench_initrd();
+    say(&format!("booting {runs} times each"));
+    beside_qemu(paths, &program, &initrd, runs, json)
+}
+
+/// Runs `program` with Casemate, QEMU, the guests' kernel and `initrd`, in the lab or here.
+pub fn beside_qemu(
+    paths: &Paths,
+    program: &Path,
+    initrd: &Path,
+    runs: u32,
+    json: bool,
+) -> Result<i32> {
     let mut request = Request::new(paths, Vec::new())?;
     let backend = Backend::choose()?;
     let qemu = match backend {
@@ -40,11 +53,11 @@ pub fn bench(paths: &Paths, runs: u32, json: bool) -> Result<i32> {
         Backend::Native | Backend::Off => qemu_here(paths),
     };
     let text = |path: &Path| path.display().to_string();
-    request.args = vec![text(&program), "--qemu".into(), qemu.join(",")];
+    request.args = vec![text(program), "--qemu".into(), qemu.join(",")];
     let files = [
         ("--casemate", paths.release.join("casemate")),
         ("--kernel", paths.guest_vmlinux()),
-        ("--initrd", paths.bench_initrd()),
+        ("--initrd", initrd.to_path_buf()),
     ];
     for (option, path) in files {
         request.args.extend([option.to_owned(), text(&path)]);
@@ -59,7 +72,6 @@ pub fn bench(paths: &Paths, runs: u32, json: bool) -> Result<i32> {
         .extend(in_lab.then(|| "--huge-pages".to_owned()));
     request.timeout = request.timeout.max(TIMEOUT);
     request.retries = RETRIES;
-    say(&format!("booting {runs} times each"));
     run(paths, &request)
 }
 

@@ -5,6 +5,7 @@
 mod apt;
 mod backend;
 mod bench_boot;
+mod bench_devices;
 mod bench_stream;
 mod boot_disk;
 mod command;
@@ -107,6 +108,15 @@ enum Task {
         #[arg(long)]
         json: bool,
     },
+    /// Measure disk and card of one guest under Casemate, with and without its sandbox, and under QEMU in turn, in one lab.
+    BenchDevices {
+        /// Guests of each.
+        #[arg(long, default_value_t = 3)]
+        runs: u32,
+        /// Print one JSON object.
+        #[arg(long)]
+        json: bool,
+    },
     /// Run all tests: on this machine, and those named lab_* in the lab; then fuzz for half a minute a target.
     Verify,
     /// Measure our migration stream beside QEMU's, over loopback; prints JSON. Wants twice the size in memory, and more.
@@ -192,6 +202,7 @@ fn perform(task: Task) -> Result<i32> {
         Task::BootDisk => boot_disk::make(&paths).map(|()| 0),
         Task::Demo { args } => tasks::demo(&paths, args),
         Task::BenchBoot { runs, json } => bench_boot::bench(&paths, runs, json),
+        Task::BenchDevices { runs, json } => bench_devices::bench(&paths, runs, json),
         Task::Verify => tasks::verify(&paths),
         Task::BenchStream { size, rounds } => bench_stream::bench_stream(&paths, size, rounds),
         Task::Fuzz { seconds, targets } => fuzz::fuzz(&paths, &targets, seconds),

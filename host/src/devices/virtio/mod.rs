@@ -77,6 +77,8 @@ pub trait VirtioDevice: Send {
     fn expect_copy(&mut self) {}
     /// Restores what [`VirtioDevice::save`] gave; called before [`VirtioDevice::activate`].
     fn restore(&mut self, state: &[u8]) -> Result<(), RestoreError>;
+    /// Waits for requests that are under way and answers them; the machine has been paused. Most devices never have any.
+    fn drain(&mut self) {}
     /// The guest is about to leave: flush, give up locks.
     fn release(&mut self) -> std::io::Result<()>;
     /// The guest is about to run here: take locks. Fails if somebody else holds them.
@@ -100,6 +102,10 @@ pub trait VirtioDevice: Send {
     /// unless the device says otherwise; the text is for people.
     fn change(&mut self, change: &DeviceChange) -> Result<(), String> {
         Err(not_for("device", change))
+    }
+    /// Disk: who does its requests, and why not somebody else.
+    fn service(&self) -> Option<String> {
+        None
     }
     /// What the device says of itself; all zero if it has nothing to say.
     fn status(&self) -> DeviceStatus {

@@ -109,7 +109,12 @@ impl Ring {
 
     /// Gives a chain back, with `written` bytes written to it.
     pub(super) fn push(&mut self, ram: &GuestRam, chain: &Chain<'_>, written: u32) {
-        match self.queue.add_used(ram, chain.head, written) {
+        self.push_head(ram, chain.head, written);
+    }
+
+    /// The same of a chain that was taken earlier, by its head.
+    pub(super) fn push_head(&mut self, ram: &GuestRam, head: u16, written: u32) {
+        match self.queue.add_used(ram, head, written) {
             Ok(()) => self.unsignalled = true,
             Err(_) => self.faults += 1,
         }
@@ -177,6 +182,11 @@ impl<'a> Chain<'a> {
             chain.tail = None;
         }
         chain
+    }
+
+    /// By which it is given back.
+    pub(super) fn head(&self) -> u16 {
+        self.head
     }
 
     /// Bytes in both directions, as the driver claims.

@@ -156,6 +156,11 @@ impl VirtioPci {
         self.lock().device.fd_event(token);
     }
 
+    /// Device thread: the machine stands; nothing may be under way any more.
+    pub fn drain(&self) {
+        self.lock().device.drain();
+    }
+
     /// Descriptors to poll now.
     pub fn poll_fds(&self) -> Vec<(std::os::fd::RawFd, u32)> {
         self.lock().device.poll_fds()
@@ -174,6 +179,11 @@ impl VirtioPci {
             let _ = kick.write(1);
         }
         Ok(())
+    }
+
+    /// Who does a disk's requests.
+    pub fn disk_service(&self) -> Option<String> {
+        self.lock().device.service()
     }
 
     /// What the device says of itself.

@@ -161,7 +161,11 @@ impl Reader<'_> {
         }
     }
 
-    fn size(&self, key: &str, value: Option<Spanned<String>>) -> Result<Given, SpecError> {
+    pub(super) fn size(
+        &self,
+        key: &str,
+        value: Option<Spanned<String>>,
+    ) -> Result<Given, SpecError> {
         let Some(value) = value else { return Ok(None) };
         match super::parse_size(value.get_ref()).filter(|n| (1..=MAX_RATE).contains(n)) {
             Some(number) => Ok(Some((number, value.span()))),
@@ -175,7 +179,11 @@ impl Reader<'_> {
         }
     }
 
-    fn number(&self, key: &str, value: Option<Spanned<u64>>) -> Result<Given, SpecError> {
+    pub(super) fn number(
+        &self,
+        key: &str,
+        value: Option<Spanned<u64>>,
+    ) -> Result<Given, SpecError> {
         match value {
             Some(value) if !(1..=MAX_RATE).contains(value.get_ref()) => {
                 let problem = format!("`{key}` is {}; want 1 to {MAX_RATE}", value.get_ref());
@@ -187,7 +195,7 @@ impl Reader<'_> {
 }
 
 /// A number and where it stands, if it does.
-type Given = Option<(u64, std::ops::Range<usize>)>;
+pub(super) type Given = Option<(u64, std::ops::Range<usize>)>;
 
 fn yes() -> bool {
     true

@@ -13,7 +13,7 @@ use super::confidential::Confidential;
 use super::devices;
 use super::resources::Resources;
 use crate::machine::cpu::CpuModel;
-use crate::machine::plan::DiskFormat;
+use crate::machine::plan::{DiskFormat, DiskIo};
 
 /// A guest, as `casemate run` and `casemate vm create` take it. Paths are relative to the file's own folder.
 #[derive(Deserialize, JsonSchema)]
@@ -84,6 +84,9 @@ pub(super) struct Disk {
     /// What the image is; never guessed from its content.
     #[serde(default)]
     pub(super) format: DiskFormat,
+    /// Who does its requests: "io_uring", the kernel; "threads"; "auto", reads by the kernel and writes by threads.
+    #[schemars(with = "Option<DiskIo>")]
+    pub(super) io: Option<Spanned<DiskIo>>,
     /// Whether the guest may not write.
     #[serde(default)]
     pub(super) read_only: bool,

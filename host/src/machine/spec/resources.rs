@@ -1,4 +1,4 @@
-//! `[resources]`: how much of the host's processors a guest may take. A matter of the host that it runs on: it does not
+//! `[resources]`: how much of the host's processors and block devices a guest may take. A matter of the host that it runs on: it does not
 //! move with the guest.
 
 use std::collections::BTreeSet;
@@ -7,7 +7,9 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 use toml::Spanned;
 
+use super::document::Size;
 use super::{Reader, SpecError};
+use crate::sandbox::io_limit::IoLimits;
 use crate::sandbox::jail::CpuShare;
 
 #[derive(Deserialize, JsonSchema)]
@@ -22,6 +24,29 @@ pub(super) struct Resources {
     /// The processors that it may run on, such as "0-3,8".
     #[schemars(with = "Option<String>")]
     cpus: Option<Spanned<String>>,
+    /// Most of each block device beneath its disks (cgroup v2's `io.max`).
+    pub(super) io_max: Option<IoMax>,
+}
+
+/// Limits of a block device; what is not given is not limited.
+#[derive(Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct IoMax {
+    /// Bytes read a second, such as "100 MiB".
+    #[schemars(with = "Option<Size>")]
+    read_bytes_per_second: Option<Spanned<String>>,
+    /// Bytes written a second.
+    #[schemars(with = "Option<Size>")]
+    write_bytes_per_second: Option<Spanned<String>>,
+    /// Reads a second.
+    #[schemars(with = "Option<u64>")]
+    reads_per_second: Option<Spanned<u64>>,
+    /// Writes a second.
+    #[schemars(with = "Option<u64>")]
+    writes_per_second: Option<Spanned<u64>>,
+    /// Whether a host that cannot enforce them refuses the guest; else the guest's sandbox report says so.
+    #[serde(default)]
+    required: bool,
 }
 
 impl Reader<'_> {
@@ -48,6 +73,21 @@ impl Reader<'_> {
             percent: within("cpu_percent", value.cpu_percent, MAX_PERCENT)?,
             weight: within("cpu_weight", value.cpu_weight, MAX_WEIGHT)?,
             cpus: cpus.transpose()?.unwrap_or_default(),
+        })
+    }
+}
+
+impl Reader<'_> {
+    pub(super) fn io_max(&self, value: IoMax) -> Result<IoLimits, SpecError> {
+        let key = |name: &str| format!("resources.io_max.{name}");
+        let size = |name: &str, value| Ok(self.size(&key(name), value)?.map(|(n, _)| n));
+        let number = |name: &str, value| Ok(self.number(&key(name), value)?.map(|(n, _)| n));
+        Ok(IoLimits {
+            read_bytes: size("read_bytes_per_second", value.read_bytes_per_second)?,
+            write_bytes: size("write_bytes_per_second", value.write_bytes_per_second)?,
+            reads: number("reads_per_second", value.reads_per_second)?,
+            writes: number("writes_per_second", value.writes_per_second)?,
+            required: value.required,
         })
     }
 }

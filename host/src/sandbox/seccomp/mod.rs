@@ -11,6 +11,7 @@ mod rule;
 mod vmm;
 
 use std::cell::RefCell;
+use std::os::fd::RawFd;
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
@@ -124,6 +125,17 @@ pub struct Installed {
     pub sha256: String,
     /// `Seccomp:` mode, as the kernel says; 2 is filter mode.
     pub mode: u32,
+}
+
+/// Lets filters installed from now on enter this io_uring, which must be restricted already: what goes through a ring
+/// passes no filter.
+pub fn allow_ring(ring: RawFd) {
+    rule::allow_ring(ring);
+}
+
+/// The rings that filters let threads enter.
+pub fn rings() -> Vec<u64> {
+    rule::rings()
 }
 
 /// Installs the filter on the calling thread, for ever. Every thread's first act.
@@ -305,6 +317,7 @@ mod tests {
             libc::SYS_process_vm_readv,
             libc::SYS_process_vm_writev,
             libc::SYS_io_uring_setup,
+            libc::SYS_io_uring_register,
         ];
         for rule in ThreadKind::ALL.iter().flat_map(|kind| kind.rules()) {
             assert!(!never.contains(&rule.call), "{}", rule.name);
@@ -320,6 +333,7 @@ mod tests {
                 libc::SYS_futex,
                 libc::SYS_setsockopt,
                 libc::SYS_getsockopt,
+                libc::SYS_io_uring_enter,
             ];
             assert!(
                 !constrained.contains(&rule.call) || !rule.when.is_empty(),

@@ -1,6 +1,8 @@
 //! What a filter is made of: allow rules with their reasons, and how they become a BPF program.
 
 use std::collections::BTreeMap;
+use std::os::fd::RawFd;
+use std::sync::{Mutex, PoisonError};
 
 use ring::digest::{SHA256, digest};
 use seccompiler::{
@@ -31,6 +33,9 @@ pub enum Cond {
     Masked(u8, u64, &'static [u64]),
     /// The argument is the id of this very process.
     OwnPid(u8),
+    /// The argument is one of this process's rings, see [`allow_ring`](super::allow_ring). Without one, the rule allows
+    /// nothing.
+    Ring(u8),
 }
 
 /// A compiled filter.
@@ -49,11 +54,12 @@ pub(super) fn compile(
     let mut chains: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
     let mut unconditional = Vec::new();
     for rule in rules {
-        let chain = chains.entry(rule.call).or_default();
         if rule.when.is_empty() {
             unconditional.push(rule.call);
         }
+        // A call without alternatives gets no chain: an empty one would let everything through.
         for alternative in alternatives(rule.when)? {
+            let chain = chains.entry(rule.call).or_default();
             chain.push(SeccompRule::new(alternative)?);
         }
     }
@@ -67,6 +73,23 @@ pub(super) fn compile(
     Ok(Program { bpf, sha256 })
 }
 
+/// See [`allow_ring`](super::allow_ring).
+pub(super) fn allow_ring(ring: RawFd) {
+    // No descriptor is below zero.
+    let ring = u64::from(ring.unsigned_abs());
+    RINGS
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .push(ring);
+}
+
+/// The rings that there are.
+pub(super) fn rings() -> Vec<u64> {
+    RINGS.lock().unwrap_or_else(PoisonError::into_inner).clone()
+}
+
+static RINGS: Mutex<Vec<u64>> = Mutex::new(Vec::new());
+
 /// All combinations of the conditions' values.
 fn alternatives(when: &[Cond]) -> Result<Vec<Vec<SeccompCondition>>, seccompiler::BackendError> {
     if when.is_empty() {
@@ -75,10 +98,12 @@ fn alternatives(when: &[Cond]) -> Result<Vec<Vec<SeccompCondition>>, seccompiler
     let mut all: Vec<Vec<SeccompCondition>> = vec![Vec::new()];
     for cond in when {
         let pid = [u64::from(std::process::id())];
+        let rings = rings();
         let (arg, op, values): (u8, SeccompCmpOp, &[u64]) = match cond {
             Cond::Among(arg, values) => (*arg, SeccompCmpOp::Eq, values),
             Cond::Masked(arg, mask, values) => (*arg, SeccompCmpOp::MaskedEq(*mask), values),
             Cond::OwnPid(arg) => (*arg, SeccompCmpOp::Eq, &pid),
+            Cond::Ring(arg) => (*arg, SeccompCmpOp::Eq, &rings),
         };
         let mut extended = Vec::new();
         for prefix in &all {
@@ -153,6 +178,20 @@ mod tests {
     fn conditions_multiply_out() {
         let when = [Cond::Among(1, &[1, 2, 3]), Cond::Masked(2, 4, &[0, 4])];
         assert_eq!(alternatives(&when).unwrap().len(), 6);
+    }
+
+    #[test]
+    fn a_rule_about_rings_allows_nothing_where_there_is_none() {
+        let other = permit!(SYS_read, "test");
+        let ring = permit!(SYS_io_uring_enter, [Cond::Ring(0)], "test");
+        let hash = |rules: &[&Rule]| compile(rules, SeccompAction::KillProcess).unwrap().sha256;
+        let none = hash(&[&other]);
+        assert_eq!(hash(&[&other, &ring]), none);
+        allow_ring(77);
+        let there = hash(&[&other, &ring]);
+        assert_ne!(there, none);
+        let exact = permit!(SYS_io_uring_enter, [Cond::Among(0, &[77])], "test");
+        assert_eq!(there, hash(&[&other, &exact]));
     }
 
     #[test]

@@ -80,6 +80,11 @@ pub(super) const DEVICE_IO: &[Rule] = &[
         [Cond::Among(1, &[FIONBIO])],
         "std's way to make a socket non-blocking"
     ),
+    permit!(
+        SYS_io_uring_enter,
+        [Cond::Ring(0), Cond::Among(3, &[0, ENTER_GETEVENTS])],
+        "disk: requests, through a ring that does READV, WRITEV, FSYNC and FALLOCATE on its image and nothing else"
+    ),
     permit!(SYS_accept4, "vsock, console: a host program connects"),
     permit!(
         SYS_recvfrom,
@@ -131,6 +136,8 @@ pub(super) const VCPU: &[Rule] = &[
 
 /// `_IOW('T', 208, unsigned int)`.
 const TUNSETOFFLOAD: u64 = 0x4004_54d0;
+/// `IORING_ENTER_GETEVENTS`.
+const ENTER_GETEVENTS: u64 = 1;
 const HUGEPAGE: u64 = libc::MADV_HUGEPAGE as u64;
 const POPULATE_READ: u64 = libc::MADV_POPULATE_READ as u64;
 const POPULATE_WRITE: u64 = libc::MADV_POPULATE_WRITE as u64;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::{Machine, MachineError};
 use crate::devices::virtio::transport::VirtioPci;
 use crate::machine::plan::devices::DeviceName;
-use crate::vmm::protocol::RoleError;
+use crate::vmm::protocol::{DiskService, RoleError};
 
 impl Machine {
     /// Has disk `n` note its writes; a bit for each block that holds anything now.
@@ -25,6 +25,17 @@ impl Machine {
     /// No disk notes its writes any more.
     pub fn forget_disk_writes(&self) {
         self.functions.iter().for_each(|one| one.forget_writes());
+    }
+
+    /// Who does the requests of each disk.
+    pub fn disk_services(&self) -> Vec<DiskService> {
+        let disks = self.plan.disks.iter().zip(&self.functions);
+        disks
+            .map(|(plan, function)| DiskService {
+                id: plan.id.clone(),
+                by: function.disk_service().unwrap_or_default(),
+            })
+            .collect()
     }
 
     fn disk(&self, disk: u8) -> Result<&Arc<VirtioPci>, MachineError> {

@@ -67,6 +67,7 @@ impl Control {
                 state: self.state,
                 device_faults: self.machine.device_faults(),
                 stopped: self.machine.stop_notice().reason(),
+                disks: self.machine.disk_services(),
             })),
             VmmRequest::Device { device, change } => {
                 let status = match change {

@@ -7,6 +7,7 @@
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, fallocate, fcntl};
@@ -69,39 +70,74 @@ impl Image {
 
     /// Fills guest memory from the image. The caller made the extent from the length of `to`.
     pub(super) fn read(&self, extent: Extent, to: &Segments<'_>) -> io::Result<()> {
-        each_batch(extent, to, |batch, offset| {
-            let vectors: Vec<_> = batch.iter().map(vector).collect();
-            // SAFETY: each vector is a slice of guest memory that vm-memory checked and that stays mapped while `batch`
-            // borrows it; the guest may write to it at the same time, which is why no Rust reference to it exists.
-            // The count is at most `BATCH`.
-            let done = unsafe {
-                libc::preadv(
-                    self.file.as_raw_fd(),
-                    vectors.as_ptr(),
-                    vectors.len() as i32,
-                    offset,
-                )
-            };
-            let result = Errno::result(done);
-            mark(batch, *result.as_ref().unwrap_or(&isize::MAX));
-            result
-        })
+        let mut vectors = vectors(to);
+        // SAFETY: the slices of guest memory that `to` borrows stay mapped while it does.
+        let result = unsafe { self.transfer(false, extent.offset, &mut vectors) };
+        // Also after an error, which may have come in the middle.
+        to.slices()
+            .iter()
+            .for_each(|slice| slice.bitmap().mark_dirty(0, slice.len()));
+        result
     }
 
     /// Writes guest memory to the image. The caller made the extent from the length of `from`.
     pub(super) fn write(&self, extent: Extent, from: &Segments<'_>) -> io::Result<()> {
-        each_batch(extent, from, |batch, offset| {
-            let vectors: Vec<_> = batch.iter().map(vector).collect();
-            // SAFETY: as for `read`; the kernel only reads the memory.
-            Errno::result(unsafe {
-                libc::pwritev(
-                    self.file.as_raw_fd(),
-                    vectors.as_ptr(),
-                    vectors.len() as i32,
-                    offset,
-                )
-            })
-        })
+        // SAFETY: as for `read`.
+        unsafe { self.transfer(true, extent.offset, &mut vectors(from)) }
+    }
+
+    /// Transfers the rest of a request of which `done` bytes are.
+    ///
+    /// # Safety
+    ///
+    /// The vectors are slices of guest memory, mapped until this returns.
+    pub(super) unsafe fn go_on(
+        &self,
+        write: bool,
+        offset: u64,
+        mut vectors: Vec<Vector>,
+        done: usize,
+    ) -> io::Result<()> {
+        advance(&mut vectors, done);
+        let offset = offset.saturating_add(done as u64);
+        let offset = i64::try_from(offset).map_err(io::Error::other)?;
+        // SAFETY: the caller's promise.
+        unsafe { self.transfer(write, offset, &mut vectors) }
+    }
+
+    /// Transfers everything, going on after short transfers and signals.
+    ///
+    /// # Safety
+    ///
+    /// As for `go_on`.
+    unsafe fn transfer(
+        &self,
+        write: bool,
+        mut offset: i64,
+        vectors: &mut Vec<Vector>,
+    ) -> io::Result<()> {
+        while !vectors.is_empty() {
+            let batch = vectors.get(..BATCH).unwrap_or(vectors);
+            let (at, count) = (batch.as_ptr().cast::<libc::iovec>(), batch.len() as i32);
+            let file = self.file.as_raw_fd();
+            let move_bytes = match write {
+                true => libc::pwritev,
+                false => libc::preadv,
+            };
+            // SAFETY: each vector is a slice of guest memory that vm-memory checked and that the caller keeps mapped; the
+            // guest may use it at the same time, which is why no Rust reference to it exists. The count is at most `BATCH`.
+            let result = Errno::result(unsafe { move_bytes(file, at, count, offset) });
+            match result {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(count) => {
+                    offset = offset.saturating_add(count as i64);
+                    advance(vectors, count.unsigned_abs());
+                }
+                Err(Errno::EINTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
     }
 
     /// Lets the file system forget what is there; it reads as zero afterwards.
@@ -161,9 +197,17 @@ impl Image {
         self.file.sync_data()
     }
 
-    /// Takes the image for this open file description, or fails at once.
+    /// Takes the image for this open file description, or fails soon. Not at once: the kernel takes a ring apart, and with
+    /// it the lock of a guest that is gone, a moment after its process.
     pub(super) fn lock(&self, shared: bool, name: &str) -> io::Result<()> {
-        match self.set_lock(if shared { libc::F_RDLCK } else { libc::F_WRLCK }) {
+        let kind = if shared { libc::F_RDLCK } else { libc::F_WRLCK };
+        let begun = Instant::now();
+        let mut result = self.set_lock(kind);
+        while matches!(result, Err(Errno::EAGAIN | Errno::EACCES)) && begun.elapsed() < PATIENCE {
+            std::thread::sleep(PATIENCE / 50);
+            result = self.set_lock(kind);
+        }
+        match result {
             Err(Errno::EAGAIN | Errno::EACCES) => Err(io::Error::new(
                 io::ErrorKind::WouldBlock,
                 format!(
@@ -194,43 +238,50 @@ impl Image {
     }
 }
 
-/// Runs `transfer` until the whole extent is done, going on after short transfers and signals.
-fn each_batch(
-    extent: Extent,
-    segments: &Segments<'_>,
-    transfer: impl Fn(&[Slice<'_>], i64) -> Result<isize, Errno>,
-) -> io::Result<()> {
-    let total = segments.len();
-    let mut done = 0;
-    while done < total {
-        let rest = segments.range(done, total - done).ok_or(Errno::EFAULT)?;
-        let batch = rest.slices().get(..BATCH).unwrap_or(rest.slices());
-        match transfer(batch, extent.offset.saturating_add(done as i64)) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(count) => done += count.unsigned_abs(),
-            Err(Errno::EINTR) => {}
-            Err(error) => return Err(error.into()),
-        }
+/// A slice of guest memory, as the kernel takes it.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub(super) struct Vector(libc::iovec);
+
+// SAFETY: an address and a length; what may be done with them is said where it is done.
+unsafe impl Send for Vector {}
+
+impl Vector {
+    /// Address in this process, and length.
+    pub(super) fn place(&self) -> (usize, usize) {
+        (self.0.iov_base.addr(), self.0.iov_len)
     }
-    Ok(())
 }
 
-fn vector(slice: &Slice<'_>) -> libc::iovec {
-    libc::iovec {
+/// The slices as the kernel takes them, none of them empty.
+pub(super) fn vectors(segments: &Segments<'_>) -> Vec<Vector> {
+    let slices = segments.slices().iter().filter(|slice| !slice.is_empty());
+    slices.map(vector).collect()
+}
+
+fn vector(slice: &Slice<'_>) -> Vector {
+    Vector(libc::iovec {
         iov_base: slice.ptr_guard_mut().as_ptr().cast(),
         iov_len: slice.len(),
+    })
+}
+
+/// Takes the first `count` bytes off.
+fn advance(vectors: &mut Vec<Vector>, mut count: usize) {
+    let whole = vectors.iter().take_while(|vector| {
+        let within = vector.0.iov_len <= count;
+        count -= if within { vector.0.iov_len } else { 0 };
+        within
+    });
+    let whole = whole.count();
+    vectors.drain(..whole);
+    if let Some(first) = vectors.first_mut() {
+        first.0.iov_base = first.0.iov_base.wrapping_byte_add(count);
+        first.0.iov_len -= count;
     }
 }
 
-/// Marks what the kernel wrote (after an error: may have written) in the dirty bitmap.
-fn mark(batch: &[Slice<'_>], written: isize) {
-    let mut left = written.unsigned_abs();
-    for slice in batch {
-        let here = left.min(slice.len());
-        slice.bitmap().mark_dirty(0, here);
-        left -= here;
-    }
-}
-
+/// How long a lock is waited for.
+const PATIENCE: Duration = Duration::from_millis(500);
 /// The kernel's IOV_MAX.
 const BATCH: usize = 1024;

@@ -1,11 +1,12 @@
 //! What a disk's content is in: a raw image, or a qcow2 one. Which of them is said, and never guessed from the content,
 //! which is the guest's.
+#![expect(unsafe_code, reason = "passes on addresses of guest memory")]
 
 use std::fs::File;
 use std::io;
 
 use super::super::ring::Segments;
-use super::image::{Image, SECTOR};
+use super::image::{Image, SECTOR, Vector};
 use super::qcow2::Qcow2;
 use crate::machine::plan::DiskFormat;
 
@@ -69,6 +70,41 @@ impl Medium {
         match self {
             Medium::Raw(image) => image.write(Image::raw_extent(extent.offset, extent.len)?, from),
             Medium::Qcow2(image) => image.write(extent.offset, from),
+        }
+    }
+
+    /// Transfers the rest of a request to a raw image.
+    ///
+    /// # Safety
+    ///
+    /// The vectors are slices of guest memory, mapped until this returns.
+    pub(super) unsafe fn go_on(
+        &self,
+        write: bool,
+        offset: u64,
+        vectors: Vec<Vector>,
+        done: usize,
+    ) -> io::Result<()> {
+        match self {
+            // SAFETY: the caller's promise.
+            Medium::Raw(image) => unsafe { image.go_on(write, offset, vectors, done) },
+            Medium::Qcow2(_) => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+
+    /// Punches a hole in a raw image.
+    pub(super) fn discard_raw(&self, offset: u64, len: u64) -> io::Result<()> {
+        match self {
+            Medium::Raw(image) => image.discard(Image::raw_extent(offset, len)?),
+            Medium::Qcow2(_) => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+
+    /// The file of a raw image, whose requests a ring can do.
+    pub(super) fn raw_file(&self) -> Option<&File> {
+        match self {
+            Medium::Raw(image) => Some(image.file()),
+            Medium::Qcow2(_) => None,
         }
     }
 

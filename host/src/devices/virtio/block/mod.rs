@@ -1,4 +1,5 @@
-//! The virtio disk (specification section 5.2): a raw or qcow2 image, one queue, one request at a time on the device thread.
+//! The virtio disk (specification section 5.2): a raw or qcow2 image, one queue. Requests of a raw image are many under way
+//! at once where the kernel gives an io_uring, and one at a time on the device thread where it does not.
 //!
 //! The guest writes every request; nothing in it is believed. Data moves straight between the image and guest memory,
 //! so that no request makes this process allocate in proportion to its length.
@@ -7,6 +8,7 @@ mod image;
 mod medium;
 mod qcow2;
 mod request;
+mod uring;
 mod written;
 
 use std::fs::File;
@@ -23,10 +25,11 @@ use virtio_queue::Queue;
 
 use self::medium::Medium;
 use self::request::{Disk, Served};
+use self::uring::Uring;
 use self::written::Written;
 use super::limit::Limiter;
-use super::ring::{Active, RING_FEATURES};
-use super::{Activation, RestoreError, VirtioDevice, saved};
+use super::ring::{Active, RING_FEATURES, Ring};
+use super::{Activation, GuestRam, RestoreError, VirtioDevice, saved};
 use crate::machine::plan::DiskFormat;
 use crate::machine::plan::devices::{DeviceChange, DeviceStatus, Limits};
 
@@ -36,6 +39,9 @@ use crate::machine::plan::devices::{DeviceChange, DeviceStatus, Limits};
 /// queue and are served by whoever acquires the disk next, here or on another host.
 pub struct Block {
     disk: Disk,
+    uring: Option<Uring>,
+    /// Why there is no ring although one was wanted.
+    no_uring: Option<String>,
     limiter: Limiter,
     active: Option<Active>,
     held: bool,
@@ -72,10 +78,13 @@ impl Block {
             serial,
             read_only,
             write_through: false,
+            ring_writes: false,
             written: Written::default(),
         };
         Ok(Block {
             disk,
+            uring: None,
+            no_uring: None,
             limiter: Limiter::new(Limits::default())?,
             active: None,
             held: false,
@@ -102,6 +111,33 @@ impl Block {
         Ok(())
     }
 
+    /// Has the requests of a raw image done by a ring of the kernel's, from now on. Before there is a filter. The
+    /// descriptor is the one that the filter must let threads enter. Without a ring the disk is what it was.
+    ///
+    /// Without `writes`, these are done at once: they end in the page cache, and most file systems would have the ring hand
+    /// each of them to a worker.
+    ///
+    /// # Errors
+    ///
+    /// If the image is not raw, or the kernel has no io_uring or gives this process none.
+    pub fn use_uring(&mut self, writes: bool) -> io::Result<RawFd> {
+        let made = match self.disk.image.raw_file() {
+            Some(file) => Uring::new(file),
+            None => Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "only raw images are read and written by io_uring",
+            )),
+        };
+        self.disk.ring_writes = writes;
+        match made {
+            Ok(uring) => Ok(self.uring.insert(uring).fd()),
+            Err(error) => {
+                self.no_uring = Some(error.to_string());
+                Err(error)
+            }
+        }
+    }
+
     fn serve(&mut self) {
         let Some(active) = self.active.as_mut().filter(|_| self.held) else {
             return;
@@ -110,23 +146,52 @@ impl Block {
         let Some(ring) = active.rings.first_mut() else {
             return;
         };
+        let interrupt = active.interrupt.as_ref();
         loop {
-            while self.limiter.admits() {
+            while self.uring.as_ref().is_none_or(Uring::has_room) && self.limiter.admits() {
                 let Some(chain) = ring.pop(&ram, CHAIN_MAX) else {
                     break;
                 };
                 self.limiter.charge(chain.data_len());
-                let Served { written, fault } = self.disk.serve(&chain);
-                if fault {
-                    ring.fault();
+                if let Some(served) = self.disk.begin(&chain, self.uring.as_mut()) {
+                    give_back(ring, &ram, chain.head(), &served);
+                    if self.uring.is_none() {
+                        ring.signal(&ram, interrupt);
+                    }
                 }
-                ring.push(&ram, &chain, written);
-                ring.signal(&ram, active.interrupt.as_ref());
             }
-            if self.limiter.poll_fd().is_some() || !ring.listen(&ram) {
+            if let Some(uring) = &mut self.uring {
+                uring.submit();
+                while let Some((flight, result)) = uring.take_done() {
+                    let served = self.disk.end(&flight, result, &ram);
+                    give_back(ring, &ram, flight.head, &served);
+                }
+                ring.signal(&ram, interrupt);
+            }
+            let full = self.uring.as_ref().is_some_and(|uring| !uring.has_room());
+            if full || self.limiter.poll_fd().is_some() || !ring.listen(&ram) {
                 break;
             }
         }
+    }
+
+    /// Answers all that is under way.
+    fn finish(&mut self) {
+        let Some(uring) = self.uring.as_mut().filter(|uring| uring.is_busy()) else {
+            return;
+        };
+        let Some(active) = self.active.as_mut() else {
+            return;
+        };
+        let ram = active.ram.clone();
+        let Some(ring) = active.rings.first_mut() else {
+            return;
+        };
+        uring.finish_all(&mut |flight, result| {
+            let served = self.disk.end(&flight, result, &ram);
+            give_back(ring, &ram, flight.head, &served);
+        });
+        ring.signal(&ram, active.interrupt.as_ref());
     }
 
     fn config(&self) -> [u8; CONFIG_LEN] {
@@ -181,24 +246,35 @@ impl VirtioDevice for Block {
     fn activate(&mut self, activation: Activation) {
         // A driver that cannot flush expects that what is written is on the disk (specification 5.2.6.2).
         self.disk.write_through = activation.features & (1 << VIRTIO_BLK_F_FLUSH) == 0;
+        if let Some(uring) = &mut self.uring {
+            uring.attach(activation.ram.clone());
+        }
         self.active = Some(Active::new(activation));
     }
 
     fn reset(&mut self) {
+        self.finish();
         self.active = None;
     }
 
+    fn drain(&mut self) {
+        self.finish();
+    }
+
     fn poll_fds(&self) -> Vec<(RawFd, u32)> {
-        let timer = self.limiter.poll_fd();
-        timer.map(|fd| (fd, 0)).into_iter().collect()
+        let timer = self.limiter.poll_fd().map(|fd| (fd, TIMER));
+        let uring = self.uring.as_ref().map(|uring| (uring.fd(), URING));
+        timer.into_iter().chain(uring).collect()
     }
 
     fn queue_event(&mut self, _index: u16) {
         self.serve();
     }
 
-    fn fd_event(&mut self, _token: u32) {
-        self.limiter.expired();
+    fn fd_event(&mut self, token: u32) {
+        if token == TIMER {
+            self.limiter.expired();
+        }
         self.serve();
     }
 
@@ -236,6 +312,7 @@ impl VirtioDevice for Block {
     }
 
     fn release(&mut self) -> io::Result<()> {
+        self.finish();
         self.held = false;
         if !self.disk.read_only {
             self.disk.image.flush()?;
@@ -280,12 +357,28 @@ impl VirtioDevice for Block {
         }
     }
 
+    fn service(&self) -> Option<String> {
+        Some(match (&self.uring, &self.no_uring) {
+            (Some(_), _) if self.disk.ring_writes => "io_uring".to_owned(),
+            (Some(_), _) => "io_uring, writes by threads".to_owned(),
+            (None, None) => "threads".to_owned(),
+            (None, Some(why)) => format!("threads, for there is no io_uring: {why}"),
+        })
+    }
+
     fn status(&self) -> DeviceStatus {
         DeviceStatus {
             size: self.disk.image.sectors() * image::SECTOR,
             ..DeviceStatus::default()
         }
     }
+}
+
+fn give_back(ring: &mut Ring, ram: &GuestRam, head: u16, served: &Served) {
+    if served.fault {
+        ring.fault();
+    }
+    ring.push_head(ram, head, served.written);
 }
 
 /// What must be the same at both ends of a move. Version 1.
@@ -303,6 +396,9 @@ const SIZE_MAX: u32 = 512 << 10;
 /// A request: header, data, status.
 const CHAIN_MAX: usize = SEG_MAX as usize + 2;
 const CONFIG_LEN: usize = 60;
+/// Tokens of what is polled.
+const TIMER: u32 = 0;
+const URING: u32 = 1;
 
 #[cfg(test)]
 mod tests;

@@ -1,5 +1,6 @@
-//! The disk under a small driver: what works, what is refused, whose it is.
+//! The disk under a small driver, by threads and by io_uring: what works, what is refused, whose it is.
 
+use std::cell::Cell;
 use std::io::{Read, Seek, SeekFrom, Write};
 
 use proptest::prelude::*;
@@ -19,6 +20,41 @@ struct Rig {
     file: File,
 }
 
+thread_local! {
+    static BY_URING: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Each of these tests twice: with every request done at once, and with a ring.
+macro_rules! both {
+    ($(#[$about:meta] fn $name:ident() $body:block)*) => {
+        $(mod $name {
+            use super::*;
+
+            fn test() $body
+
+            #[test]
+            fn by_threads() {
+                BY_URING.set(false);
+                test();
+            }
+
+            #[test]
+            fn by_uring() {
+                BY_URING.set(true);
+                test();
+            }
+        })*
+    };
+}
+
+fn disk(file: File, read_only: bool) -> Block {
+    let mut block = Block::new(file, "disk-0", read_only).expect("a disk");
+    if BY_URING.get() {
+        block.use_uring(true).expect("this kernel has io_uring");
+    }
+    block
+}
+
 /// A disk of 64 sectors, each filled with its number.
 fn rig(read_only: bool) -> Rig {
     let mut file = tempfile::tempfile().expect("a temporary file");
@@ -26,8 +62,7 @@ fn rig(read_only: bool) -> Rig {
         file.write_all(&[sector; 512]).expect("space");
     }
     let driver = Driver::new(1);
-    let mut block =
-        Block::new(file.try_clone().expect("clone"), "disk-0", read_only).expect("a disk");
+    let mut block = disk(file.try_clone().expect("clone"), read_only);
     block.activate(driver.activation(ALL));
     block.acquire().expect("nobody else has it");
     Rig {
@@ -52,11 +87,21 @@ impl Rig {
         chain.extend_from_slice(data);
         chain.push(Buffer::write(STATUS, 1));
         let head = self.driver.offer(0, &chain);
-        self.block.queue_event(0);
+        self.notify();
         let (used, written) = self.driver.used(0).expect("answered");
         assert_eq!(used, head);
         assert_eq!(self.driver.interrupts.take(), [0]);
         (self.driver.bytes(STATUS, 1)[0], written)
+    }
+
+    /// The driver's notification, and what the device thread does until all is answered.
+    fn notify(&mut self) {
+        self.block.queue_event(0);
+        let begun = std::time::Instant::now();
+        while self.block.uring.as_ref().is_some_and(Uring::is_busy) {
+            assert!(begun.elapsed().as_secs() < 10, "no answer");
+            self.block.fd_event(URING);
+        }
     }
 
     fn on_disk(&mut self, sector: u64) -> Vec<u8> {
@@ -69,7 +114,8 @@ impl Rig {
     }
 }
 
-#[test]
+both! {
+#[cfg(test)]
 fn reads_into_scattered_memory_and_marks_the_pages() {
     let mut rig = rig(false);
     rig.driver.clear_dirty();
@@ -94,8 +140,10 @@ fn reads_into_scattered_memory_and_marks_the_pages() {
         "a page nobody wrote is marked"
     );
 }
+}
 
-#[test]
+both! {
+#[cfg(test)]
 fn writes_flushes_and_names_itself() {
     let mut rig = rig(false);
     let answer = rig.request(
@@ -115,9 +163,11 @@ fn writes_flushes_and_names_itself() {
     assert_eq!(rig.driver.bytes(DATA, 8), b"disk-0\0\0");
     assert_eq!(rig.block.faults(), 0);
 }
+}
 
-/// Sector 8 is the first of the second block of 4 KiB.
-#[test]
+both! {
+// Sector 8 is the first of the second block of 4 KiB.
+#[cfg(test)]
 fn a_copier_hears_of_every_block_that_a_request_changed() {
     let mut rig = rig(false);
     let write = [Buffer::read(DATA, &[0xaa; 512])];
@@ -142,8 +192,10 @@ fn a_copier_hears_of_every_block_that_a_request_changed() {
     assert_eq!(rig.request(1, 1, &write), (0, 1));
     assert_eq!(rig.block.take_written(), None);
 }
+}
 
-#[test]
+both! {
+#[cfg(test)]
 fn discards_and_zeroes() {
     let mut rig = rig(false);
     let range = |sector: u64, count: u32, flags: u32| {
@@ -173,8 +225,10 @@ fn discards_and_zeroes() {
     assert_eq!(rig.request(11, 0, &[Buffer::read(DATA, &[0; 15])]), (1, 1));
     assert_eq!(rig.block.faults(), 3);
 }
+}
 
-#[test]
+both! {
+#[cfg(test)]
 fn refuses_what_is_out_of_range() {
     let mut rig = rig(false);
     let sector = |n| [Buffer::write(DATA, n)];
@@ -190,8 +244,10 @@ fn refuses_what_is_out_of_range() {
     let length = rig.file.seek(SeekFrom::End(0)).expect("a file");
     assert_eq!(length, 64 * 512, "the image grew");
 }
+}
 
-#[test]
+both! {
+#[cfg(test)]
 fn read_only_is_read_only() {
     let mut rig = rig(true);
     assert_ne!(rig.block.features() & (1 << VIRTIO_BLK_F_RO), 0);
@@ -215,8 +271,10 @@ fn read_only_is_read_only() {
     assert_eq!(rig.request(0, 3, &[Buffer::write(DATA, 512)]), (0, 513));
     assert_eq!(rig.request(4, 0, &[]), (0, 1));
 }
+}
 
-#[test]
+both! {
+#[cfg(test)]
 fn malformed_requests_are_answered() {
     let mut rig = rig(false);
     // Data outside guest memory: the status byte still exists, and says so.
@@ -236,7 +294,7 @@ fn malformed_requests_are_answered() {
     for chain in lone {
         rig.driver.offer(0, &chain);
     }
-    rig.block.queue_event(0);
+    rig.notify();
     for written in [1, 0, 1, 0] {
         assert_eq!(
             rig.driver.used(0).map(|(_, written)| written),
@@ -250,6 +308,7 @@ fn malformed_requests_are_answered() {
         (0, 513),
         "the disk still works"
     );
+}
 }
 
 #[test]
@@ -279,7 +338,8 @@ fn one_holder_at_a_time() {
     assert!(one.acquire().is_err(), "a writer beside readers");
 }
 
-#[test]
+both! {
+#[cfg(test)]
 fn nothing_is_served_without_the_lock_and_nothing_is_lost() {
     let mut rig = rig(false);
     rig.block.release().expect("flushed");
@@ -296,8 +356,7 @@ fn nothing_is_served_without_the_lock_and_nothing_is_lost() {
     assert_eq!(rig.on_disk(5), [5; 512]);
 
     // The move: the same queues and memory, a fresh device on the same image.
-    let mut arrived =
-        Block::new(rig.file.try_clone().expect("clone"), "disk-0", false).expect("a disk");
+    let mut arrived = disk(rig.file.try_clone().expect("clone"), false);
     arrived.restore(&rig.block.save()).expect("the same disk");
     arrived.activate(Activation {
         queues: rig.block.queues(),
@@ -306,9 +365,11 @@ fn nothing_is_served_without_the_lock_and_nothing_is_lost() {
     arrived.queue_event(0);
     assert_eq!(rig.driver.used(0), None);
     arrived.acquire().expect("free");
+    arrived.drain();
     assert_eq!(rig.driver.used(0), Some((0, 1)));
     assert_eq!(rig.on_disk(5), [9; 512]);
     assert_eq!(rig.driver.interrupts.take(), [0]);
+}
 }
 
 #[test]
@@ -346,7 +407,8 @@ fn configuration_says_what_is_offered() {
     assert_eq!(config, [0; 64]);
 }
 
-#[test]
+both! {
+#[cfg(test)]
 fn a_grown_image_is_told_and_a_shrunk_one_bounds_what_is_asked() {
     let mut rig = rig(false);
     assert_eq!(rig.request(0, 64, &[Buffer::write(DATA, 512)]), (1, 1));
@@ -367,8 +429,10 @@ fn a_grown_image_is_told_and_a_shrunk_one_bounds_what_is_asked() {
     assert_eq!(rig.request(0, 40, &[Buffer::write(DATA, 512)]), (1, 1));
     assert!(rig.block.change(&DeviceChange::Balloon(1)).is_err());
 }
+}
 
-#[test]
+both! {
+#[cfg(test)]
 fn limits_hold_and_are_changed_while_it_runs() {
     let mut rig = rig(false);
     let rate = |per_second| {
@@ -392,21 +456,23 @@ fn limits_hold_and_are_changed_while_it_runs() {
             &[Buffer::read(head, &header(4, 0)), Buffer::write(status, 1)],
         );
     }
-    rig.block.queue_event(0);
+    rig.notify();
     assert!(rig.driver.used(0).is_some() && rig.driver.used(0).is_none());
-    assert_eq!(rig.block.poll_fds().len(), 1, "the timer");
-    rig.block.queue_event(0);
+    let waits = |rig: &Rig| rig.block.poll_fds().iter().any(|(_, token)| *token == TIMER);
+    assert!(waits(&rig), "the timer");
+    rig.notify();
     assert!(rig.driver.used(0).is_none(), "asking again does not help");
     std::thread::sleep(std::time::Duration::from_millis(110));
-    rig.block.fd_event(0);
+    rig.block.fd_event(TIMER);
+    rig.notify();
     assert!(rig.driver.used(0).is_some() && rig.driver.used(0).is_none());
     let none = Limits::default();
     rig.block
         .change(&DeviceChange::Limits(none))
         .expect("usable");
-    rig.block.queue_event(0);
+    rig.notify();
     assert!(rig.driver.used(0).is_some(), "no limit any more");
-    assert!(rig.block.poll_fds().is_empty());
+    assert!(!waits(&rig));
     rig.driver.interrupts.take();
     let bytes = Limits {
         bytes: rate(1),
@@ -424,13 +490,14 @@ fn limits_hold_and_are_changed_while_it_runs() {
         0,
         &[Buffer::read(HEAD, &header(4, 0)), Buffer::write(STATUS, 1)],
     );
-    rig.block.queue_event(0);
+    rig.notify();
     assert!(rig.driver.used(0).is_none(), "529 bytes at one a second");
     let useless = Limits {
         bytes: rate(0),
         operations: None,
     };
     assert!(rig.block.change(&DeviceChange::Limits(useless)).is_err());
+}
 }
 
 fn any_buffer() -> impl Strategy<Value = Buffer> {
@@ -453,11 +520,118 @@ fn any_buffer() -> impl Strategy<Value = Buffer> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(256))]
     #[test]
-    fn no_chain_makes_the_disk_fall(buffers in prop::collection::vec(any_buffer(), 1..12), kind in 0u32..16, sector in 0u64..70) {
+    fn no_chain_makes_the_disk_fall(buffers in prop::collection::vec(any_buffer(), 1..12), kind in 0u32..16, sector in 0u64..70, by_uring: bool) {
+        BY_URING.set(by_uring);
         let mut rig = rig(false);
         rig.driver.put(HEAD, &header(kind, sector));
         rig.driver.offer_as_is(0, &buffers);
-        rig.block.queue_event(0);
+        rig.notify();
         prop_assert!(rig.file.metadata().expect("a file").len() == 64 * 512);
     }
+}
+
+const MANY: u64 = 20;
+
+/// Offers many reads of one sector each, to a page each.
+fn offer_many(rig: &Rig, kind: u32) {
+    for n in 0..MANY {
+        let (head, data) = (HEAD + n * 64, DATA + n * 0x1000);
+        let data = match kind {
+            0 => Buffer::write(data, 512),
+            _ => Buffer::read(data, &[0x80 + n as u8; 512]),
+        };
+        rig.driver.offer(
+            0,
+            &[
+                Buffer::read(head, &header(kind, n)),
+                data,
+                Buffer::write(STATUS + n, 1),
+            ],
+        );
+    }
+}
+
+fn all_used(rig: &Rig) -> usize {
+    std::iter::from_fn(|| rig.driver.used(0)).count()
+}
+
+both! {
+    #[cfg(test)]
+    fn a_pause_a_reset_and_a_release_leave_nothing_under_way() {
+        for end in [Block::drain, Block::reset, |block: &mut Block| block.release().expect("flushed")] {
+            let mut rig = Rig { driver: Driver::with_size(1, 128), ..rig(false) };
+            rig.block.reset();
+            rig.block.activate(rig.driver.activation(ALL));
+            rig.driver.clear_dirty();
+            offer_many(&rig, 0);
+            rig.block.queue_event(0);
+            end(&mut rig.block);
+            assert_eq!(all_used(&rig), MANY as usize);
+            let dirty = rig.driver.dirty();
+            for n in 0..MANY {
+                assert_eq!(rig.driver.bytes(STATUS + n, 1), [0]);
+                assert_eq!(rig.driver.bytes(DATA + n * 0x1000, 512), [n as u8; 512]);
+                assert!(dirty.contains(&(DATA + n * 0x1000)), "{n}");
+            }
+            assert!(rig.block.uring.as_ref().is_none_or(|uring| !uring.is_busy()));
+        }
+    }
+}
+
+both! {
+    #[cfg(test)]
+    fn more_than_fit_in_a_ring_are_all_answered() {
+        let mut rig = Rig {
+            driver: Driver::with_size(1, 256),
+            ..rig(false)
+        };
+        rig.block.reset();
+        rig.block.activate(rig.driver.activation(ALL));
+        // The descriptors go round: a guest that offers more than it has.
+        for _ in 0..200 {
+            rig.driver.offer(
+                0,
+                &[Buffer::read(HEAD, &header(4, 0)), Buffer::write(STATUS, 1)],
+            );
+        }
+        rig.notify();
+        assert_eq!(all_used(&rig), 200);
+        assert_eq!(rig.block.faults(), 0);
+    }
+}
+
+#[test]
+fn writes_can_be_kept_out_of_the_ring() {
+    BY_URING.set(false);
+    let mut rig = rig(false);
+    rig.block
+        .use_uring(false)
+        .expect("this kernel has io_uring");
+    rig.block.reset();
+    rig.block.activate(rig.driver.activation(ALL));
+    offer_many(&rig, 1);
+    rig.block.queue_event(0);
+    assert_eq!(all_used(&rig), MANY as usize, "each is done at once");
+    rig.driver.interrupts.take();
+    assert_eq!(rig.on_disk(3), [0x83; 512]);
+    assert_eq!(rig.request(4, 0, &[]), (0, 1), "a flush goes through it");
+    assert_eq!(rig.request(0, 3, &[Buffer::write(DATA, 512)]), (0, 513));
+    assert_eq!(
+        rig.block.service().as_deref(),
+        Some("io_uring, writes by threads")
+    );
+}
+
+#[test]
+fn a_ring_is_for_raw_images_and_goes_with_its_disk() {
+    BY_URING.set(true);
+    let rig = rig(false);
+    offer_many(&rig, 0);
+    let Rig {
+        mut block, driver, ..
+    } = rig;
+    block.queue_event(0);
+    // Whatever is under way is waited for, and memory that is gone is not written to.
+    drop(block);
+    drop(driver);
 }
