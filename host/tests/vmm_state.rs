@@ -20,7 +20,7 @@ use casemate::agent::tap;
 use casemate::machine::plan::devices::{
     BalloonPlan, ConsolePlan, Limits, Rate, RngPlan, SmallDevices, WatchdogAction, WatchdogPlan,
 };
-use casemate::machine::plan::{DiskFormat, DiskPlan, FirmwarePlan, MachinePlan, NetPlan};
+use casemate::machine::plan::{DiskFormat, DiskIo, DiskPlan, FirmwarePlan, MachinePlan, NetPlan};
 use casemate::vmm::protocol::{HandleKind, MoverReply, MoverRequest, VmmRequest};
 use vmm_support::{Lines, Vmm, image_file, kvm, plan};
 
@@ -72,6 +72,7 @@ fn full() -> MachinePlan {
             id: "data".into(),
             format: DiskFormat::Raw,
             read_only: false,
+            io: DiskIo::Auto,
             limits: Limits::default(),
         }],
         nets: vec![NetPlan {
