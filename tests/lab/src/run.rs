@@ -229,7 +229,7 @@ fn payload(request: &Request) -> Result<Payload> {
 }
 
 /// What tests of guests need, by the variable that names it inside.
-fn built(paths: &Paths) -> [(&'static str, PathBuf); 7] {
+fn built(paths: &Paths) -> [(&'static str, PathBuf); 9] {
     [
         ("LAB_CASEMATE", paths.release.join("casemate")),
         ("LAB_CASEMATE_GUEST", paths.release.join("casemate-guest")),
@@ -237,6 +237,8 @@ fn built(paths: &Paths) -> [(&'static str, PathBuf); 7] {
         ("LAB_GUEST_VMLINUX", paths.guest_vmlinux()),
         ("LAB_GUEST_INITRD", paths.guest_initrd()),
         ("LAB_FIRMWARE", boot_disk::firmware(&paths.firmware())),
+        ("LAB_FIRMWARE_AMDSEV", boot_disk::AMDSEV.image(paths)),
+        ("LAB_FIRMWARE_TRIXIE", boot_disk::TRIXIE.image(paths)),
         ("LAB_BOOT_DISK", paths.boot_disk()),
     ]
 }
