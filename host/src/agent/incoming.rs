@@ -282,7 +282,7 @@ impl Agent {
         let processor = self.processor_for(plan)?;
         let folder = self.guest_folder(&plan.name);
         Resources::open(plan, &folder, &disks, &taps, processor)?.prepare(
-            self.spawn_vmm(plan, CpuShare::default())?,
+            self.spawn_vmm(plan, 0, CpuShare::default())?,
             plan.clone(),
             epoch,
         )

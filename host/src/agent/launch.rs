@@ -191,7 +191,7 @@ impl Agent {
         let folder = self.guest_folder(&plan.name);
         let resources =
             Resources::open(plan, &folder, &disks, &taps, processor)?.with_boot(&spec.boot)?;
-        let vmm = self.spawn_vmm(plan, spec.share.clone())?;
+        let vmm = self.spawn_vmm(plan, spec.boot.held_bytes(), spec.share.clone())?;
         resources.prepare(vmm, plan.clone(), FIRST_EPOCH)
     }
 

@@ -587,10 +587,16 @@ impl Agent {
         processor.connect(snp).map(GuestLink::into_handles)
     }
 
-    fn spawn_vmm(&self, plan: &MachinePlan, cpu: CpuShare) -> Result<VmmProcess, Failure> {
+    /// `held` is what it keeps beside the guest's memory, in bytes.
+    fn spawn_vmm(
+        &self,
+        plan: &MachinePlan,
+        held: u64,
+        cpu: CpuShare,
+    ) -> Result<VmmProcess, Failure> {
         let bounds = Bounds {
             cpu,
-            memory: Some(plan.mapped_bytes()),
+            memory: Some(plan.mapped_bytes().saturating_add(held)),
             vcpus: plan.vcpus.into(),
             locked: sev::locked_memory(plan),
         };

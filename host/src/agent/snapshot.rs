@@ -363,7 +363,7 @@ impl Restoring<'_> {
             resources = resources.with_faults()?;
         }
         let guest = resources.prepare(
-            agent.spawn_vmm(plan, CpuShare::default())?,
+            agent.spawn_vmm(plan, 0, CpuShare::default())?,
             plan.clone(),
             self.epoch,
         )?;
