@@ -1,5 +1,4 @@
 //! SEV-SNP and SEV-ES guests, emulated: a Linux guest gets its report, its owner verifies it, and neither guest moves.
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;
 
