@@ -8,7 +8,11 @@
 
 use casemate::machine::plan::{MachinePlan, Technology};
 use casemate::vmm::boot::measured::vcpu_states;
-use casemate::vmm::vcpu::entry::{Entry, enter_long_mode, wait_at_reset};
+use casemate::vmm::vcpu::entry::{
+    Entry, RESET_VECTOR, enter_long_mode, start_at_reset, wait_at_reset,
+};
+use casemate_attest::measure::vcpu::CpuSignature;
+use casemate_attest::measure::vmsa::{Profile, ResetState, SevFeatures};
 use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::Kvm;
 
@@ -43,6 +47,24 @@ fn what_is_measured_of_each_vcpu_is_what_kvm_holds() {
         }
         let (special, general) = (vcpu.get_sregs().unwrap(), vcpu.get_regs().unwrap());
         assert_eq!(of_kvm(&special, &general), of_page(measured), "vCPU {id}");
+    }
+}
+
+#[test]
+fn what_is_measured_with_firmware_is_what_kvm_holds() {
+    let vm = Kvm::new().unwrap().create_vm().unwrap();
+    vm.create_irq_chip().unwrap();
+    let ap_eip = 0x80_b004;
+    for (id, eip) in [(0, RESET_VECTOR), (1, ap_eip)] {
+        let measured = ResetState::at(eip, Profile::Qemu, CpuSignature(0), SevFeatures::SNP_ACTIVE);
+        let vcpu = vm.create_vcpu(id).unwrap();
+        start_at_reset(&vcpu, eip).unwrap();
+        let (special, general) = (vcpu.get_sregs().unwrap(), vcpu.get_regs().unwrap());
+        assert_eq!(
+            of_kvm(&special, &general),
+            of_page(&measured.page()),
+            "vCPU {id}"
+        );
     }
 }
 

@@ -23,6 +23,7 @@ pub struct Ovmf<'a> {
     image: &'a [u8],
     reset_eip: Option<u32>,
     hash_table: Option<HashTableArea>,
+    launch_secret: Option<SecretArea>,
     sections: Vec<Section>,
 }
 
@@ -33,6 +34,15 @@ pub struct HashTableArea {
     pub gpa: u32,
     /// Its length in bytes, where the image says so.
     pub len: Option<u32>,
+}
+
+/// Where the firmware looks for a launch secret of SEV and SEV-ES.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SecretArea {
+    /// Guest physical address, not 0.
+    pub gpa: u32,
+    /// Its length in bytes, not 0.
+    pub len: u32,
 }
 
 /// Pages that the firmware wants prepared, from its SEV metadata.
@@ -140,6 +150,7 @@ impl<'a> Ovmf<'a> {
             image,
             reset_eip: entries.reset_eip,
             hash_table: entries.hash_table,
+            launch_secret: entries.launch_secret,
             sections,
         };
         ovmf.refuse_overlaps()?;
@@ -169,6 +180,11 @@ impl<'a> Ovmf<'a> {
     /// Where the firmware looks for kernel hashes; `None` where it does not look.
     pub const fn hash_table(&self) -> Option<HashTableArea> {
         self.hash_table
+    }
+
+    /// Where the firmware looks for a launch secret; `None` where it does not look.
+    pub const fn launch_secret(&self) -> Option<SecretArea> {
+        self.launch_secret
     }
 
     /// The SNP sections, in the image's order, which is the order they are measured in.
@@ -251,6 +267,7 @@ impl fmt::Debug for Ovmf<'_> {
             .field("len", &self.image.len())
             .field("reset_eip", &self.reset_eip)
             .field("hash_table", &self.hash_table)
+            .field("launch_secret", &self.launch_secret)
             .field("sections", &self.sections)
             .finish()
     }
@@ -261,8 +278,9 @@ impl fmt::Debug for Ovmf<'_> {
 struct Entries {
     reset_eip: Option<u32>,
     hash_table: Option<HashTableArea>,
+    launch_secret: Option<SecretArea>,
     metadata: Option<u32>,
-    seen: [bool; 3],
+    seen: [bool; 4],
 }
 
 impl Entries {
@@ -287,8 +305,18 @@ impl Entries {
     }
 
     fn add(&mut self, guid: [u8; 16], content: &[u8]) -> Result<(), OvmfError> {
-        let known = [RESET_BLOCK_GUID, HASH_TABLE_GUID, METADATA_GUID];
-        let names = ["SEV-ES reset block", "SEV hash table", "SEV metadata"];
+        let known = [
+            RESET_BLOCK_GUID,
+            HASH_TABLE_GUID,
+            METADATA_GUID,
+            SECRET_BLOCK_GUID,
+        ];
+        let names = [
+            "SEV-ES reset block",
+            "SEV hash table",
+            "SEV metadata",
+            "SEV secret block",
+        ];
         let found = known.iter().zip(names).zip(&mut self.seen);
         let Some(((_, name), seen)) = found.into_iter().find(|((known, _), _)| **known == guid)
         else {
@@ -302,6 +330,11 @@ impl Entries {
         match guid {
             RESET_BLOCK_GUID => self.reset_eip = Some(word),
             METADATA_GUID => self.metadata = Some(word),
+            SECRET_BLOCK_GUID => {
+                let len = bytes::le32(content, 4).ok_or(OvmfError::ShortEntry(name))?;
+                let there = word != 0 && len != 0;
+                self.launch_secret = there.then_some(SecretArea { gpa: word, len });
+            }
             // An address of 0 is how an image says that it does not look.
             _ if word == 0 => {}
             _ => {
@@ -404,6 +437,13 @@ const RESET_BLOCK_GUID: [u8; 16] = guid(
     0x1a7e,
     0x4fcb,
     [0x89, 0x0e, 0x68, 0xc7, 0x7e, 0x2f, 0xb4, 0x4e],
+);
+// 4c2eb361-7d9b-4cc3-8081-127c90d3d294
+const SECRET_BLOCK_GUID: [u8; 16] = guid(
+    0x4c2e_b361,
+    0x7d9b,
+    0x4cc3,
+    [0x80, 0x81, 0x12, 0x7c, 0x90, 0xd3, 0xd2, 0x94],
 );
 // 7255371f-3a3b-4b04-927b-1da6efa8d454
 const HASH_TABLE_GUID: [u8; 16] = guid(

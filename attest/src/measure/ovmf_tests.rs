@@ -85,6 +85,27 @@ fn with_metadata_word(index: usize, word: u32) -> Vec<u8> {
 }
 
 #[test]
+fn a_place_for_a_launch_secret_is_read_where_there_is_one() {
+    let with = |content: &[u8]| {
+        let mut image = Image::amd_sev();
+        image.entries.push((SECRET_BLOCK_GUID, content.to_vec()));
+        image.bytes()
+    };
+    let area = [0x81_0000u32.to_le_bytes(), 0xc00u32.to_le_bytes()].concat();
+    let image = with(&area);
+    let wanted = SecretArea {
+        gpa: 0x81_0000,
+        len: 0xc00,
+    };
+    assert_eq!(Ovmf::parse(&image).unwrap().launch_secret(), Some(wanted));
+    for nothing in [Image::amd_sev().bytes(), with(&[0; 8])] {
+        assert_eq!(Ovmf::parse(&nothing).unwrap().launch_secret(), None);
+    }
+    let short = Ovmf::parse(&with(&area[..7])).unwrap_err();
+    assert_eq!(short, OvmfError::ShortEntry("SEV secret block"));
+}
+
+#[test]
 fn a_whole_image_is_read() {
     let bytes = Image::amd_sev().bytes();
     let ovmf = Ovmf::parse(&bytes).unwrap();

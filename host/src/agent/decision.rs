@@ -18,6 +18,7 @@ use crate::agent::processor::OperatedProcessor as _;
 use crate::agent::{Agent, files, platform};
 use crate::machine::plan::{MachinePlan, Technology};
 use crate::machine::spec::MachineSpec;
+use crate::vmm::boot::measured_boot::MeasuredBoot;
 use crate::vmm::boot::{BootImage, measured};
 
 /// What a request asks of the policy before anything that it names is looked at.
@@ -278,15 +279,24 @@ impl Agent {
             let read = files::open(path, false).and_then(|mut f| f.read_to_end(&mut bytes));
             read.map(|_| bytes).map_err(|e| failed(path, &e))
         };
-        // Firmware only a plain guest has, of which nothing is measured.
+        // Only a plain guest has none, of which nothing is measured.
         let Some(boot) = spec.boot.kernel() else {
             return Ok(claims);
         };
         let (kernel, initrd) = (read(&boot.kernel)?, read(&boot.initrd)?);
-        let image =
-            BootImage::assemble(plan, &kernel, &initrd).map_err(|e| failed(&boot.kernel, &e))?;
-        claims.launch_digest = measured::launch_digest(plan, &image.pieces)
-            .and_then(|digest| digest.to_string().parse().ok());
+        let digest = match spec.boot.firmware() {
+            Some(firmware) => {
+                let image = read(&firmware.image)?;
+                let boot = MeasuredBoot::new(plan, &image, &kernel, &initrd);
+                Some(boot.map_err(|e| failed(&firmware.image, &e))?.digest())
+            }
+            None => {
+                let image = BootImage::assemble(plan, &kernel, &initrd);
+                let image = image.map_err(|e| failed(&boot.kernel, &e))?;
+                measured::launch_digest(plan, &image.pieces)
+            }
+        };
+        claims.launch_digest = digest.and_then(|digest| digest.to_string().parse().ok());
         Ok(claims)
     }
 

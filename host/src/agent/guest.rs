@@ -207,6 +207,9 @@ impl Resources {
         let kinds = match boot {
             BootSpec::Kernel(_) => &[HandleKind::Kernel, HandleKind::Initrd][..],
             BootSpec::Firmware(_) => &[HandleKind::Firmware],
+            BootSpec::Measured(..) => {
+                &[HandleKind::Firmware, HandleKind::Kernel, HandleKind::Initrd]
+            }
         };
         for (kind, path) in kinds.iter().copied().zip(boot.files()) {
             self.handles.push((

@@ -20,7 +20,7 @@ use crate::agent::moving_disks::NewImages;
 use crate::agent::record::{Ownership, OwnershipState};
 use crate::agent::transfer::{peer_entries, provider_name, role_error};
 use crate::agent::vmm_process::lock;
-use crate::agent::{Agent, ROLE_OVERHEAD, files, room};
+use crate::agent::{Agent, ROLE_OVERHEAD, VmmShare, files, room};
 use crate::ipc::Channel;
 use crate::machine::plan::MachinePlan;
 use crate::machine::saved;
@@ -29,7 +29,6 @@ use crate::mover::protocol::{
     AgentAnswer, DestinationStart, MoveLimits, MoveOutcome, MoverCommand, MoverRequestToAgent,
     OwnershipStep, PeerName,
 };
-use crate::sandbox::jail::CpuShare;
 use crate::vmm::protocol::{MachineState, RoleError, VmmRequest};
 
 /// A guest on its way in.
@@ -307,7 +306,7 @@ impl Agent {
         let processor = self.processor_for(plan)?;
         let folder = self.guest_folder(&plan.name);
         Resources::open(plan, &folder, &disks, &taps, processor)?.prepare(
-            self.spawn_vmm(plan, CpuShare::default(), None)?,
+            self.spawn_vmm(plan, VmmShare::default())?,
             plan.clone(),
             epoch,
         )

@@ -18,7 +18,7 @@ use crate::agent::guest::{Guest, Resources, TapChoice, cpu_baseline};
 use crate::agent::launch_inputs::{LaunchInputs, sha256};
 use crate::agent::record::{Ownership, OwnershipState};
 use crate::agent::vmm_process::lock;
-use crate::agent::{Agent, files};
+use crate::agent::{Agent, VmmShare, files};
 use crate::machine::plan::MachinePlan;
 use crate::machine::spec::{ConfidentialSpec, MachineSpec, SnpSpec};
 use crate::vmm::protocol::{
@@ -191,8 +191,12 @@ impl Agent {
         let folder = self.guest_folder(&plan.name);
         let resources =
             Resources::open(plan, &folder, &disks, &taps, processor)?.with_boot(&spec.boot)?;
-        let io = spec.io.clone().map(|io| io.of_disks(resources.disks(plan)));
-        let vmm = self.spawn_vmm(plan, spec.share.clone(), io)?;
+        let share = VmmShare {
+            held: spec.boot.held_bytes(),
+            cpu: spec.share.clone(),
+            io: spec.io.clone().map(|io| io.of_disks(resources.disks(plan))),
+        };
+        let vmm = self.spawn_vmm(plan, share)?;
         resources.prepare(vmm, plan.clone(), FIRST_EPOCH)
     }
 

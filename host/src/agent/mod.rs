@@ -626,16 +626,11 @@ impl Agent {
         processor.connect(snp).map(GuestLink::into_handles)
     }
 
-    fn spawn_vmm(
-        &self,
-        plan: &MachinePlan,
-        cpu: CpuShare,
-        io: Option<IoShare>,
-    ) -> Result<VmmProcess, Failure> {
+    fn spawn_vmm(&self, plan: &MachinePlan, share: VmmShare) -> Result<VmmProcess, Failure> {
         let bounds = Bounds {
-            cpu,
-            io,
-            memory: Some(plan.mapped_bytes()),
+            cpu: share.cpu,
+            io: share.io,
+            memory: Some(plan.mapped_bytes().saturating_add(share.held)),
             vcpus: plan.vcpus.into(),
             locked: sev::locked_memory(plan) + plan.rings() * RING_MEMORY,
         };
@@ -721,6 +716,17 @@ fn record_event(evidence: &Evidence, name: &str, emulated: bool, event: &VmmEven
     if let Err(failure) = evidence.record(entry.emulated(emulated)) {
         tracing::error!(code = failure.code, "{name}: {}", failure.error);
     }
+}
+
+/// What the VMM of a guest gets beside what its plan says.
+#[derive(Default)]
+struct VmmShare {
+    /// What it keeps beside the guest's memory, in bytes.
+    held: u64,
+    /// Processors.
+    cpu: CpuShare,
+    /// Block devices.
+    io: Option<IoShare>,
 }
 
 /// What a role needs of memory and threads, besides what every role does.

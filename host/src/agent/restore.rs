@@ -22,14 +22,13 @@ use crate::agent::snapshot::{Description, DiskMark, existing_file, keys_failed, 
 use crate::agent::snapshot_keys::SnapshotOf;
 use crate::agent::transfer::role_error;
 use crate::agent::vmm_process::lock;
-use crate::agent::{Agent, Reserved, files};
+use crate::agent::{Agent, Reserved, VmmShare, files};
 use crate::ipc::Channel;
 use crate::machine::plan::{MachinePlan, is_name};
 use crate::mover::protocol::{
     AgentAnswer, MoveOutcome, MoverCommand, MoverEvent, MoverRequestToAgent, OwnershipStep,
     RestoreStart, SnapshotClaim,
 };
-use crate::sandbox::jail::CpuShare;
 use crate::vmm::protocol::{MachineState, RoleError, VmmRequest};
 
 /// When the memory of a restored guest comes.
@@ -300,7 +299,7 @@ impl Restoring<'_> {
             resources = resources.with_faults()?;
         }
         let guest = resources.prepare(
-            agent.spawn_vmm(plan, CpuShare::default(), None)?,
+            agent.spawn_vmm(plan, VmmShare::default())?,
             plan.clone(),
             self.epoch,
         )?;

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use crate::agent::api::Failure;
 use crate::confidential::kvm::{DEVICE_PATH, GuestKind, real_kind};
-use crate::machine::plan::MachinePlan;
+use crate::machine::plan::{FIRMWARE_OF_REAL, MachinePlan};
 use crate::vmm::protocol::HandleKind;
 
 /// Whether this host has one that can be asked.
@@ -52,9 +52,17 @@ pub fn locked_memory(plan: &MachinePlan) -> u64 {
     }
 }
 
-/// Refuses what Linux cannot start by itself on this processor.
+/// Refuses what Linux cannot start by itself on this processor, and the firmware that it needs there.
 pub fn check_boot(plan: &MachinePlan) -> Result<(), Failure> {
-    match real_kind(plan.technology) {
+    let kind = real_kind(plan.technology);
+    if kind.is_some() && plan.firmware.is_some() {
+        let text = format!(
+            "{} cannot be started: it has {FIRMWARE_OF_REAL}; run it on a host whose policy allows the emulated processor",
+            plan.name
+        );
+        return Err(Failure::new("FIRMWARE_UNSUPPORTED", text));
+    }
+    match kind {
         None | Some(GuestKind::Sev) => Ok(()),
         Some(GuestKind::SevEs | GuestKind::Snp) => Err(Failure::new(
             "FIRMWARE_NEEDED",
@@ -66,5 +74,45 @@ pub fn check_boot(plan: &MachinePlan) -> Result<(), Failure> {
                 plan.technology.name()
             ),
         )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::plan::{FirmwarePlan, Technology};
+
+    #[test]
+    fn a_real_processor_starts_sev_guests_without_firmware_and_no_others() {
+        let code = |technology, firmware| {
+            let plan = MachinePlan {
+                technology,
+                firmware,
+                ..crate::vmm::boot::tests::plan()
+            };
+            check_boot(&plan).err().map(|failure| failure.code)
+        };
+        let (emulated, firmware) = (false, FirmwarePlan::for_image(1));
+        let sev = Technology::Sev {
+            emulated,
+            policy: 1,
+        };
+        let es = Technology::SevEs {
+            emulated,
+            policy: 5,
+        };
+        let snp = Technology::SevSnp {
+            emulated,
+            policy: 0x3_0000,
+        };
+        assert_eq!(code(sev, None), None);
+        for technology in [es, snp] {
+            let needed = code(technology, None);
+            assert_eq!(needed.as_deref(), Some("FIRMWARE_NEEDED"));
+        }
+        for technology in [sev, es, snp] {
+            let refused = code(technology, firmware);
+            assert_eq!(refused.as_deref(), Some("FIRMWARE_UNSUPPORTED"));
+        }
     }
 }

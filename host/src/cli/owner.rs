@@ -21,8 +21,10 @@ use crate::agent::client::{Agent, ask};
 use crate::agent::evidence::write_secret;
 use crate::cli::args::OwnerCommand;
 use crate::cli::{print_bytes, print_json, verdict};
+use crate::machine::plan::MachinePlan;
 use crate::machine::spec::{ConfidentialSpec, MachineSpec, Offer, Strongest};
-use crate::vmm::boot::{BootImage, measured};
+use crate::vmm::boot::measured_boot::MeasuredBoot;
+use crate::vmm::boot::{BootError, BootImage, measured};
 
 /// Runs an owner's command.
 pub fn run(agent: &Agent, command: OwnerCommand, json: bool) -> Result<u8, Failure> {
@@ -84,6 +86,11 @@ impl Described {
         let nothing = || refuse("describes no confidential guest; there is nothing to measure");
         let files = spec.boot.kernel().ok_or_else(nothing)?;
         let (kernel, initrd) = (read(&files.kernel)?, read(&files.initrd)?);
+        if let Some(firmware) = spec.boot.firmware() {
+            let parts = [read(&firmware.image)?, kernel, initrd];
+            return Self::in_firmware(spec.confidential, &plan, &parts)
+                .map_err(|e| refuse(&format!("cannot be launched: {}", chain(&e))));
+        }
         let image = BootImage::assemble(&plan, &kernel, &initrd)
             .map_err(|e| Failure::new("DESCRIPTION", format!("{}: {e}", description.display())))?;
         let digest = measured::launch_digest(&plan, &image.pieces).ok_or_else(nothing)?;
@@ -105,6 +112,48 @@ impl Described {
                 .collect(),
         })
     }
+}
+
+impl Described {
+    /// The same of a guest that starts in firmware: `parts` are firmware, kernel and initramfs.
+    fn in_firmware(
+        confidential: ConfidentialSpec,
+        plan: &MachinePlan,
+        parts: &[Vec<u8>; 3],
+    ) -> Result<Self, BootError> {
+        let [firmware, kernel, initrd] = parts;
+        let boot = MeasuredBoot::new(plan, firmware, kernel, initrd)?;
+        let registers = boot.registers().concat();
+        let named = [
+            ("firmware", firmware.as_slice()),
+            ("kernel", kernel),
+            ("initrd", initrd),
+            ("cmdline", plan.cmdline.as_bytes()),
+            ("vcpu-registers", &registers),
+        ];
+        let named = named.into_iter().filter(|(_, bytes)| !bytes.is_empty());
+        Ok(Self {
+            confidential,
+            digest: boot.digest(),
+            components: named
+                .map(|(name, bytes)| Component {
+                    name: name.to_owned(),
+                    digest: LaunchDigest::of(bytes),
+                })
+                .collect(),
+        })
+    }
+}
+
+/// An error with its causes.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
 }
 
 /// What LAUNCH_MEASURE must say of a SEV or SEV-ES guest.

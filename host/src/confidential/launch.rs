@@ -17,6 +17,8 @@ pub type VmsaPage = [u8; 4096];
 /// Pages of a SEV-SNP launch that the firmware has a hand in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum SpecialPage {
+    /// Zeroed by the firmware.
+    Zero,
     /// Filled by the firmware.
     Secrets,
     /// Checked by the firmware; its bytes are in guest memory already.

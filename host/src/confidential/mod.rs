@@ -44,7 +44,7 @@ pub fn protection(
 ) -> Result<Option<GuestProtection>, RoleError> {
     let view = GuestMemoryView {
         file: machine.memory,
-        runs: &[(0, plan.memory_bytes)],
+        runs: machine.runs,
     };
     let Some(initialise) = machine.vm.encrypted() else {
         let processor = handles.take(HandleKind::Processor).map(Channel::from_fd);

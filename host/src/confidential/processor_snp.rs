@@ -113,6 +113,7 @@ impl GuestClient {
         memory.read(gpa, &mut contents)?;
         let guest = platform.guest(handle).map_err(firmware_error)?;
         let kind = match page {
+            SpecialPage::Zero => PageType::Zero,
             SpecialPage::Secrets => PageType::Secrets,
             SpecialPage::Cpuid => PageType::Cpuid,
         };

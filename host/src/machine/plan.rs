@@ -69,8 +69,10 @@ impl MachinePlan {
                 "firmware that is not a multiple of 2 MiB, at most 16 MiB",
             ),
             (
-                self.firmware.is_none() || self.technology == Technology::None,
-                "firmware in a confidential guest, whose kernel is booted directly",
+                self.firmware.is_none()
+                    || self.technology == Technology::None
+                    || self.technology.emulated(),
+                FIRMWARE_OF_REAL,
             ),
             (
                 self.cmdline.len() <= MAX_CMDLINE
@@ -380,6 +382,9 @@ pub const MAX_LOW_MEMORY_OF_FIRMWARE: u64 = 2 << 30;
 pub const FIRMWARE_UNIT: u64 = 2 << 20;
 /// Most firmware in bytes.
 pub const MAX_FIRMWARE: u64 = 16 << 20;
+/// Why no real one has it: what [`MachinePlan::check`] and all others say.
+pub const FIRMWARE_OF_REAL: &str = "firmware in a guest of AMD's own processor, where its launch has not been shown: it lies \
+    in memory that the guest can only read, which KVM refuses SEV-ES and SEV-SNP guests";
 /// Longest command line in bytes.
 pub const MAX_CMDLINE: usize = 1600;
 /// Longest disk name: a virtio serial has 20 bytes.
@@ -468,10 +473,10 @@ mod tests {
             ("2 MiB, at most 16", |p| {
                 p.firmware = Some(FirmwarePlan { rom_bytes: 1 << 20 });
             }),
-            ("firmware in a confidential", |p| {
+            ("firmware in a guest of AMD's own", |p| {
                 p.firmware = FirmwarePlan::for_image(1);
                 p.technology = Technology::Sev {
-                    emulated: true,
+                    emulated: false,
                     policy: 1,
                 };
             }),

@@ -55,6 +55,8 @@ pub struct BareMachine<'a> {
     pub vm: &'a Vm,
     /// The guest memory file, writable.
     pub memory: BorrowedFd<'a>,
+    /// Guest physical start and length of each run of it, packed in the file in this order.
+    pub runs: &'a [(u64, u64)],
     /// The exchange memory's.
     pub exchange: BorrowedFd<'a>,
 }

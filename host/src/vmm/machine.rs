@@ -20,7 +20,8 @@ use super::hooks::{BareMachine, Handles, Hooks, ThreadKind};
 use super::irq::{Interrupts, MsiRouter};
 use super::kvm::{KvmError, Vm, during};
 use super::layout::{
-    COM1_GSI, EVENTS_GSI, GENERATION, MAX_FUNCTIONS, VIRTIO_BAR_SIZE, VIRTIO_BARS,
+    COM1_GSI, EVENTS_GSI, GENERATION, MAX_FUNCTIONS, SECRET_GPA, SECRET_SIZE, VIRTIO_BAR_SIZE,
+    VIRTIO_BARS,
 };
 use super::memory::{ExchangeMemory, GuestMemory, MemoryError};
 use super::page_sharing::PageSharing;
@@ -40,7 +41,7 @@ use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::transport::{Placement, TransportStateError, VirtioPci};
 use crate::devices::watchdog::Watchdog;
 use crate::machine::plan::devices::{DeviceChange, DeviceName, DeviceStatus};
-use crate::machine::plan::{MAX_LOW_MEMORY, MAX_VCPUS, MachinePlan, Technology};
+use crate::machine::plan::{FIRMWARE_OF_REAL, MAX_LOW_MEMORY, MAX_VCPUS, MachinePlan, Technology};
 use crate::machine::saved::FormatError;
 use crate::userfault::{FaultError, FaultRange, Faults};
 
@@ -67,6 +68,8 @@ pub struct Machine {
     initrd: Option<File>,
     protection: Option<GuestProtection>,
     sharing: Option<Arc<PageSharing>>,
+    /// Where a launch secret goes, and how much there is room for.
+    secret_area: Option<(u64, u64)>,
     plan: MachinePlan,
 }
 
@@ -96,6 +99,7 @@ impl Machine {
         let bare = BareMachine {
             vm: &vm,
             memory: memory.file(),
+            runs: &memory.runs(),
             exchange: exchange.file(),
         };
         let protection = (hooks.protection)(&plan, handles, &bare)?;
@@ -184,6 +188,7 @@ impl Machine {
             initrd,
             protection,
             sharing,
+            secret_area: Some((SECRET_GPA, SECRET_SIZE)),
             plan,
         })
     }
@@ -412,8 +417,33 @@ impl Machine {
         self.protection.as_mut()
     }
 
-    /// Whether the guest can be moved as it is now; more than this only a guest of AMD's own processor has to fulfil.
+    /// LAUNCH_SECRET, to where the guest or its firmware looks for it.
+    pub fn launch_secret(&mut self, header: &[u8], ciphertext: &[u8]) -> Result<(), RoleError> {
+        let Some(protection) = &mut self.protection else {
+            return Err(RoleError::new(
+                "NOT_CONFIDENTIAL",
+                "a plain guest has no secret of its launch",
+            ));
+        };
+        let (gpa, room) = self.secret_area.ok_or_else(|| {
+            RoleError::new(
+                "NO_SECRET_AREA",
+                "the firmware's tables name no place for a launch secret; use Debian's OVMF.amdsev.fd",
+            )
+        })?;
+        if ciphertext.len() as u64 > room {
+            let text = format!("the secret's packet is longer than its place, {room} bytes");
+            return Err(RoleError::new("SECRET_TOO_LONG", text));
+        }
+        protection.launch_secret(header, ciphertext, gpa)
+    }
+
+    /// Whether the guest can be moved as it is now. What firmware of a confidential guest boots lies at this host alone;
+    /// more has to fulfil only a guest of AMD's own processor.
     pub fn check_movable(&self) -> Result<(), RoleError> {
+        if self.plan.firmware.is_some() && self.protection.is_some() {
+            return Err(RoleError::new("FIRMWARE_STAYS", FIRMWARE_STAYS));
+        }
         match &self.sharing {
             Some(sharing) => sharing.check_movable(),
             None => Ok(()),
@@ -548,6 +578,9 @@ impl From<MachineError> for RoleError {
     }
 }
 
+const FIRMWARE_STAYS: &str = "a confidential guest that was launched in firmware does not move: what its firmware boots, and \
+    checks, lies at this host; launch it anew at the other";
+
 fn check_plan(plan: &MachinePlan) -> Result<(), MachineError> {
     let refuse = |text: &str| Err(MachineError::Plan(text.into()));
     if !(1..=MAX_VCPUS).contains(&plan.vcpus) {
@@ -556,8 +589,8 @@ fn check_plan(plan: &MachinePlan) -> Result<(), MachineError> {
     if plan.technology != Technology::None && plan.memory_bytes > MAX_LOW_MEMORY {
         return refuse("a confidential guest has at most 3 GiB of memory");
     }
-    if plan.firmware.is_some() && plan.technology != Technology::None {
-        return refuse("firmware only of a plain guest");
+    if plan.firmware.is_some() && real_kind(plan.technology).is_some() {
+        return refuse(FIRMWARE_OF_REAL);
     }
     // Slot 31 is the board's where there is firmware.
     if plan.functions() > MAX_FUNCTIONS - usize::from(plan.firmware.is_some()) {

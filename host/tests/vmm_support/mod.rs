@@ -49,10 +49,19 @@ impl Vmm {
         plan: &MachinePlan,
         handles: Vec<(HandleKind, OwnedFd)>,
     ) -> Result<(Self, VmmReply), RoleError> {
+        Self::prepare_hooked(plan, handles, hooks())
+    }
+
+    /// The same, with other hooks.
+    pub fn prepare_hooked(
+        plan: &MachinePlan,
+        handles: Vec<(HandleKind, OwnedFd)>,
+        hooks: Hooks,
+    ) -> Result<(Self, VmmReply), RoleError> {
         let (agent, other) = Channel::pair().unwrap();
         let thread = std::thread::Builder::new()
             .name("control".into())
-            .spawn(move || role::run(other, hooks()))
+            .spawn(move || role::run(other, hooks))
             .unwrap();
         let mut vmm = Self {
             agent,
@@ -312,7 +321,7 @@ pub fn image_file(bytes: &[u8]) -> OwnedFd {
 }
 
 /// Everything a sandbox would do, left out.
-fn hooks() -> Hooks {
+pub fn hooks() -> Hooks {
     Hooks {
         confine_process: || Ok(()),
         confine_thread: |_| Ok(()),

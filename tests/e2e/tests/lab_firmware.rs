@@ -1,4 +1,4 @@
-//! A disk with its own boot loader starts Linux through Debian's OVMF; the guest goes on after a snapshot.
+//! A disk with its own boot loader starts Linux through Debian's OVMF, 12's and 13's; the guest goes on after a snapshot.
 #![expect(
     clippy::unwrap_used,
     clippy::panic,
@@ -18,7 +18,7 @@ use common::*;
 #[test]
 fn a_disk_boots_through_ovmf_and_goes_on_after_a_snapshot() {
     let world = world("firmware", Extent::Direct);
-    let description = describe(&world);
+    let description = describe(&world, "LAB_FIRMWARE");
     let info: GuestInfo = world
         .site_a
         .ask(&["run", &description.display().to_string()])
@@ -46,13 +46,35 @@ fn a_disk_boots_through_ovmf_and_goes_on_after_a_snapshot() {
     assert_ends_clean(world);
 }
 
+#[test]
+fn the_same_disk_boots_through_debian_13s_ovmf() {
+    let world = world("trixie", Extent::Direct);
+    let description = describe(&world, "LAB_FIRMWARE_TRIXIE");
+    let info: GuestInfo = world
+        .site_a
+        .ask(&["run", &description.display().to_string()])
+        .unwrap();
+    let mut watch = GuestWatch::new(&info.console);
+    watch
+        .wait("the guest's `ready`", BOOT, |w| w.ready)
+        .unwrap();
+    watch.wait_ticks(10, BOOT).unwrap();
+    let console = std::fs::read_to_string(&info.console).unwrap();
+    let started = console.contains("BdsDxe: starting Boot");
+    assert!(started, "firmware starts no boot loader:\n{console}");
+    assert_intact(&world, Host::A, "firmware");
+    assert_eq!(watch.problems, Vec::<String>::new());
+    world.site_a.done(&["stop", "firmware"]).unwrap();
+    assert_ends_clean(world);
+}
+
 /// The guest's work is on the first disk; firmware has to find the second, at which nothing can be written.
-fn describe(world: &World) -> PathBuf {
+fn describe(world: &World, firmware: &str) -> PathBuf {
     let described = format!(
         "name = \"firmware\"\nvcpus = 2\nmemory = \"512 MiB\"\n\n[boot]\nfirmware = \"{}\"\n\n\
          [[disk]]\nid = \"data\"\npath = \"{}\"\n\n[[disk]]\nid = \"system\"\npath = \"{}\"\nread_only = true\n\n\
          [vsock]\ncid = 31\n[rng]\n",
-        shipped("LAB_FIRMWARE").display(),
+        shipped(firmware).display(),
         world.folder.join("data.raw").display(),
         shipped("LAB_BOOT_DISK").display(),
     );

@@ -27,15 +27,26 @@ pub struct Apt {
 impl Apt {
     /// Write the private configuration and fetch the package lists.
     pub fn open(paths: &Paths) -> Result<Self> {
+        let sources = sources(&configured_targets()?)?;
+        Self::with_sources(paths, "apt", &sources)
+    }
+
+    /// The same of another release of Debian and of nothing else, from the machine's mirror, verified like all: for one
+    /// package that Debian 12 has not. Nothing else shall come from there, so its lists are apart.
+    pub fn of_release(paths: &Paths, release: &str) -> Result<Self> {
+        let sources = sources_of_release(&configured_targets()?, release)?;
+        Self::with_sources(paths, &format!("apt-{release}"), &sources)
+    }
+
+    fn with_sources(paths: &Paths, folder: &str, sources: &str) -> Result<Self> {
         let apt = Self {
-            dir: paths.root.join("apt"),
+            dir: paths.root.join(folder),
             cache: paths.cache(),
         };
         for sub in ["lists/partial", "cache/archives/partial"] {
             make_dir(&apt.dir.join(sub))?;
         }
         make_dir(&apt.cache)?;
-        let sources = sources(&configured_targets()?)?;
         write_whole(&apt.sources(), sources.as_bytes())?;
         output(apt.command("apt-get").args(["-qq", "update"]))?;
         Ok(apt)
@@ -186,17 +197,33 @@ fn sources(targets: &str) -> Result<String> {
              add one, or use a machine with hardware virtualisation"
         )));
     }
+    Ok(archives
+        .iter()
+        .map(|(uri, suite)| stanza(uri, suite))
+        .collect())
+}
+
+/// The source list of another release: the archive that the machine has Debian 12 from.
+fn sources_of_release(targets: &str, release: &str) -> Result<String> {
+    let mut archives = targets.lines().filter_map(|line| line.split_once('|'));
+    let main = archives.find(|(_, configured)| *configured == CODENAME);
+    let (uri, _) = main.ok_or_else(|| {
+        Error::Packages(format!(
+            "no source for Debian 12 ({CODENAME}) is configured in /etc/apt, so there is no mirror to take {release} from"
+        ))
+    })?;
+    Ok(stanza(uri, release))
+}
+
+fn stanza(uri: &str, suite: &str) -> String {
     let keyring = if Path::new(KEYRING).exists() {
         format!("Signed-By: {KEYRING}\n")
     } else {
         String::new()
     };
-    let stanza = |(uri, suite): &(&str, String)| {
-        format!(
-            "Types: deb\nURIs: {uri}\nSuites: {suite}\nComponents: main\nTargets: Packages\n{keyring}\n"
-        )
-    };
-    Ok(archives.iter().map(stanza).collect())
+    format!(
+        "Types: deb\nURIs: {uri}\nSuites: {suite}\nComponents: main\nTargets: Packages\n{keyring}\n"
+    )
 }
 
 /// `(name, version)` of the `Inst` lines of `apt-get --simulate install`.
@@ -253,6 +280,19 @@ mod tests {
         );
         assert!(!list.contains("x.test"), "{list}");
         assert!(sources("http://x.test/|trixie\n").is_err());
+    }
+
+    #[test]
+    fn another_release_comes_from_the_same_mirror_and_alone() {
+        let targets = "http://mirror.test/security/|bookworm-security\nhttp://mirror.test/debian/|bookworm\nhttp://x.test/|forky\n";
+        let list = sources_of_release(targets, "forky").unwrap();
+        assert!(
+            list.contains("URIs: http://mirror.test/debian/\nSuites: forky\n"),
+            "{list}"
+        );
+        assert_eq!(list.matches("URIs:").count(), 1, "{list}");
+        assert!(!sources(targets).unwrap().contains("forky"));
+        assert!(sources_of_release("http://x.test/|forky\n", "forky").is_err());
     }
 
     #[test]

@@ -10,7 +10,7 @@ use crate::{
     command::output,
     error::{Error, OnFile, Result},
     paths::Paths,
-    prepare::{fetch_packages, remove},
+    prepare::{fetch_from_release, fetch_packages, remove},
     say,
     tools::Tools,
 };
@@ -21,6 +21,11 @@ pub fn make(paths: &Paths) -> Result<()> {
     let needed = [firmware(&folder), loader(&folder)];
     if !needed.iter().all(|file| file.exists()) {
         fetch_packages(paths, &PACKAGES.map(str::to_owned), &folder)?;
+    }
+    for other in [&AMDSEV, &TRIXIE] {
+        if !other.image(paths).exists() {
+            fetch_from_release(paths, other.release, other.package, &other.folder(paths))?;
+        }
     }
     let disk = paths.boot_disk();
     let (kernel, initrd) = (paths.guest_kernel(), paths.guest_initrd());
@@ -53,6 +58,38 @@ pub fn make(paths: &Paths) -> Result<()> {
 /// Debian's firmware below the folder it was unpacked to.
 pub fn firmware(folder: &Path) -> PathBuf {
     folder.join("usr/share/ovmf/OVMF.fd")
+}
+
+/// Firmware of another release of Debian.
+pub struct OtherFirmware {
+    release: &'static str,
+    package: &'static str,
+    file: &'static str,
+}
+
+/// The one that checks what it boots, for confidential guests. Debian 12 and 13 have none; forky has it and moves, so
+/// nothing may be known of it beforehand.
+pub const AMDSEV: OtherFirmware = OtherFirmware {
+    release: "forky",
+    package: "ovmf-amdsev",
+    file: "usr/share/ovmf/OVMF.amdsev.fd",
+};
+/// Debian 13's.
+pub const TRIXIE: OtherFirmware = OtherFirmware {
+    release: "trixie",
+    package: "ovmf",
+    file: "usr/share/ovmf/OVMF.fd",
+};
+
+impl OtherFirmware {
+    /// Its image.
+    pub fn image(&self, paths: &Paths) -> PathBuf {
+        self.folder(paths).join(self.file)
+    }
+
+    fn folder(&self, paths: &Paths) -> PathBuf {
+        paths.root.join(format!("firmware-{}", self.release))
+    }
 }
 
 fn loader(folder: &Path) -> PathBuf {

@@ -87,6 +87,16 @@ pub fn fetch_packages(paths: &Paths, packages: &[String], to: &Path) -> Result<(
     unpack(&apt, &apt.with_missing_dependencies(&names)?, to)
 }
 
+/// Unpacks one package of another release of Debian below `to`, without anything that it depends on.
+pub fn fetch_from_release(paths: &Paths, release: &str, package: &str, to: &Path) -> Result<()> {
+    let _lock = lock(paths)?;
+    say(&format!(
+        "fetching {package} of {release} into {}",
+        to.display()
+    ));
+    unpack(&Apt::of_release(paths, release)?, &[package.to_owned()], to)
+}
+
 /// Where the guest's kernel package is unpacked.
 pub fn guest_package(paths: &Paths) -> PathBuf {
     paths.root.join("kernel-guest")

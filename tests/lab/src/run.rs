@@ -239,6 +239,8 @@ fn built(paths: &Paths) -> [(&'static str, PathBuf); 9] {
         ("LAB_GUEST_NEWER_KERNEL", paths.newer_kernel()),
         ("LAB_GUEST_NEWER_INITRD", paths.newer_initrd()),
         ("LAB_FIRMWARE", boot_disk::firmware(&paths.firmware())),
+        ("LAB_FIRMWARE_AMDSEV", boot_disk::AMDSEV.image(paths)),
+        ("LAB_FIRMWARE_TRIXIE", boot_disk::TRIXIE.image(paths)),
         ("LAB_BOOT_DISK", paths.boot_disk()),
     ]
 }

@@ -11,7 +11,7 @@ use base64::engine::general_purpose::STANDARD;
 use casemate_attest::measure::guest::Technology;
 use casemate_attest::measure::id_block::{IdAuth, IdBlock, IdSigningKey};
 use casemate_attest::measure::vcpu::CpuModel;
-use casemate_measure_compare::guests::generate;
+use casemate_measure_compare::guests::{Guest, generate};
 use casemate_measure_compare::peer::{Digest, IdBlockQuestion, Peer, Question};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -48,6 +48,43 @@ fn every_generated_guest_has_the_digest_that_sev_snp_measure_gives_it() {
         assert!(equal[&mode.to_string()] >= 50, "{equal:?}");
     }
     assert!(refused > 0, "no guest is one that nobody can launch");
+}
+
+/// Debian's build as the lab has it now, whichever that is, with the kernel that it starts there.
+#[test]
+fn debians_firmware_and_kernel_have_the_digest_that_sev_snp_measure_gives_them() {
+    let lab = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/lab");
+    let file = |name: &str| {
+        let path = lab.join(name);
+        assert!(
+            path.exists(),
+            "no {}; `cargo lab guest-image` and `cargo lab boot-disk` make it",
+            path.display()
+        );
+        path
+    };
+    let guests = [Technology::Sev, Technology::SevEs, Technology::Snp].map(|mode| Guest {
+        mode,
+        ovmf: file("firmware-forky/usr/share/ovmf/OVMF.amdsev.fd"),
+        kernel: Some(file("guest/vmlinuz")),
+        initrd: Some(file("guest/initrd.cpio")),
+        append: Some("console=ttyS0 casemate.snp=0x80d000,0x80e000".to_owned()),
+        vcpus: 2,
+        vcpu_signature: 0,
+        guest_features: 1,
+    });
+    let answer = peer().ask(&Question {
+        guests: &guests,
+        repeat: 1,
+        id_blocks: &[],
+    });
+    assert_eq!(answer.digests.len(), guests.len());
+    for (guest, theirs) in guests.iter().zip(&answer.digests) {
+        let Digest::Measured(theirs) = theirs else {
+            panic!("{guest:?}: {theirs:?}");
+        };
+        assert_eq!(guest.measure().as_ref(), Ok(theirs), "{guest:?}");
+    }
 }
 
 #[test]

@@ -17,6 +17,8 @@ pub enum BootSpec {
     Kernel(KernelFiles),
     /// UEFI firmware, which starts the boot loader of a disk.
     Firmware(FirmwareSpec),
+    /// UEFI firmware of a confidential guest, which checks and starts a kernel that it gets from the VMM.
+    Measured(FirmwareSpec, KernelFiles),
 }
 
 /// A kernel and what goes with it.
@@ -43,31 +45,43 @@ impl BootSpec {
         match self {
             Self::Kernel(files) => vec![&files.kernel, &files.initrd],
             Self::Firmware(firmware) => vec![&firmware.image],
+            Self::Measured(firmware, files) => {
+                vec![&firmware.image, &files.kernel, &files.initrd]
+            }
         }
     }
 
     /// The kernel, where there is one.
     pub fn kernel(&self) -> Option<&KernelFiles> {
         match self {
-            Self::Kernel(files) => Some(files),
+            Self::Kernel(files) | Self::Measured(_, files) => Some(files),
             Self::Firmware(_) => None,
         }
+    }
+
+    /// Bytes that the VMM keeps to hand them to firmware: kernel and initramfs of a measured boot.
+    pub fn held_bytes(&self) -> u64 {
+        let Self::Measured(_, files) = self else {
+            return 0;
+        };
+        let length = |path: &Path| std::fs::metadata(path).map_or(0, |meta| meta.len());
+        length(&files.kernel).saturating_add(length(&files.initrd))
     }
 
     /// The firmware, where there is one.
     pub fn firmware(&self) -> Option<&FirmwareSpec> {
         match self {
             Self::Kernel(_) => None,
-            Self::Firmware(firmware) => Some(firmware),
+            Self::Firmware(firmware) | Self::Measured(firmware, _) => Some(firmware),
         }
     }
 }
 
-/// Either firmware, or a kernel with its initramfs and command line.
+/// Firmware, or a kernel with its initramfs and command line; both in a confidential guest, for a measured boot.
 #[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Boot {
-    /// UEFI firmware, which starts the boot loader of a disk; only of a plain guest.
+    /// UEFI firmware, which starts the boot loader of a disk, or of a confidential guest a kernel whose hash is measured.
     #[schemars(with = "Option<String>")]
     firmware: Option<Spanned<PathBuf>>,
     /// A bzImage or, of a plain guest, an ELF file with a PVH entry.
@@ -96,13 +110,30 @@ impl Reader<'_> {
                 kernel: None,
                 initrd: None,
                 cmdline: None,
-            } => Ok((self.firmware(image, plain)?, String::new())),
+            } if plain => Ok((BootSpec::Firmware(self.firmware(image)?), String::new())),
+            Boot {
+                firmware: Some(image),
+                ..
+            } if plain => {
+                let problem = "`boot.firmware` takes kernel, initrd and command line from the disk's boot loader; \
+                               leave `kernel`, `initrd` and `cmdline` out";
+                Err(self.at(image.span(), problem.to_owned()))
+            }
+            Boot {
+                firmware: Some(image),
+                kernel: Some(kernel),
+                initrd: Some(initrd),
+                cmdline: Some(cmdline),
+            } => {
+                let (files, cmdline) = self.kernel(kernel, initrd, cmdline)?;
+                Ok((BootSpec::Measured(self.firmware(image)?, files), cmdline))
+            }
             Boot {
                 firmware: Some(image),
                 ..
             } => {
-                let problem = "`boot.firmware` takes kernel, initrd and command line from the disk's boot loader; \
-                               leave `kernel`, `initrd` and `cmdline` out";
+                let problem = "`boot.firmware` of a confidential guest starts what it can check: give `kernel`, `initrd` \
+                               and `cmdline` too";
                 Err(self.at(image.span(), problem.to_owned()))
             }
             Boot {
@@ -111,23 +142,28 @@ impl Reader<'_> {
                 initrd: Some(initrd),
                 cmdline: Some(cmdline),
             } => {
-                let files = KernelFiles {
-                    kernel: self.file("boot.kernel", kernel)?,
-                    initrd: self.file("boot.initrd", initrd)?,
-                };
-                Ok((BootSpec::Kernel(files), self.cmdline(cmdline)?))
+                let (files, cmdline) = self.kernel(kernel, initrd, cmdline)?;
+                Ok((BootSpec::Kernel(files), cmdline))
             }
             Boot { .. } => Err(self.incomplete(at)),
         }
     }
 
-    fn firmware(&self, image: Spanned<PathBuf>, plain: bool) -> Result<BootSpec, SpecError> {
+    fn kernel(
+        &self,
+        kernel: Spanned<PathBuf>,
+        initrd: Spanned<PathBuf>,
+        cmdline: Spanned<String>,
+    ) -> Result<(KernelFiles, String), SpecError> {
+        let files = KernelFiles {
+            kernel: self.file("boot.kernel", kernel)?,
+            initrd: self.file("boot.initrd", initrd)?,
+        };
+        Ok((files, self.cmdline(cmdline)?))
+    }
+
+    fn firmware(&self, image: Spanned<PathBuf>) -> Result<FirmwareSpec, SpecError> {
         let span = image.span();
-        if !plain {
-            let problem = "`boot.firmware` is only for a guest without `confidential` in this version; \
-                           boot its kernel directly";
-            return Err(self.at(span, problem.to_owned()));
-        }
         let image = self.file("boot.firmware", image)?;
         let length = std::fs::metadata(&image).map_or(0, |meta| meta.len());
         let plan = FirmwarePlan::for_image(length).ok_or_else(|| {
@@ -138,7 +174,7 @@ impl Reader<'_> {
             );
             self.at(span, problem)
         })?;
-        Ok(BootSpec::Firmware(FirmwareSpec { image, plan }))
+        Ok(FirmwareSpec { image, plan })
     }
 
     fn incomplete(&self, at: Range<usize>) -> SpecError {

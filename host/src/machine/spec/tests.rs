@@ -360,7 +360,7 @@ fn every_key_of_the_schema_is_explained_and_no_other_is_allowed() {
 }
 
 #[test]
-fn firmware_stands_in_place_of_a_kernel_and_only_in_a_plain_guest() {
+fn firmware_stands_in_place_of_a_kernel_and_in_front_of_one_in_a_confidential_guest() {
     let kernel = "kernel = \"vmlinuz\"\ninitrd = \"initrd\"\ncmdline = \"console=ttyS0\"";
     let plain = GOOD.replacen(
         "[confidential]\ntechnology = \"sev\"\nsecret = true\n",
@@ -381,6 +381,13 @@ fn firmware_stands_in_place_of_a_kernel_and_only_in_a_plain_guest() {
     assert_eq!(plan.mapped_bytes(), (512 << 20) + (4 << 20));
     assert_eq!((plan.cmdline.as_str(), spec.boot.kernel()), ("", None));
     plan.check().unwrap();
+    let measured = GOOD.replacen(kernel, &format!("firmware = \"fw.fd\"\n{kernel}"), 1);
+    let spec = with(&measured, 1 << 20).unwrap();
+    assert_eq!(spec.boot.files().len(), 3);
+    assert!(spec.boot.kernel().is_some() && spec.boot.firmware().is_some());
+    let plan = spec.plan([7; 16], OFFER);
+    assert_eq!(plan.firmware.unwrap().rom_bytes, 2 << 20);
+    assert_eq!(plan.cmdline, "console=ttyS0");
     for (text, length, words) in [
         (firmware.clone(), 0, "at most 16 MiB"),
         (firmware.clone(), (16 << 20) + 1, "at most 16 MiB"),
@@ -397,7 +404,7 @@ fn firmware_stands_in_place_of_a_kernel_and_only_in_a_plain_guest() {
         (
             GOOD.replacen(kernel, "firmware = \"fw.fd\"", 1),
             1 << 20,
-            "only for a guest without `confidential`",
+            "starts what it can check",
         ),
     ] {
         let error = with(&text, length).unwrap_err();

@@ -82,6 +82,7 @@ fn snp_digest(plan: &MachinePlan, pieces: &[Component]) -> SnpLaunchDigest {
     }
     for (gpa, page) in special_pages(plan.technology) {
         let kind = match page {
+            SpecialPage::Zero => PageType::Zero,
             SpecialPage::Secrets => PageType::Secrets,
             SpecialPage::Cpuid => PageType::Cpuid,
         };

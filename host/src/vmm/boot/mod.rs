@@ -10,6 +10,7 @@ mod image;
 pub mod linux;
 pub mod map;
 pub mod measured;
+pub mod measured_boot;
 pub mod paging;
 mod pvh;
 mod smbios;
@@ -20,6 +21,8 @@ use super::layout::{
     PAGE_TABLES, SECRET_GPA, SECRET_SIZE, SMBIOS, SNP_CPUID, SNP_SECRETS, START_INFO, low_memory,
 };
 use crate::machine::plan::{MachinePlan, Technology};
+use casemate_attest::measure::guest::GuestError;
+use casemate_attest::measure::ovmf::OvmfError;
 use elf::ElfKernel;
 pub use image::{Image, Part};
 use linux::KernelImage;
@@ -224,6 +227,12 @@ pub enum BootError {
     /// Not a firmware image this machine can start in.
     #[error("firmware image {0}")]
     Firmware(&'static str),
+    /// Its tables for confidential guests are not well formed.
+    #[error("firmware image")]
+    Tables(#[source] OvmfError),
+    /// No confidential guest can be launched in it so.
+    #[error("firmware image")]
+    Launch(#[source] GuestError),
     /// Not an initramfs this machine can place.
     #[error("initramfs {0}")]
     Initrd(&'static str),
@@ -300,7 +309,7 @@ fn check_layout(
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use super::elf::tests::small_elf;
     use super::linux::tests::small_image;
     use super::*;

@@ -54,6 +54,23 @@ impl FwCfgItems {
         self.set(DIRECTORY, directory);
     }
 
+    /// Puts a kernel in, with its initramfs and command line, each unchanged. Firmware joins a kernel's two parts, so
+    /// that the whole of it may be one of them.
+    pub fn set_kernel(&mut self, kernel: Vec<u8>, initrd: Vec<u8>, cmdline: &str) {
+        let mut cmdline = cmdline.as_bytes().to_vec();
+        cmdline.push(0);
+        for (size, data, bytes) in [
+            (SETUP_SIZE, SETUP_DATA, Vec::new()),
+            (KERNEL_SIZE, KERNEL_DATA, kernel),
+            (INITRD_SIZE, INITRD_DATA, initrd),
+            (CMDLINE_SIZE, CMDLINE_DATA, cmdline),
+        ] {
+            // No image has 4 GiB.
+            self.set(size, (bytes.len() as u32).to_le_bytes().to_vec());
+            self.set(data, bytes);
+        }
+    }
+
     /// A file's content.
     pub fn file(&self, name: &str) -> Option<&[u8]> {
         let index = self.files.iter().position(|have| have == name)?;
@@ -247,7 +264,15 @@ pub const FIRST_FILE: u16 = 0x20;
 const SIGNATURE: u16 = 0x00;
 const ID: u16 = 0x01;
 const CPUS: u16 = 0x05;
+const KERNEL_SIZE: u16 = 0x08;
+const INITRD_SIZE: u16 = 0x0b;
 const MAX_CPUS: u16 = 0x0f;
+const KERNEL_DATA: u16 = 0x11;
+const INITRD_DATA: u16 = 0x12;
+const CMDLINE_SIZE: u16 = 0x14;
+const CMDLINE_DATA: u16 = 0x15;
+const SETUP_SIZE: u16 = 0x17;
+const SETUP_DATA: u16 = 0x18;
 const DIRECTORY: u16 = 0x19;
 const ID_PORTS: u32 = 1;
 const ID_DMA: u32 = 1 << 1;
@@ -272,6 +297,19 @@ const MAX_TRANSFER: u32 = 64 << 20;
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_kernel_is_offered_whole_with_its_sizes_and_the_lines_end() {
+        let mut items = FwCfgItems::new(1);
+        items.set_kernel(vec![7; 300], Vec::new(), "quiet");
+        let item = |key: u16| items.items.get(&key).unwrap().clone();
+        assert_eq!(item(SETUP_SIZE), [0; 4]);
+        assert_eq!(item(KERNEL_SIZE), [0x2c, 1, 0, 0]);
+        assert_eq!(item(KERNEL_DATA), [7; 300]);
+        assert_eq!((item(INITRD_SIZE), item(INITRD_DATA)), (vec![0; 4], vec![]));
+        assert_eq!(item(CMDLINE_SIZE), [6, 0, 0, 0]);
+        assert_eq!(item(CMDLINE_DATA), b"quiet\0");
+    }
 
     fn device() -> FwCfg {
         let mut items = FwCfgItems::new(3);

@@ -117,6 +117,12 @@ impl Chipset {
         Written::Taken
     }
 
+    /// Offers what firmware boots in place of a disk's boot loader.
+    pub fn offer(&self, kernel: Vec<u8>, initrd: Vec<u8>, cmdline: &str) {
+        self.fw_cfg
+            .update(|items| items.set_kernel(kernel, initrd, cmdline));
+    }
+
     /// Registers and places, to be saved.
     pub fn save(&self) -> ChipsetStateV1 {
         ChipsetStateV1 {

@@ -7,11 +7,10 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::time::{TimeSpec, TimeValLike as _};
 use nix::time::{ClockId, clock_gettime};
 
-use super::super::layout::SECRET_GPA;
 use super::super::protocol::{
     LaunchBinding, MachineState, MachineStatus, Measurement, RoleError, VmmReply, VmmRequest,
 };
-use super::{Control, not_confidential, wrong_state};
+use super::{Control, wrong_state};
 use crate::ipc::Channel;
 
 impl Control {
@@ -32,8 +31,7 @@ impl Control {
             }
             VmmRequest::InjectSecret { header, ciphertext } => {
                 self.expect(&[MachineState::Measured], "a secret")?;
-                let protection = self.machine.protection().ok_or_else(not_confidential)?;
-                protection.launch_secret(&header, &ciphertext, SECRET_GPA)?;
+                self.machine.launch_secret(&header, &ciphertext)?;
                 Ok(VmmReply::Done)
             }
             VmmRequest::Run => self.first_run(),

@@ -90,6 +90,19 @@ pub fn wait_at_reset(vcpu: &VcpuFd) -> Result<(), KvmError> {
     vcpu.set_regs(&regs).map_err(during("KVM_SET_REGS"))
 }
 
+/// Leaves a vCPU that has not run at reset, but as QEMU has it and as it is measured with firmware: its first instruction
+/// at `eip`, its task register of the 32-bit kind.
+pub fn start_at_reset(vcpu: &VcpuFd, eip: u32) -> Result<(), KvmError> {
+    let mut sregs = vcpu.get_sregs().map_err(during("KVM_GET_SREGS"))?;
+    sregs.tr.type_ = TSS_TYPE;
+    sregs.cs.base = u64::from(eip & 0xffff_0000);
+    vcpu.set_sregs(&sregs).map_err(during("KVM_SET_SREGS"))?;
+    let mut regs = vcpu.get_regs().map_err(during("KVM_GET_REGS"))?;
+    regs.rip = u64::from(eip & 0xffff);
+    regs.rdx = 0;
+    vcpu.set_regs(&regs).map_err(during("KVM_SET_REGS"))
+}
+
 /// Model-specific registers of every vCPU at power-on, as firmware would leave them.
 pub fn power_on_msrs(vcpu: &VcpuFd) -> Result<(), KvmError> {
     for (index, data) in POWER_ON {
@@ -147,6 +160,8 @@ fn segment(selector: u16, type_: u8, long: bool) -> kvm_segment {
     }
 }
 
+/// Where a processor begins.
+pub const RESET_VECTOR: u32 = 0xffff_fff0;
 /// Where the stack begins, in the first vCPU's hands only.
 pub const BOOT_STACK: u64 = 0x8ff0;
 

@@ -6,6 +6,8 @@
     reason = "a test fails by panicking"
 )]
 
+pub mod lone;
+
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::PathBuf;
