@@ -14,7 +14,7 @@ use std::collections::BTreeSet;
 use support::{Host, POLICY, SEV_WITH_SECRET};
 
 /// Commands that ask the agent, with arguments that bring them so far.
-const ASKING: [&str; 50] = [
+const ASKING: [&str; 52] = [
     "cancel vm",
     "evidence retain --keep-from 1",
     "evidence rotate",
@@ -51,10 +51,12 @@ const ASKING: [&str; 50] = [
     "task follow 1",
     "task list",
     "task show 1",
+    "vm attach vm --net card",
     "vm console vm",
     "vm create host/vm.toml",
     "vm definitions",
     "vm delete vm",
+    "vm detach vm --net card",
     "vm list",
     "vm pause vm",
     "vm resize vm --disk data",

@@ -127,6 +127,10 @@ pub enum Action {
     Nmi,
     /// Change a device of a guest: its limits, its size.
     Resize,
+    /// Puts a disk or network card into a running guest.
+    Attach,
+    /// Takes one out again.
+    Detach,
     /// Write a guest's memory and state to a sealed file.
     Snapshot,
     /// Cancel a move.
@@ -191,6 +195,8 @@ impl Action {
             Self::Resume => ActionKind::Resume,
             Self::Nmi => ActionKind::Nmi,
             Self::Resize => ActionKind::Resize,
+            Self::Attach => ActionKind::Attach,
+            Self::Detach => ActionKind::Detach,
             Self::Snapshot => ActionKind::Snapshot,
             Self::Cancel => ActionKind::Cancel,
             Self::PlatformShow => ActionKind::PlatformShow,
@@ -343,6 +349,10 @@ kinds! {
     Nmi = "nmi",
     /// [`Action::Resize`]
     Resize = "resize",
+    /// [`Action::Attach`]
+    Attach = "attach",
+    /// [`Action::Detach`]
+    Detach = "detach",
     /// [`Action::Snapshot`]
     Snapshot = "snapshot",
     /// [`Action::Cancel`]

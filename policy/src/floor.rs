@@ -84,6 +84,8 @@ pub fn check(policy: &HostPolicy, action: &Action) -> Vec<Reason> {
         | Action::Resume
         | Action::Nmi
         | Action::Resize
+        | Action::Attach
+        | Action::Detach
         | Action::Snapshot
         | Action::Cancel
         | Action::PlatformShow

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat2};
 
-use crate::agent::api::Request;
+use crate::agent::api::{Attach, Request};
 
 /// Where a file really is: no link is left to follow. One that is still to be made is where its folder is; what is not
 /// there at all stays as it was named, and opening it will say so.
@@ -52,6 +52,10 @@ impl Request {
         match self {
             Self::Run { description, .. } | Self::Create { description } => Some(description),
             Self::Snapshot { file, .. } | Self::Restore { file, .. } => Some(file),
+            Self::Attach {
+                device: Attach::Disk(disk),
+                ..
+            } => Some(&disk.path),
             _ => None,
         }
     }
@@ -63,6 +67,10 @@ impl Request {
                 *description = real(description);
             }
             Self::Snapshot { file, .. } | Self::Restore { file, .. } => *file = real(file),
+            Self::Attach {
+                device: Attach::Disk(disk),
+                ..
+            } => disk.path = real(&disk.path),
             _ => {}
         }
         self

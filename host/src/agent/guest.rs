@@ -5,12 +5,13 @@ use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 use kvm_ioctls::Kvm;
 use serde::{Deserialize, Serialize};
 
-use crate::agent::api::{Failure, GuestInfo};
+use crate::agent::api::{AttachedInfo, DeviceName, Failure, GuestInfo};
 use crate::agent::files;
 use crate::agent::mover_process::MoverProcess;
 use crate::agent::tap;
@@ -40,7 +41,9 @@ pub struct Guest {
     /// The vsock device's Unix socket; removed with the guest.
     pub vsock: Option<PathBuf>,
     /// What it was given of this host.
-    pub local: Local,
+    pub local: Mutex<Local>,
+    /// It is being asked to let go of a device.
+    pub detaching: AtomicBool,
     /// The virtio console's Unix socket; removed with the guest.
     pub terminal: Option<PathBuf>,
     /// From the request to the running (or measured) guest.
@@ -72,9 +75,36 @@ impl Guest {
         lock(&self.changed).clone()
     }
 
+    /// What was attached while it ran, and what each is on this host.
+    fn attached(&self) -> Vec<AttachedInfo> {
+        let (plan, local) = (self.plan_now(), lock(&self.local).clone());
+        let sources = |device: &DeviceName| match device {
+            DeviceName::Disk(id) => {
+                let at = plan.disks.iter().position(|d| d.id == *id)?;
+                Some(local.disks.get(at)?.display().to_string())
+            }
+            DeviceName::Net(id) => {
+                let at = plan.nets.iter().position(|n| n.id == *id)?;
+                Some(local.taps.get(at)?.tap.clone())
+            }
+            DeviceName::Balloon | DeviceName::Console => None,
+        };
+        let plugged = plan.hotplug.plugged.iter();
+        let infos = plugged.map(|one| AttachedInfo {
+            slot: one.slot,
+            source: sources(&one.device).unwrap_or_default(),
+            device: one.device.clone(),
+        });
+        infos.collect()
+    }
+
     /// The same, without asking the VMM.
     pub fn info_in(&self, state: MachineState) -> GuestInfo {
+        let attached = self.attached();
+        let taken = u8::try_from(attached.len()).unwrap_or(u8::MAX);
         GuestInfo {
+            free_slots: self.plan.hotplug.slots.saturating_sub(taken),
+            attached,
             name: self.plan.name.clone(),
             vm_id: hex::encode(self.plan.vm_id),
             state,
@@ -244,7 +274,8 @@ impl Resources {
             mover: Mutex::new(None),
             console: self.console,
             vsock: self.vsock,
-            local: self.local,
+            local: Mutex::new(self.local),
+            detaching: AtomicBool::new(false),
             terminal: self.terminal,
             launch_us: Mutex::new(None),
             start_cpu_us: Mutex::new(None),

@@ -24,6 +24,7 @@ mod moving_disks;
 mod outgoing;
 mod platform;
 pub mod platform_api;
+mod plug;
 mod processor;
 mod record;
 mod room;
@@ -240,6 +241,12 @@ impl Agent {
                 device,
                 change,
             } => self.device(caller, &name, &device, change),
+            Request::Attach { name, device } => self.attach(caller, &name, device),
+            Request::Detach {
+                name,
+                device,
+                timeout_s,
+            } => self.detach(caller, &name, &device, timeout_s),
             Request::Pause { name } => self.order(caller, &name, &VmmRequest::Pause, "pause"),
             Request::Resume { name } => self.order(caller, &name, &VmmRequest::Resume, "resume"),
             Request::Nmi { name } => self.order(caller, &name, &VmmRequest::InjectNmi, "nmi"),

@@ -471,7 +471,8 @@ impl Restoring<'_> {
 }
 
 fn describe(guest: &Guest) -> Result<AgentAnswer, RoleError> {
-    let marks = guest.local.disks.iter().map(|path| {
+    let local = lock(&guest.local).clone();
+    let marks = local.disks.iter().map(|path| {
         DiskMark::of(path).map_err(|e| {
             role_error(
                 "RESOURCE",
@@ -482,8 +483,8 @@ fn describe(guest: &Guest) -> Result<AgentAnswer, RoleError> {
     let description = Description {
         plan: guest.plan_now(),
         epoch: *lock(&guest.epoch),
-        local: guest.local.clone(),
         disks: marks.collect::<Result<_, _>>()?,
+        local,
     };
     let description =
         postcard::to_stdvec(&description).map_err(|e| role_error("INTERNAL", e.to_string()))?;

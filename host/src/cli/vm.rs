@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::Subcommand;
 
 use super::args::{RestoreArgs, SnapshotArgs};
+use super::plug::{AttachArgs, DetachArgs};
 use super::resize::ResizeArgs;
 use super::{
     absolute, from_base64, output_failed, print_bytes, print_json, print_pretty, read_session, show,
@@ -67,6 +68,10 @@ pub enum VmCommand {
     Restore(RestoreArgs),
     /// Change a device of a guest, running or not: the balloon, a disk's size, the limits of a disk or card.
     Resize(ResizeArgs),
+    /// Put a disk or a network card into a guest, which may be running.
+    Attach(AttachArgs),
+    /// Take one that was attached out again: the guest is asked to let go of it.
+    Detach(DetachArgs),
     /// Print the JSON Schema of descriptions, by which editors complete and check them. Needs no agent.
     Schema,
     /// Stop a guest's vCPUs and devices.
@@ -130,6 +135,8 @@ pub fn run(agent: &Agent, command: VmCommand, json: bool) -> Result<u8, Failure>
         VmCommand::Snapshot(args) => args.request()?,
         VmCommand::Restore(args) => args.request()?,
         VmCommand::Resize(args) => args.request()?,
+        VmCommand::Attach(args) => args.request()?,
+        VmCommand::Detach(args) => args.request()?,
         VmCommand::Schema => return print_pretty(&spec::schema()),
         VmCommand::Pause { name } => Request::Pause { name },
         VmCommand::Resume { name } => Request::Resume { name },

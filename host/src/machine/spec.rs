@@ -24,7 +24,7 @@ pub use self::confidential::{ConfidentialSpec, IdFiles, Offer, SevSpec, SnpSpec,
 pub use self::document::schema;
 use self::document::{Cpu, Disk, Document, Net};
 use crate::machine::cpu::{CpuModel, CpuPlan, Topology};
-use crate::machine::plan::devices::{Limits, SmallDevices};
+use crate::machine::plan::devices::{HotPlugPlan, Limits, SmallDevices};
 use crate::machine::plan::{
     DiskFormat, DiskPlan, MAX_ANNOUNCE, MAX_CMDLINE, MAX_DEVICES, MAX_DISK_ID, MAX_LOW_MEMORY,
     MAX_MEMORY, MAX_VCPUS, MIN_MEMORY, MachinePlan, NetPlan, is_name,
@@ -56,6 +56,8 @@ pub struct MachineSpec {
     pub vsock_cid: Option<u32>,
     /// Random numbers, balloon, console, watchdog.
     pub small: SmallDevices,
+    /// Slots for devices that are attached while it runs.
+    pub slots: u8,
     /// What it may take of the host's processors.
     pub share: CpuShare,
 }
@@ -180,6 +182,10 @@ impl MachineSpec {
                 .collect(),
             vsock_cid: self.vsock_cid,
             small: self.small.clone(),
+            hotplug: HotPlugPlan {
+                slots: self.slots,
+                plugged: Vec::new(),
+            },
         }
     }
 }
@@ -276,6 +282,7 @@ impl Reader<'_> {
             watchdog: document.watchdog,
         };
         let small = self.small(small, !plain)?;
+        let slots = self.slots(document.hotplug, plain)?;
         let share = document.resources.map(|r| self.resources(r)).transpose()?;
         Ok(MachineSpec {
             share: share.unwrap_or_default(),
@@ -290,6 +297,7 @@ impl Reader<'_> {
             nets,
             vsock_cid,
             small,
+            slots,
         })
     }
 

@@ -71,6 +71,24 @@ impl DeviceThread {
         self.send(Command::Announce)
     }
 
+    /// Takes in a function that was put into a slot; it is number `index` from now on.
+    pub fn insert(&self, index: usize, function: Arc<VirtioPci>) -> Result<(), DeviceThreadError> {
+        self.send(Command::Insert(index, function))
+    }
+
+    /// Lets go of one; returns when what was under way is complete.
+    pub fn remove(&self, index: usize) -> Result<(), DeviceThreadError> {
+        let (sender, done) = channel();
+        self.send(Command::Remove(index, sender))?;
+        done.recv_timeout(DEADLINE)
+            .map_err(|_| DeviceThreadError::Gone)
+    }
+
+    /// The event that wakes it, of which every function has a copy.
+    pub fn wake(&self) -> &EventFd {
+        &self.wake
+    }
+
     fn send(&self, command: Command) -> Result<(), DeviceThreadError> {
         self.commands
             .send(command)
@@ -110,13 +128,16 @@ enum Command {
     Run,
     Pause(Sender<()>),
     Announce,
+    Insert(usize, Arc<VirtioPci>),
+    Remove(usize, Sender<()>),
     Exit,
 }
 
 struct Runner {
     epoll: Epoll,
     wake: EventFd,
-    functions: Vec<Arc<VirtioPci>>,
+    /// By number; none where a slot is empty.
+    functions: Vec<Option<Arc<VirtioPci>>>,
     watchdog: Option<Arc<Watchdog>>,
     polled: Vec<Vec<(RawFd, u32)>>,
     announcements: VecDeque<Instant>,
@@ -130,23 +151,52 @@ impl Runner {
         watchdog: Option<Arc<Watchdog>>,
     ) -> Result<Self, DeviceThreadError> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        let polled = vec![Vec::new(); functions.len()];
-        let runner = Self {
+        let mut runner = Self {
             epoll,
             wake,
-            functions,
+            functions: Vec::with_capacity(functions.len()),
             watchdog,
-            polled,
+            polled: Vec::new(),
             announcements: VecDeque::new(),
             running: false,
         };
         runner.add(runner.wake.as_raw_fd(), Source::Wake)?;
-        for (function, device) in runner.functions.iter().enumerate() {
-            for (queue, kick) in device.kicks().iter().enumerate() {
-                runner.add(kick.as_raw_fd(), Source::Queue { function, queue })?;
-            }
+        for (index, function) in functions.into_iter().enumerate() {
+            runner.insert(index, function)?;
         }
         Ok(runner)
+    }
+
+    fn insert(&mut self, function: usize, device: Arc<VirtioPci>) -> Result<(), Errno> {
+        for (queue, kick) in device.kicks().iter().enumerate() {
+            self.add(kick.as_raw_fd(), Source::Queue { function, queue })?;
+        }
+        if self.functions.len() <= function {
+            self.functions.resize(function + 1, None);
+            self.polled.resize(function + 1, Vec::new());
+        }
+        if let Some(place) = self.functions.get_mut(function) {
+            *place = Some(device);
+        }
+        Ok(())
+    }
+
+    fn remove(&mut self, function: usize) {
+        let Some(device) = self.functions.get_mut(function).and_then(Option::take) else {
+            return;
+        };
+        let polled = self.polled.get_mut(function).map(std::mem::take);
+        let kicks = device.kicks().iter().map(AsRawFd::as_raw_fd);
+        let others = polled.iter().flatten().map(|(fd, _)| *fd);
+        for fd in kicks.chain(others) {
+            with_fd(fd, |fd| {
+                let _ = self.epoll.delete(fd);
+            });
+        }
+    }
+
+    fn device(&self, function: usize) -> Option<&Arc<VirtioPci>> {
+        self.functions.get(function)?.as_ref()
     }
 
     fn serve(mut self, commands: &Receiver<Command>) {
@@ -203,6 +253,18 @@ impl Runner {
                     let now = Instant::now();
                     self.announcements = ANNOUNCE_AFTER.iter().map(|after| now + *after).collect();
                 }
+                Command::Insert(function, device) => {
+                    if let Err(e) = self.insert(function, device) {
+                        tracing::warn!(function, "notifications of a device are lost: {e}");
+                    }
+                    if self.running {
+                        self.service_all();
+                    }
+                }
+                Command::Remove(function, done) => {
+                    self.remove(function);
+                    let _ = done.send(());
+                }
                 Command::Exit => return Break(()),
             }
         }
@@ -226,7 +288,7 @@ impl Runner {
                 self.service_all();
             }
             Source::Queue { function, queue } => {
-                let Some(device) = self.functions.get(function) else {
+                let Some(device) = self.device(function) else {
                     return;
                 };
                 if let Some(kick) = device.kicks().get(queue) {
@@ -238,7 +300,7 @@ impl Runner {
                 self.refresh(function);
             }
             Source::Device { function, token } => {
-                if let Some(device) = self.functions.get(function) {
+                if let Some(device) = self.device(function) {
                     device.fd_event(token);
                 }
                 self.refresh(function);
@@ -248,7 +310,7 @@ impl Runner {
 
     fn service_all(&mut self) {
         for function in 0..self.functions.len() {
-            if let Some(device) = self.functions.get(function) {
+            if let Some(device) = self.device(function) {
                 device.service();
             }
             self.refresh(function);
@@ -258,8 +320,7 @@ impl Runner {
     /// Polls what the device wants polled now. A descriptor may have been closed and its number used
     /// again, so each is set anew.
     fn refresh(&mut self, function: usize) {
-        let (Some(device), Some(polled)) =
-            (self.functions.get(function), self.polled.get(function))
+        let (Some(device), Some(polled)) = (self.device(function), self.polled.get(function))
         else {
             return;
         };
@@ -318,7 +379,7 @@ impl Runner {
             .is_some_and(|due| *due <= Instant::now())
         {
             self.announcements.pop_front();
-            for device in &self.functions {
+            for device in self.functions.iter().flatten() {
                 device.announce();
             }
         }

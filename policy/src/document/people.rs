@@ -183,6 +183,8 @@ impl Role {
             | Kind::Resume
             | Kind::Nmi
             | Kind::Resize
+            | Kind::Attach
+            | Kind::Detach
             | Kind::Snapshot
             | Kind::MigrateOut
             | Kind::Cancel

@@ -20,6 +20,7 @@ mod control;
 mod devices;
 mod disk;
 mod echo;
+mod hotplug;
 mod lines;
 mod memory;
 mod options;

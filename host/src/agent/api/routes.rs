@@ -49,6 +49,8 @@ pub const ROUTES: &[Route] = &[
     post("stop", "/v1/guests/{name}/stop", "done"),
     task("shutdown", "/v1/guests/{name}/shutdown", "done"),
     post("device", "/v1/guests/{name}/device", "device"),
+    post("attach", "/v1/guests/{name}/attach", "guest"),
+    task("detach", "/v1/guests/{name}/detach", "guest"),
     post("pause", "/v1/guests/{name}/pause", "guest"),
     post("resume", "/v1/guests/{name}/resume", "guest"),
     post("nmi", "/v1/guests/{name}/nmi", "guest"),

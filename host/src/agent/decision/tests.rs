@@ -188,6 +188,21 @@ pub fn every_request() -> Vec<Request> {
             device: crate::agent::api::DeviceName::Disk("data".into()),
             change: Some(crate::agent::api::DeviceChange::Resized),
         },
+        Request::Attach {
+            name: name(),
+            device: crate::agent::api::Attach::Disk(crate::agent::api::DiskAttach {
+                id: "data".into(),
+                path: PathBuf::from("/etc/shadow"),
+                format: Default::default(),
+                read_only: true,
+                limits: Default::default(),
+            }),
+        },
+        Request::Detach {
+            name: name(),
+            device: crate::agent::api::DeviceName::Disk("data".into()),
+            timeout_s: Some(3),
+        },
     ];
     let mut kinds: Vec<usize> = all.iter().map(kind).collect();
     kinds.dedup();
@@ -195,7 +210,7 @@ pub fn every_request() -> Vec<Request> {
     all
 }
 
-const LAST: usize = 37;
+const LAST: usize = 39;
 
 fn kind(request: &Request) -> usize {
     match request {
@@ -236,7 +251,9 @@ fn kind(request: &Request) -> usize {
         Request::Proceed { .. } => 34,
         Request::MigrateSet { .. } => 35,
         Request::Shutdown { .. } => 36,
-        Request::Device { .. } => LAST,
+        Request::Device { .. } => 37,
+        Request::Attach { .. } => 38,
+        Request::Detach { .. } => LAST,
     }
 }
 

@@ -101,6 +101,24 @@ pub enum WatchdogAction {
     Report,
 }
 
+/// Slots on the PCI bus into which devices can be put, and taken out of again, while the guest runs. Their number stays.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HotPlugPlan {
+    /// How many, at most [`MAX_SLOTS`](super::MAX_SLOTS).
+    pub slots: u8,
+    /// Disks and cards of the plan that are in one.
+    pub plugged: Vec<Plugged>,
+}
+
+/// What is in a slot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Plugged {
+    /// Which slot, from 0.
+    pub slot: u8,
+    /// Which of the plan's disks or cards.
+    pub device: DeviceName,
+}
+
 /// A device of a running guest, by its name in the plan.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]

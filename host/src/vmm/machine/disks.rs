@@ -24,15 +24,15 @@ impl Machine {
 
     /// No disk notes its writes any more.
     pub fn forget_disk_writes(&self) {
-        self.functions.iter().for_each(|one| one.forget_writes());
+        self.all().iter().for_each(|one| one.forget_writes());
     }
 
-    fn disk(&self, disk: u8) -> Result<&Arc<VirtioPci>, MachineError> {
+    fn disk(&self, disk: u8) -> Result<Arc<VirtioPci>, MachineError> {
         let plan = self.plan.disks.get(usize::from(disk));
         let name = plan.map(|plan| DeviceName::Disk(plan.id.clone()));
         let found = name
             .and_then(|name| self.plan.function_of(&name))
-            .and_then(|index| self.functions.get(index));
+            .and_then(|index| self.function(index));
         found.ok_or_else(|| {
             let text = format!("the guest has no disk {disk}");
             MachineError::Role(RoleError::new("NO_SUCH_DEVICE", text))

@@ -104,6 +104,7 @@ struct Ready {
     mover: bool,
     stop: bool,
     watchdog: bool,
+    ejected: bool,
 }
 
 impl Control {
@@ -129,6 +130,11 @@ impl Control {
             if ready.stop {
                 self.guest_stopped()?;
             }
+            if ready.ejected
+                && let Err(e) = self.machine.let_go()
+            {
+                tracing::error!("a device that the guest let go of: {e}");
+            }
             if ready.mover {
                 self.serve_mover();
             }
@@ -153,6 +159,8 @@ impl Control {
         }
         let watchdog = self.machine.watchdog();
         fds.extend(watchdog.map(|w| PollFd::new(w.alarm(), PollFlags::POLLIN)));
+        let slots = self.machine.slots();
+        fds.extend(slots.map(|slots| PollFd::new(slots.event(), PollFlags::POLLIN)));
         if let Some(mover) = &self.mover {
             fds.push(PollFd::new(mover.as_fd(), PollFlags::POLLIN));
         }
@@ -167,12 +175,14 @@ impl Control {
         let agent = hits.next().unwrap_or(false);
         let stop = !self.stop_seen && hits.next().unwrap_or(false);
         let watchdog = watchdog.is_some() && hits.next().unwrap_or(false);
+        let ejected = slots.is_some() && hits.next().unwrap_or(false);
         let mover = self.mover.is_some() && hits.next().unwrap_or(false);
         Ok(Ready {
             agent,
             mover,
             stop,
             watchdog,
+            ejected,
         })
     }
 
