@@ -670,7 +670,7 @@ impl Parts<'_> {
         let lines = (0..vectors)
             .map(|_| self.interrupts.message_line())
             .collect::<Result<Vec<_>, _>>()?;
-        let gsis = lines.iter().map(|(gsi, _)| *gsi).collect();
+        let gsis: Vec<u32> = lines.iter().map(|(gsi, _)| *gsi).collect();
         let msix = Arc::new(Msix::new(
             lines,
             Arc::clone(self.interrupts) as Arc<dyn MsiRouter>,
@@ -681,7 +681,9 @@ impl Parts<'_> {
             wake,
             access_platform: self.access_platform,
         };
-        Ok((VirtioPci::new(model, msix, place)?, gsis))
+        let function = VirtioPci::new(model, msix, place);
+        let function = function.inspect_err(|_| self.interrupts.give_back(&gsis))?;
+        Ok((function, gsis))
     }
 
     /// A function whose BAR the guest places.

@@ -1,8 +1,8 @@
 //! A good description, and everything that can be wrong with one.
 
 use super::*;
-use crate::machine::plan::{DEFAULT_SLOTS, Technology};
 use crate::machine::plan::devices::Rate;
+use crate::machine::plan::{DEFAULT_SLOTS, Technology};
 
 const OFFER: Offer = Offer {
     emulated: true,

@@ -37,13 +37,8 @@ impl Machine {
         let parts = self.parts();
         let (function, gsis) = parts.function(model, 0, wake)?;
         let function = Arc::new(parts.movable(function));
-        let occupant = Occupant {
-            function: Arc::clone(&function),
-            gsis,
-        };
-        let put_in = self.put_in(&slots, slot, &occupant);
-        if let Err(error) = put_in {
-            slots.withdraw(slot);
+        let occupant = Occupant { function, gsis };
+        if let Err(error) = self.put_in(&slots, slot, &occupant) {
             self.forget(&occupant);
             return Err(error);
         }
@@ -58,8 +53,9 @@ impl Machine {
         function
             .acquire()
             .map_err(|e| MachineError::Lock(index, e))?;
-        self.devices.insert(index, Arc::clone(function))?;
         slots.insert(slot, occupant.clone())?;
+        let joined = self.devices.insert(index, Arc::clone(function));
+        joined.inspect_err(|_| slots.withdraw(slot))?;
         Ok(())
     }
 
