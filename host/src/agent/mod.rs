@@ -14,6 +14,7 @@ mod devices;
 pub mod evidence;
 mod files;
 mod guest;
+mod guest_events;
 mod incoming;
 mod launch;
 mod launch_inputs;
@@ -56,6 +57,7 @@ use crate::agent::config::AgentConfig;
 use crate::agent::decision::Gated;
 use crate::agent::evidence::Evidence;
 use crate::agent::guest::Guest;
+use crate::agent::guest_events::GuestEvents;
 use crate::agent::metrics::Metrics;
 use crate::agent::mover_process::MoverProcess;
 use crate::agent::outgoing::Wish;
@@ -105,14 +107,14 @@ pub struct Agent {
     config: AgentConfig,
     authority: Authority,
     second_opinion: SecondOpinion,
-    evidence: Evidence,
+    evidence: Arc<Evidence>,
     records: Records,
     identity: Option<HostCredentials>,
     processor: Option<Processor>,
     guests: Mutex<BTreeMap<String, Arc<Guest>>>,
     starting: Mutex<BTreeSet<String>>,
     tasks: Tasks,
-    metrics: Metrics,
+    metrics: Arc<Metrics>,
     next_role: AtomicU32,
     /// cgroups of the roles started so far; none once the agent ends.
     groups: Mutex<Option<BTreeSet<String>>>,
@@ -123,7 +125,7 @@ impl Agent {
         std::fs::create_dir_all(&config.state_dir)
             .map_err(|e| Failure::new("STATE", format!("{}: {e}", config.state_dir.display())))?;
         let (authority, admitted) = Authority::open(&config)?;
-        let evidence = Evidence::open(&config.state_dir, &config.name)?;
+        let evidence = Arc::new(Evidence::open(&config.state_dir, &config.name)?);
         let records = Records::open(&config.state_dir.join("ownership"))
             .map_err(|e| Failure::new("STATE", e.to_string()))?;
         let identity = config
@@ -150,7 +152,7 @@ impl Agent {
             guests: Mutex::new(BTreeMap::new()),
             starting: Mutex::new(BTreeSet::new()),
             tasks: Tasks::default(),
-            metrics: Metrics::default(),
+            metrics: Arc::default(),
             next_role: AtomicU32::new(0),
             groups: Mutex::new(Some(BTreeSet::new())),
             config,
@@ -602,11 +604,8 @@ impl Agent {
             locked: sev::locked_memory(plan),
         };
         let (process, channel) = self.spawn(Role::Vmm, bounds)?;
-        let name = plan.name.clone();
-        let on_event = move |event| match event {
-            Some(event) => tracing::info!(guest = name, ?event, "guest"),
-            None => tracing::info!(guest = name, "VMM ended"),
-        };
+        let mut events = GuestEvents::of(plan, &self.evidence, &self.metrics);
+        let on_event = move |event| events.hear(event);
         VmmProcess::new(process, channel, on_event)
             .map_err(|e| Failure::new("INTERNAL", e.to_string()))
     }

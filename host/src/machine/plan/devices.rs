@@ -99,6 +99,8 @@ pub enum WatchdogAction {
     Stop,
     /// The host is told, and the guest runs on.
     Report,
+    /// The guest is paused as it is, for somebody to look at; it can be resumed.
+    Pause,
 }
 
 /// Slots on the PCI bus into which devices can be put, and taken out of again, while the guest runs. Their number stays.

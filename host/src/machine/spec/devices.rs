@@ -167,9 +167,11 @@ impl Reader<'_> {
         let action = match watchdog.action.get_ref().as_str() {
             "stop" => WatchdogAction::Stop,
             "report" => WatchdogAction::Report,
+            "pause" => WatchdogAction::Pause,
             other => {
-                let problem =
-                    format!("`watchdog.action` is {other:?}; want \"stop\" or \"report\"");
+                let problem = format!(
+                    "`watchdog.action` is {other:?}; want \"stop\", \"pause\" or \"report\""
+                );
                 return Err(self.at(watchdog.action.span(), problem));
             }
         };

@@ -231,8 +231,18 @@ impl Control {
         }
         self.agent.send(&VmmMessage::Event(VmmEvent::Watchdog))?;
         let plan = self.machine.plan().small.watchdog;
-        if plan.is_some_and(|watchdog| watchdog.action == WatchdogAction::Stop) {
-            self.machine.stop_notice().stop("watchdog");
+        match plan.map(|watchdog| watchdog.action) {
+            Some(WatchdogAction::Stop) => self.machine.stop_notice().stop("watchdog"),
+            // Not under a mover, who pauses and resumes by its own order.
+            Some(WatchdogAction::Pause)
+                if self.state == MachineState::Running && self.mover.is_none() =>
+            {
+                match self.machine.pause() {
+                    Ok(()) => self.state = MachineState::Paused,
+                    Err(e) => tracing::error!("its watchdog was not fed, but: {e}"),
+                }
+            }
+            Some(WatchdogAction::Pause | WatchdogAction::Report) | None => {}
         }
         Ok(())
     }
