@@ -71,7 +71,7 @@ const ASKING: [&str; 52] = [
 
 /// Commands that ask no agent, and what they touch. What changes something on a host is none of them but a broker's
 /// store, whose changes the broker records (`broker::tests::governed`).
-const ALONE: [(&str, &str); 39] = [
+const ALONE: [(&str, &str); 40] = [
     ("agent", "is the agent"),
     ("attest certificate", "files"),
     ("attest fetch", "AMD's key service, files"),
@@ -108,6 +108,10 @@ const ALONE: [(&str, &str); 39] = [
     ("evidence report", "files"),
     ("evidence tail", "files"),
     ("evidence verify", "files"),
+    (
+        "guest-names",
+        "the agent's list, which is empty where its policy refuses it",
+    ),
     (
         "internal",
         "is a role that an agent started, on the channel it was given",

@@ -307,7 +307,10 @@ pub enum Command {
     },
     /// Print the description of the agent's API (OpenAPI 3.1).
     Openapi,
-    /// Print a completion script.
+    /// The names of the guests here, for completion scripts.
+    #[command(hide = true)]
+    GuestNames,
+    /// Print a completion script; bash's completes the names of guests too.
     Completion {
         /// For this shell.
         shell: clap_complete::Shell,

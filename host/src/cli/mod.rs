@@ -4,6 +4,7 @@ mod args;
 mod attest;
 mod bench;
 mod broker;
+mod completion;
 mod evidence;
 mod limits;
 mod migrate;
@@ -154,11 +155,8 @@ fn run(cli: Cli) -> Result<u8, Failure> {
         Command::Task { command } => show(agent, &command.request(), json),
         Command::Metrics => show(agent, &Request::Metrics {}, json),
         Command::Openapi => print_pretty(&crate::agent::api::openapi::document()),
-        Command::Completion { shell } => {
-            let mut text = Vec::new();
-            clap_complete::generate(shell, &mut Cli::command(), "casemate", &mut text);
-            print_bytes(&text)
-        }
+        Command::Completion { shell } => completion::script(shell),
+        Command::GuestNames => completion::guest_names(agent),
         Command::Man => {
             let mut text = Vec::new();
             let mut cli = Cli::command().disable_help_subcommand(true);
