@@ -127,6 +127,8 @@ pub enum Action {
     Nmi,
     /// Change a device of a guest: its limits, its size.
     Resize,
+    /// Types at a guest's console.
+    Console,
     /// Puts a disk or network card into a running guest.
     Attach,
     /// Takes one out again.
@@ -195,6 +197,7 @@ impl Action {
             Self::Resume => ActionKind::Resume,
             Self::Nmi => ActionKind::Nmi,
             Self::Resize => ActionKind::Resize,
+            Self::Console => ActionKind::Console,
             Self::Attach => ActionKind::Attach,
             Self::Detach => ActionKind::Detach,
             Self::Snapshot => ActionKind::Snapshot,
@@ -349,6 +352,8 @@ kinds! {
     Nmi = "nmi",
     /// [`Action::Resize`]
     Resize = "resize",
+    /// [`Action::Console`]
+    Console = "console",
     /// [`Action::Attach`]
     Attach = "attach",
     /// [`Action::Detach`]

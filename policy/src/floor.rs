@@ -84,6 +84,7 @@ pub fn check(policy: &HostPolicy, action: &Action) -> Vec<Reason> {
         | Action::Resume
         | Action::Nmi
         | Action::Resize
+        | Action::Console
         | Action::Attach
         | Action::Detach
         | Action::Snapshot

@@ -70,6 +70,11 @@ pub enum Request {
         /// From which byte on; 0 for the beginning.
         from: u64,
     },
+    /// Opens a guest's serial console, to be looked at and typed at; for users of this host.
+    ConsoleOpen {
+        /// Its name.
+        name: String,
+    },
     /// All guests.
     List {},
     /// One guest.
@@ -428,6 +433,12 @@ pub enum Answer {
         next: u64,
         /// Whether the guest writes no more.
         ended: bool,
+    },
+    /// A console that waits for its user.
+    ConsoleOpened {
+        /// Unix socket that belongs to who asked, and takes one connection within ten seconds. The guest's last
+        /// output comes first; what is written to it is typed.
+        socket: PathBuf,
     },
     /// A task.
     Task(TaskInfo),

@@ -1,7 +1,6 @@
 //! One guest on this host: its process, its resources, and what is known of it.
 
-use std::fs::{File, OpenOptions};
-use std::io::{Read, Write};
+use std::fs::OpenOptions;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -14,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::agent::api::{AttachedInfo, DeviceName, Failure, GuestInfo};
 use crate::agent::files;
 use crate::agent::mover_process::MoverProcess;
+use crate::agent::serial::{SerialConsole, VmmEnds};
 use crate::agent::tap;
 use crate::agent::vmm_process::{VmmProcess, lock};
 use crate::machine::cpu::{CpuBaseline, CpuModel};
@@ -36,6 +36,8 @@ pub struct Guest {
     pub measurement: Mutex<Option<Measurement>>,
     /// The mover of the migration that is under way, if one is.
     pub mover: Mutex<Option<Arc<MoverProcess>>>,
+    /// Its serial console.
+    pub serial: Arc<SerialConsole>,
     /// Where the console's output goes.
     pub console: PathBuf,
     /// The vsock device's Unix socket; removed with the guest.
@@ -149,6 +151,7 @@ pub struct Local {
 pub struct Resources {
     handles: Vec<(HandleKind, OwnedFd)>,
     local: Local,
+    serial: Arc<SerialConsole>,
     /// Where the console's output goes.
     pub console: PathBuf,
     /// The vsock device's Unix socket.
@@ -178,7 +181,9 @@ impl Resources {
         std::fs::create_dir_all(folder).map_err(|e| unusable(folder, &e))?;
         let mut handles = vec![(HandleKind::Kvm, open_kvm()?)];
         let console = folder.join("console.log");
-        handles.push((HandleKind::Console, console_pipe(&console)?));
+        let (serial, ends) = open_console(&console)?;
+        handles.push((HandleKind::Console, ends.output));
+        handles.push((HandleKind::ConsoleInput, ends.input));
         for (number, (path, disk)) in (0u8..).zip(disks.iter().zip(&plan.disks)) {
             let file = files::open(path, !disk.read_only);
             handles.push((
@@ -207,6 +212,7 @@ impl Resources {
         Ok(Self {
             handles,
             local,
+            serial,
             console,
             vsock,
             terminal,
@@ -272,6 +278,7 @@ impl Resources {
             epoch: Mutex::new(epoch),
             measurement: Mutex::new(None),
             mover: Mutex::new(None),
+            serial: self.serial,
             console: self.console,
             vsock: self.vsock,
             local: Mutex::new(self.local),
@@ -307,37 +314,11 @@ fn open_kvm() -> Result<OwnedFd, Failure> {
     }
 }
 
-/// A pipe whose other end is copied to a file until [`CONSOLE_LIMIT`]: a guest that prints without end fills no disk,
-/// and a VMM never waits for one.
-fn console_pipe(path: &Path) -> Result<OwnedFd, Failure> {
-    let (reader, writer) =
-        nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(|e| unusable(path, &e.into()))?;
-    let file = OpenOptions::new()
-        .create(true)
-        .append(true)
-        .open(path)
-        .map_err(|e| unusable(path, &e))?;
-    let copy = move || copy_console(File::from(reader), file);
-    std::thread::Builder::new()
-        .name("console".into())
-        .spawn(copy)
-        .map_err(|e| unusable(path, &e))?;
-    Ok(writer)
-}
-
-fn copy_console(mut from: File, mut to: File) {
-    let mut room = CONSOLE_LIMIT;
-    let mut buffer = [0u8; 4096];
-    while let Ok(count @ 1..) = from.read(&mut buffer) {
-        let keep = count.min(room);
-        room -= keep;
-        if let Some(bytes) = buffer.get(..keep)
-            && let Err(error) = to.write_all(bytes)
-        {
-            tracing::warn!(%error, "console output is lost from here on");
-            room = 0;
-        }
-    }
+/// The console, with its output in a file.
+fn open_console(path: &Path) -> Result<(Arc<SerialConsole>, VmmEnds), Failure> {
+    let file = OpenOptions::new().create(true).append(true).open(path);
+    file.and_then(SerialConsole::new)
+        .map_err(|e| unusable(path, &e))
 }
 
 fn listen(path: &Path) -> Result<OwnedFd, Failure> {
@@ -356,6 +337,3 @@ fn unusable(path: &Path, error: &std::io::Error) -> Failure {
         format!("{} cannot be used: {error}", path.display()),
     )
 }
-
-/// Most console output kept of one guest on one host, in bytes.
-const CONSOLE_LIMIT: usize = 64 << 20;

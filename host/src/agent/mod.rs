@@ -30,6 +30,7 @@ mod processor;
 mod record;
 mod room;
 mod second_opinion;
+mod serial;
 mod server;
 mod sev;
 mod shutdown;
@@ -230,6 +231,7 @@ impl Agent {
             Request::Delete { name } => self.delete(caller, &name),
             Request::Stats { name } => self.stats(&name),
             Request::Console { name, from } => self.console(&name, from),
+            Request::ConsoleOpen { name } => self.console_open(caller, &name),
             Request::List {} => self.list(),
             Request::Status { name } => Ok(Answer::Guest(self.guest(&name)?.info()?)),
             Request::Stop { name } => self.stop(caller, &name),

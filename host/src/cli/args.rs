@@ -156,6 +156,10 @@ pub enum Command {
         /// Folder made by `casemate owner session`: the launch is bound to that owner and waits for the secret.
         #[arg(long)]
         owner_session: Option<PathBuf>,
+        /// Stay with the guest: its serial console is this terminal's until it ends, or Ctrl-] leaves it running. Status:
+        /// 0 where it switched itself off or was left, 1 where it ended in another way.
+        #[arg(long, conflicts_with = "owner_session")]
+        console: bool,
     },
     /// List the guests of this host.
     List,

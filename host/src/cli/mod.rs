@@ -15,6 +15,7 @@ mod policy;
 mod render;
 mod resize;
 mod roles;
+mod terminal;
 mod verdict;
 mod vm;
 
@@ -65,17 +66,18 @@ fn run(cli: Cli) -> Result<u8, Failure> {
         Command::Run {
             description,
             owner_session,
+            console,
         } => {
             let description = absolute(&description)?;
             let session = owner_session.as_deref().map(read_session).transpose()?;
-            show(
-                agent,
-                &Request::Run {
-                    description,
-                    session,
-                },
-                json,
-            )
+            let request = Request::Run {
+                description,
+                session,
+            };
+            match console {
+                true => terminal::launch(agent, &request),
+                false => show(agent, &request, json),
+            }
         }
         Command::List => show(agent, &Request::List {}, json),
         Command::Status { name } => show(agent, &Request::Status { name }, json),

@@ -9,6 +9,7 @@ use clap::Subcommand;
 use super::args::{RestoreArgs, SnapshotArgs};
 use super::plug::{AttachArgs, DetachArgs};
 use super::resize::ResizeArgs;
+use super::terminal;
 use super::{
     absolute, from_base64, output_failed, print_bytes, print_json, print_pretty, read_session, show,
 };
@@ -96,6 +97,10 @@ pub enum VmCommand {
         /// Go on until the guest has stopped.
         #[arg(long)]
         follow: bool,
+        /// Join this terminal to it, to type as well; Ctrl-] leaves. Status: 0 where the guest was left or switched itself
+        /// off, 1 where it ended in another way.
+        #[arg(long, short, conflicts_with = "follow")]
+        interactive: bool,
     },
 }
 
@@ -103,7 +108,12 @@ pub enum VmCommand {
 pub fn run(agent: &Agent, command: VmCommand, json: bool) -> Result<u8, Failure> {
     let request = match command {
         VmCommand::Validate { description } => return validate(&description, json),
-        VmCommand::Console { name, follow } => return console(agent, &name, follow),
+        VmCommand::Console {
+            name,
+            interactive: true,
+            ..
+        } => return terminal::console(agent, &name),
+        VmCommand::Console { name, follow, .. } => return console(agent, &name, follow),
         VmCommand::Create { description } => Request::Create {
             description: absolute(&description)?,
         },

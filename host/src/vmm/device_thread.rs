@@ -13,6 +13,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use vmm_sys_util::eventfd::EventFd;
 
 use super::hooks::ThreadKind;
+use crate::devices::serial::Console;
 use crate::devices::virtio::transport::VirtioPci;
 use crate::devices::watchdog::Watchdog;
 
@@ -30,9 +31,10 @@ impl DeviceThread {
         wake: EventFd,
         functions: Vec<Arc<VirtioPci>>,
         watchdog: Option<Arc<Watchdog>>,
+        console: Option<Arc<Console>>,
         confine: fn(ThreadKind) -> Result<(), String>,
     ) -> Result<Self, DeviceThreadError> {
-        let runner = Runner::new(wake.try_clone()?, functions, watchdog)?;
+        let runner = Runner::new(wake.try_clone()?, functions, watchdog, console)?;
         let (commands, receiver) = channel();
         let (ready_sender, ready) = channel();
         let thread = Builder::new().name("devices".into()).spawn(move || {
@@ -139,6 +141,8 @@ struct Runner {
     /// By number; none where a slot is empty.
     functions: Vec<Option<Arc<VirtioPci>>>,
     watchdog: Option<Arc<Watchdog>>,
+    console: Option<Arc<Console>>,
+    typing: Option<RawFd>,
     polled: Vec<Vec<(RawFd, u32)>>,
     announcements: VecDeque<Instant>,
     running: bool,
@@ -149,6 +153,7 @@ impl Runner {
         wake: EventFd,
         functions: Vec<Arc<VirtioPci>>,
         watchdog: Option<Arc<Watchdog>>,
+        console: Option<Arc<Console>>,
     ) -> Result<Self, DeviceThreadError> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         let mut runner = Self {
@@ -156,6 +161,8 @@ impl Runner {
             wake,
             functions: Vec::with_capacity(functions.len()),
             watchdog,
+            console,
+            typing: None,
             polled: Vec::new(),
             announcements: VecDeque::new(),
             running: false,
@@ -299,6 +306,12 @@ impl Runner {
                 device.queue_event(queue as u16);
                 self.refresh(function);
             }
+            Source::Console => {
+                if let Some(console) = &self.console {
+                    console.input_event();
+                }
+                self.refresh_console();
+            }
             Source::Device { function, token } => {
                 if let Some(device) = self.device(function) {
                     device.fd_event(token);
@@ -308,7 +321,25 @@ impl Runner {
         }
     }
 
+    /// Polls what is typed, while the guest can take it.
+    fn refresh_console(&mut self) {
+        let wanted = self.console.as_ref().and_then(|console| console.poll_fd());
+        if wanted == self.typing {
+            return;
+        }
+        if let Some(fd) = self.typing.take() {
+            with_fd(fd, |fd| {
+                let _ = self.epoll.delete(fd);
+            });
+        }
+        match wanted.map(|fd| self.add(fd, Source::Console)) {
+            Some(Err(e)) => tracing::warn!("what is typed at the console cannot be polled: {e}"),
+            _ => self.typing = wanted,
+        }
+    }
+
     fn service_all(&mut self) {
+        self.refresh_console();
         for function in 0..self.functions.len() {
             if let Some(device) = self.device(function) {
                 device.service();
@@ -397,6 +428,7 @@ enum Source {
     Wake,
     Queue { function: usize, queue: usize },
     Device { function: usize, token: u32 },
+    Console,
 }
 
 impl Source {
@@ -407,6 +439,7 @@ impl Source {
             Self::Device { function, token } => {
                 (2 << 56) | ((function as u64) << 32) | u64::from(token)
             }
+            Self::Console => 3 << 56,
         }
     }
 
@@ -422,6 +455,7 @@ impl Source {
                 function,
                 token: low,
             },
+            3 => Self::Console,
             _ => Self::Wake,
         }
     }
@@ -457,7 +491,7 @@ mod tests {
         let function = Arc::new(std::mem::replace(&mut bench.function, spare.function));
         let wake = bench.wake.try_clone().unwrap();
         let thread =
-            DeviceThread::spawn(wake, vec![Arc::clone(&function)], None, |_| Ok(())).unwrap();
+            DeviceThread::spawn(wake, vec![Arc::clone(&function)], None, None, |_| Ok(())).unwrap();
         thread.run().unwrap();
         (thread, function)
     }
@@ -503,7 +537,7 @@ mod tests {
     fn a_thread_that_cannot_be_confined_does_not_start() {
         let bench = bench();
         let wake = bench.wake.try_clone().unwrap();
-        let result = DeviceThread::spawn(wake, vec![], None, |_| Err("no filter".into()));
+        let result = DeviceThread::spawn(wake, vec![], None, None, |_| Err("no filter".into()));
         assert!(matches!(result, Err(DeviceThreadError::Confine(_))));
     }
 
@@ -515,6 +549,7 @@ mod tests {
                 function: 3,
                 queue: 2,
             },
+            Source::Console,
             Source::Device {
                 function: 30,
                 token: u32::MAX,

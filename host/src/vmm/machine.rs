@@ -120,10 +120,11 @@ impl Machine {
         };
         let (functions, plugged) = place_functions(models, &parts, &wake, &plan)?;
         let console_line = interrupts.legacy_line(COM1_GSI)?;
-        let console = Arc::new(Console::new(
-            console_line,
-            handles.require(HandleKind::Console)?,
-        )?);
+        let console = Console::new(console_line, handles.require(HandleKind::Console)?)?;
+        let console = Arc::new(match handles.take(HandleKind::ConsoleInput) {
+            Some(input) => console.with_input(input, wake.try_clone()?)?,
+            None => console,
+        });
         let watchdog = place_watchdog(&plan, functions.len(), &wake)?;
         let chipset = board::chipset(&plan, &memory).map(Arc::new);
         let events = Arc::new(Events::new(interrupts.legacy_line(EVENTS_GSI)?));
@@ -165,6 +166,7 @@ impl Machine {
             wake,
             functions.clone(),
             watchdog.clone(),
+            Some(Arc::clone(&console)),
             hooks.confine_thread,
         )?;
         for (slot, function) in slots.iter().flat_map(|slots| slots.functions()) {

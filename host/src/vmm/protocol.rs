@@ -15,6 +15,8 @@ pub enum HandleKind {
     Kvm,
     /// Where the serial console's output goes (append only file or pipe).
     Console,
+    /// What is typed at the serial console (a pipe); without it nobody types.
+    ConsoleInput,
     /// Kernel image, a bzImage or an ELF file; only for a launch.
     Kernel,
     /// Initramfs; only for a launch.

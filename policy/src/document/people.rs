@@ -183,6 +183,7 @@ impl Role {
             | Kind::Resume
             | Kind::Nmi
             | Kind::Resize
+            | Kind::Console
             | Kind::Attach
             | Kind::Detach
             | Kind::Snapshot

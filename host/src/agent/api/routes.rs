@@ -63,6 +63,11 @@ pub const ROUTES: &[Route] = &[
     ),
     get("stats", "/v1/guests/{name}/stats", "stats"),
     get("console", "/v1/guests/{name}/console", "console"),
+    post(
+        "console-open",
+        "/v1/guests/{name}/console",
+        "console-opened",
+    ),
     post("inject-secret", "/v1/guests/{name}/secret", "guest"),
     task("migrate", "/v1/guests/{name}/migrate", "migrated"),
     task("assess", "/v1/guests/{name}/assess", "assessed"),

@@ -203,6 +203,7 @@ pub fn every_request() -> Vec<Request> {
             device: crate::agent::api::DeviceName::Disk("data".into()),
             timeout_s: Some(3),
         },
+        Request::ConsoleOpen { name: name() },
     ];
     let mut kinds: Vec<usize> = all.iter().map(kind).collect();
     kinds.dedup();
@@ -210,7 +211,7 @@ pub fn every_request() -> Vec<Request> {
     all
 }
 
-const LAST: usize = 39;
+const LAST: usize = 40;
 
 fn kind(request: &Request) -> usize {
     match request {
@@ -253,7 +254,8 @@ fn kind(request: &Request) -> usize {
         Request::Shutdown { .. } => 36,
         Request::Device { .. } => 37,
         Request::Attach { .. } => 38,
-        Request::Detach { .. } => LAST,
+        Request::Detach { .. } => 39,
+        Request::ConsoleOpen { .. } => LAST,
     }
 }
 
