@@ -66,6 +66,15 @@ impl DevCa {
 
     /// Issues a certificate for a host or gateway with one DNS name, for either side of a connection.
     pub fn issue(&self, san: &str) -> Result<HostMaterial, IdentityError> {
+        self.issue_with(san, |_| {})
+    }
+
+    /// The same, with `change` to what the certificate says.
+    pub(crate) fn issue_with(
+        &self,
+        san: &str,
+        change: impl FnOnce(&mut CertificateParams),
+    ) -> Result<HostMaterial, IdentityError> {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(failed)?;
         let mut params = CertificateParams::new(vec![san.to_owned()]).map_err(failed)?;
         params.distinguished_name = common_name(san);
@@ -75,6 +84,7 @@ impl DevCa {
             ExtendedKeyUsagePurpose::ClientAuth,
         ];
         params.use_authority_key_identifier_extension = true;
+        change(&mut params);
         let certificate = params.signed_by(&key, &self.issuer).map_err(failed)?;
         Ok(HostMaterial {
             certificate_pem: certificate.pem(),

@@ -443,6 +443,8 @@ impl From<CryptoError> for IdentityError {
 
 #[cfg(test)]
 mod tests {
+    use rcgen::{CertificateParams, ExtendedKeyUsagePurpose, date_time_ymd};
+
     use super::*;
     use crate::dev_ca::DevCa;
 
@@ -493,6 +495,33 @@ mod tests {
             .verify(host.identity().unwrap().chain(), Usage::Server)
             .unwrap_err();
         assert_eq!(error.code(), Code::CertificateInvalid);
+    }
+
+    #[test]
+    fn a_certificate_out_of_its_time_or_for_another_use_is_refused() {
+        let ca = DevCa::new("test").unwrap();
+        let anchors = TrustAnchors::from_pem(ca.certificate_pem()).unwrap();
+        let judge = |change: fn(&mut CertificateParams), usage| {
+            let host = ca.issue_with("a.test", change).unwrap();
+            let verified = anchors.verify(host.identity().unwrap().chain(), usage);
+            verified.map_err(|error| error.code())
+        };
+        let server_only = |params: &mut CertificateParams| {
+            params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+        };
+        for usage in [Usage::Server, Usage::Client] {
+            assert!(judge(|_| {}, usage).is_ok());
+            let expired = judge(|params| params.not_after = date_time_ymd(2026, 1, 1), usage);
+            let early = judge(
+                |params| params.not_before = date_time_ymd(4000, 1, 1),
+                usage,
+            );
+            assert_eq!(expired.unwrap_err(), Code::CertificateInvalid);
+            assert_eq!(early.unwrap_err(), Code::CertificateInvalid);
+        }
+        assert!(judge(server_only, Usage::Server).is_ok());
+        let as_client = judge(server_only, Usage::Client).unwrap_err();
+        assert_eq!(as_client, Code::CertificateInvalid);
     }
 
     #[test]

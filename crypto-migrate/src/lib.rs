@@ -22,6 +22,9 @@
 //! caller. Every wait has a deadline. System calls besides memory: `recvfrom`, `writev`/`sendto`,
 //! `setsockopt` (timeouts, once), `ioctl(FIONBIO)`, `shutdown`, `getrandom`, `clock_gettime`.
 //!
+//! `WIRE.md` is the format byte by byte, `THREATS.md` who might attack a move and the test of each claim, `PERFORMANCE.md` what
+//! was measured.
+//!
 //! The example `loopback` moves a toy guest between two threads:
 //! `cargo run --release -p casemate-crypto-migrate --example loopback`.
 #![forbid(unsafe_code)]
@@ -49,6 +52,8 @@ mod channel;
 mod crypto;
 #[cfg(test)]
 mod rogue_tests;
+#[cfg(test)]
+mod threats;
 
 pub use channel::ChannelError;
 pub use crypto::{CryptoError, Provider, SEALS_PER_KEY};
