@@ -160,10 +160,11 @@ impl GuestBus for MachineBus {
                 self.pci.read_address(port - PCI_CONFIG_ADDRESS, data)
             }
             PCI_CONFIG_DATA..=PCI_CONFIG_LAST => self.pci.read_data(port - PCI_CONFIG_DATA, data),
-            HOTPLUG..=HOTPLUG_LAST => match &self.slots {
-                Some(slots) => slots.read(port - HOTPLUG, data),
-                None => {}
-            },
+            HOTPLUG..=HOTPLUG_LAST => {
+                if let Some(slots) = &self.slots {
+                    slots.read(port - HOTPLUG, data);
+                }
+            }
             EVENTS => data
                 .iter_mut()
                 .take(1)

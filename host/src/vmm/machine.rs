@@ -703,13 +703,16 @@ impl Parts<'_> {
     }
 }
 
+/// What is in which slot.
+type Plugged = Vec<(u8, Occupant)>;
+
 /// The functions of the start, and those that are in slots.
 fn place_functions(
     models: Vec<Box<dyn VirtioDevice>>,
     parts: &Parts<'_>,
     wake: &EventFd,
     plan: &MachinePlan,
-) -> Result<(Vec<Arc<VirtioPci>>, Vec<(u8, Occupant)>), MachineError> {
+) -> Result<(Vec<Arc<VirtioPci>>, Plugged), MachineError> {
     let mut functions: Vec<Arc<VirtioPci>> = Vec::with_capacity(models.len());
     let mut plugged = Vec::new();
     let slots = plan.slots_in_order().into_iter();
@@ -733,7 +736,7 @@ fn place_functions(
 fn make_slots(
     plan: &MachinePlan,
     events: &Arc<Events>,
-    plugged: Vec<(u8, Occupant)>,
+    plugged: Plugged,
 ) -> Result<Option<Arc<HotPlug>>, MachineError> {
     if plan.hotplug.slots == 0 {
         return Ok(None);

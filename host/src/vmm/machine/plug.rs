@@ -87,8 +87,9 @@ impl Machine {
             let plugged = self.plan.hotplug.plugged.iter();
             let name = plugged
                 .filter(|one| one.slot == slot)
-                .map(|one| &one.device);
-            if let Some(name) = name.cloned().next() {
+                .map(|one| one.device.clone())
+                .next();
+            if let Some(name) = name {
                 self.plan.unplug(&name);
             }
         }
