@@ -45,8 +45,8 @@ fn who_leaves_or_is_told_to_go_leaves_the_guest_and_the_terminal_as_they_were() 
     host.start();
     let path = describe(&host);
     let mut terminal = Terminal::start(&host, &["run", &path, "--console"]);
-    terminal.types("first");
-    terminal.hears("first");
+    terminal.types("hello");
+    terminal.hears("hello");
     terminal.types("not this\u{1d}nor that");
     assert_eq!(terminal.ends(), Some(0));
     assert_eq!(host.listed("vm").unwrap()["state"], "running");
@@ -55,7 +55,7 @@ fn who_leaves_or_is_told_to_go_leaves_the_guest_and_the_terminal_as_they_were() 
     for (signal, status) in [(Signal::SIGTERM, 143), (Signal::SIGHUP, 129)] {
         let mut terminal = Terminal::start(&host, &join);
         // What was last is shown to who comes later; what was typed behind Ctrl-] was not.
-        terminal.hears("firstnot this");
+        terminal.hears("hellonot this");
         assert!(!terminal.heard.contains("nor that"), "{}", terminal.heard);
         // A key that ends processes elsewhere is the guest's here.
         terminal.types("\u{3}x");
@@ -230,7 +230,7 @@ fn bash_completes_the_names_of_guests_and_does_not_wait_for_an_agent_that_is_sil
         let program = env!("CARGO_BIN_EXE_casemate");
         let line = format!(
             "source {script:?}; COMP_WORDS=({program} {words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); \
-             _casemate_guests casemate \"${{COMP_WORDS[COMP_CWORD]}}\" \"${{COMP_WORDS[COMP_CWORD-1]}}\"; \
+             _casemate_guests {program} \"${{COMP_WORDS[COMP_CWORD]}}\" \"${{COMP_WORDS[COMP_CWORD-1]}}\"; \
              echo \"${{COMPREPLY[@]}}\""
         );
         let output = std::process::Command::new("bash")

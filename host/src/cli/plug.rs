@@ -23,25 +23,25 @@ pub struct AttachArgs {
     #[arg(long, value_name = "FILE", conflicts_with = "net")]
     path: Option<PathBuf>,
     /// The image is QEMU's qcow2; otherwise its bytes are the disk's.
-    #[arg(long, requires = "disk")]
+    #[arg(long, conflicts_with = "net")]
     qcow2: bool,
     /// The guest may not write.
-    #[arg(long, requires = "disk")]
+    #[arg(long, conflicts_with = "net")]
     read_only: bool,
     /// A network card of this name.
     #[arg(long, group = "device", value_name = "ID")]
     net: Option<String>,
     /// Its tap device, made where there is none; by default one that is made.
-    #[arg(long, value_name = "NAME", requires = "net")]
+    #[arg(long, value_name = "NAME", conflicts_with = "disk")]
     tap: Option<String>,
     /// Bridge that the tap is put on.
-    #[arg(long, value_name = "NAME", requires = "net")]
+    #[arg(long, value_name = "NAME", conflicts_with = "disk")]
     bridge: Option<String>,
     /// Its address; by default one under 52:54:00.
-    #[arg(long, value_name = "MAC", requires = "net")]
+    #[arg(long, value_name = "MAC", conflicts_with = "disk")]
     mac: Option<String>,
     /// IPv4 address that is announced after a move; may stand several times.
-    #[arg(long, value_name = "ADDRESS", requires = "net")]
+    #[arg(long, value_name = "ADDRESS", conflicts_with = "disk")]
     announce: Vec<Ipv4Addr>,
     #[command(flatten)]
     limits: LimitArgs,

@@ -143,7 +143,7 @@ fn small_devices_and_limits_are_read_and_checked() {
     for (result, words) in [
         (
             plain_with("[watchdog]\naction = \"bark\"\n"),
-            "want \"stop\" or \"report\"",
+            "want \"stop\", \"pause\" or \"report\"",
         ),
         (
             plain_with("[rng]\nbytes_per_second = \"0 MiB\"\n"),
