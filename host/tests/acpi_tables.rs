@@ -10,7 +10,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use casemate::vmm::boot::acpi::tables;
+use casemate::vmm::boot::acpi::{Slots, tables};
 
 #[test]
 fn acpica_reads_every_table_without_a_warning() {
@@ -19,9 +19,10 @@ fn acpica_reads_every_table_without_a_warning() {
         return;
     };
     eprintln!("with {}", iasl.display());
-    for (vcpus, generation) in [(1, true), (64, false)] {
+    let slots = Slots { first: 9, count: 8 };
+    for (vcpus, generation, slots) in [(1, true, slots), (64, false, Slots::NONE)] {
         let folder = tempfile::tempdir().unwrap();
-        let blob = tables(vcpus, generation, BASE);
+        let blob = tables(vcpus, generation, slots, BASE);
         for (name, table) in found(&blob) {
             std::fs::write(folder.path().join(format!("{name}.dat")), table).unwrap();
             let said = run(&iasl, folder.path(), &["-d", &format!("{name}.dat")]);
@@ -42,6 +43,11 @@ fn acpica_reads_every_table_without_a_warning() {
             assert!(text.contains(&format!("Device (\\_SB.{device}")), "{text}");
         }
         assert_eq!(text.contains("VM_Gen_Counter"), generation);
+        assert_eq!(
+            text.matches("Method (_EJ0, 1").count(),
+            usize::from(slots.count)
+        );
+        assert_eq!(text.contains("_SB.PCI0.SCAN ()"), slots.count > 0, "{text}");
     }
 }
 

@@ -10,7 +10,7 @@ mod support;
 
 use std::fs;
 
-use support::Host;
+use support::{Host, small_image, until};
 
 #[test]
 fn a_guest_that_hears_no_power_button_runs_on_until_it_is_forced() {
@@ -40,6 +40,51 @@ fn a_guest_that_hears_no_power_button_runs_on_until_it_is_forced() {
     };
     assert_eq!((count("power-button"), count("stop")), (2, 1));
 }
+
+#[test]
+fn an_unfed_watchdog_is_in_state_record_and_metrics() {
+    let mut host = Host::new("unfed");
+    host.start();
+    for (action, wanted) in [
+        ("stop", "stopped"),
+        ("pause", "paused"),
+        ("report", "running"),
+    ] {
+        let watchdog = format!("[watchdog]\naction = {action:?}\n");
+        let path = host.describe("vm", action, &watchdog);
+        let mut image = small_image();
+        image.resize(1024 + 0x200 + 4096, 0);
+        image[1024 + 0x200..][..STARVE.len()].copy_from_slice(STARVE);
+        host.write("vm/vmlinuz", image);
+        host.run(&["run", &path]).expect(0);
+        until("it is on record", || {
+            let records = host.records();
+            let unfed = records.iter().filter(|r| {
+                r["action"] == "guest-watchdog" && r["object"] == action && r["outcome"] == "done"
+            });
+            unfed.count() == 1
+        });
+        until(&format!("it is {wanted}"), || {
+            host.listed(action).unwrap()["state"] == wanted
+        });
+        if action == "stop" {
+            assert_eq!(host.listed(action).unwrap()["stopped"], "watchdog");
+        }
+        host.run(&["stop", action]).expect(0);
+    }
+    let metrics = host.run(&["metrics"]).expect(0).out;
+    let line = "casemate_watchdog_expirations_total 3";
+    assert!(metrics.lines().any(|found| found == line), "{metrics}");
+}
+
+/// The watchdog is in slot 1 and starts with two stages of some 50 ms, as in `vmm_devices.rs`.
+const STARVE: &[u8] = &[
+    0xba, 0xf8, 0x0c, 0x00, 0x00, 0xb8, 0x60, 0x08, 0x00, 0x80, 0xef, 0xb2, 0xfc, 0xb8, 0x03, 0x00,
+    0x00, 0x00, 0x66, 0xef, 0xbf, 0x00, 0x00, 0x00, 0xd0, 0x66, 0xc7, 0x47, 0x0c, 0x80, 0x00, 0x66,
+    0xc7, 0x47, 0x0c, 0x86, 0x00, 0xc7, 0x07, 0x32, 0x00, 0x00, 0x00, 0x66, 0xc7, 0x47, 0x0c, 0x80,
+    0x00, 0x66, 0xc7, 0x47, 0x0c, 0x86, 0x00, 0xc7, 0x47, 0x04, 0x32, 0x00, 0x00, 0x00, 0xb2, 0xf8,
+    0xb8, 0x68, 0x08, 0x00, 0x80, 0xef, 0xb2, 0xfc, 0xb0, 0x02, 0xee, 0xeb, 0xfe,
+];
 
 #[test]
 fn a_disk_grows_and_its_limits_change_and_go_along_in_a_snapshot() {

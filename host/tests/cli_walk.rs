@@ -14,7 +14,7 @@ use std::collections::BTreeSet;
 use support::{Host, POLICY, SEV_WITH_SECRET};
 
 /// Commands that ask the agent, with arguments that bring them so far.
-const ASKING: [&str; 53] = [
+const ASKING: [&str; 55] = [
     "cancel vm",
     "evidence retain --keep-from 1",
     "evidence rotate",
@@ -53,10 +53,12 @@ const ASKING: [&str; 53] = [
     "task list",
     "task show 1",
     "vm clone file vm",
+    "vm attach vm --net card",
     "vm console vm",
     "vm create host/vm.toml",
     "vm definitions",
     "vm delete vm",
+    "vm detach vm --net card",
     "vm list",
     "vm pause vm",
     "vm resize vm --disk data",
@@ -72,7 +74,7 @@ const ASKING: [&str; 53] = [
 
 /// Commands that ask no agent, and what they touch. What changes something on a host is none of them but a broker's
 /// store, whose changes the broker records (`broker::tests::governed`).
-const ALONE: [(&str, &str); 39] = [
+const ALONE: [(&str, &str); 40] = [
     ("agent", "is the agent"),
     ("attest certificate", "files"),
     ("attest fetch", "AMD's key service, files"),
@@ -109,6 +111,10 @@ const ALONE: [(&str, &str); 39] = [
     ("evidence report", "files"),
     ("evidence tail", "files"),
     ("evidence verify", "files"),
+    (
+        "guest-names",
+        "the agent's list, which is empty where its policy refuses it",
+    ),
     (
         "internal",
         "is a role that an agent started, on the channel it was given",

@@ -20,7 +20,7 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use casemate::vmm::layout::{ECAM, VIRTIO_BARS};
+use casemate::vmm::layout::{ECAM, HOTPLUG, VIRTIO_BARS};
 use support::{Host, small_image};
 
 #[test]
@@ -37,6 +37,12 @@ fn a_guest_that_hammers_every_device_neither_breaks_its_vmm_nor_leaves_nor_distu
     while Instant::now() < until {
         host.run(&["run", &attacker]).expect(0);
         starts += 1;
+        for id in ["extra-1", "extra-2"] {
+            let image = host.path(id).display().to_string();
+            let words = ["vm", "attach", "attacker", "--disk", id, "--path", &image];
+            // It may have stopped itself already.
+            host.run(&words);
+        }
         let pid = host.listed("attacker").unwrap()["pid"].clone();
         // The program ends itself now and then (a reset it hit upon, its own code overwritten): that is its right.
         let mut guest;
@@ -98,6 +104,9 @@ fn counts_without_gap(log: &Path) {
 
 /// All there is, each twice where that is possible; the watchdog only barks.
 fn devices(host: &Host) -> String {
+    for id in ["extra-1", "extra-2"] {
+        host.write(id, vec![0; IMAGE as usize]);
+    }
     let image = fs::File::create(host.path("data.raw")).unwrap();
     image.set_len(IMAGE).unwrap();
     fs::create_dir_all(host.path("attacker")).unwrap();
@@ -254,6 +263,12 @@ hostile_code:
     bt      eax, 21
     jc      1f
     sub     edx, 0x900
+    bt      eax, 22
+    jc      1f
+    // The slots' registers, whole ones most of the time.
+    and     edx, 7
+    lea     edx, [edx * 2 + {hotplug}]
+    and     edx, 0xfffc
 1:  bt      rax, 33
     jc      2f
     bt      rax, 34
@@ -271,7 +286,11 @@ hostile_code:
 .Lh_port_read:
     call    .Lh_next
     mov     edx, eax
-    bt      eax, 20
+    bt      eax, 21
+    jc      2f
+    and     edx, 0xc
+    add     edx, {hotplug}
+2:  bt      eax, 20
     jc      1f
     in      al, dx
     ret
@@ -493,4 +512,5 @@ hostile_code_end:
 "#,
     bars = const VIRTIO_BARS,
     ecam = const ECAM,
+    hotplug = const HOTPLUG,
 );

@@ -101,9 +101,14 @@ fn a_disk_of_another_size_is_not_moved_to() {
 }
 
 #[test]
-fn an_unfed_watchdog_stops_its_guest_or_only_says_so() {
+fn an_unfed_watchdog_stops_or_pauses_its_guest_or_only_says_so() {
     let folder = tempfile::tempdir().unwrap();
-    for action in [WatchdogAction::Stop, WatchdogAction::Report] {
+    let actions = [
+        WatchdogAction::Stop,
+        WatchdogAction::Report,
+        WatchdogAction::Pause,
+    ];
+    for action in actions {
         let lines = Lines::new();
         let mut plan = plan(1, MEMORY, "");
         plan.small.watchdog = Some(WatchdogPlan { action });
@@ -119,6 +124,11 @@ fn an_unfed_watchdog_stops_its_guest_or_only_says_so() {
             }
             WatchdogAction::Report => {
                 assert_eq!(vmm.event(Duration::from_millis(300)), None);
+                assert_eq!(state(&mut vmm), MachineState::Running);
+            }
+            WatchdogAction::Pause => {
+                assert_eq!(state(&mut vmm), MachineState::Paused);
+                vmm.ask(VmmRequest::Resume).unwrap();
                 assert_eq!(state(&mut vmm), MachineState::Running);
             }
         }

@@ -36,6 +36,7 @@ fn what_is_measured_of_each_vcpu_is_what_kvm_holds() {
         nets: vec![],
         vsock_cid: None,
         small: Default::default(),
+        hotplug: Default::default(),
     };
     let states = vcpu_states(&plan);
     assert_eq!(states.len(), 2);

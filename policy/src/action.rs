@@ -138,6 +138,12 @@ pub enum Action {
     Nmi,
     /// Change a device of a guest: its limits, its size.
     Resize,
+    /// Types at a guest's console.
+    Console,
+    /// Puts a disk or network card into a running guest.
+    Attach,
+    /// Takes one out again.
+    Detach,
     /// Write a guest's memory and state to a sealed file.
     Snapshot,
     /// Destroy the key of a snapshot, whose file nobody opens then.
@@ -205,6 +211,9 @@ impl Action {
             Self::Resume => ActionKind::Resume,
             Self::Nmi => ActionKind::Nmi,
             Self::Resize => ActionKind::Resize,
+            Self::Console => ActionKind::Console,
+            Self::Attach => ActionKind::Attach,
+            Self::Detach => ActionKind::Detach,
             Self::Snapshot => ActionKind::Snapshot,
             Self::SnapshotErase => ActionKind::SnapshotErase,
             Self::Cancel => ActionKind::Cancel,
@@ -365,6 +374,12 @@ kinds! {
     Nmi = "nmi",
     /// [`Action::Resize`]
     Resize = "resize",
+    /// [`Action::Console`]
+    Console = "console",
+    /// [`Action::Attach`]
+    Attach = "attach",
+    /// [`Action::Detach`]
+    Detach = "detach",
     /// [`Action::Snapshot`]
     Snapshot = "snapshot",
     /// [`Action::SnapshotErase`]

@@ -89,6 +89,9 @@ pub fn check(policy: &HostPolicy, action: &Action) -> Vec<Reason> {
         | Action::Resume
         | Action::Nmi
         | Action::Resize
+        | Action::Console
+        | Action::Attach
+        | Action::Detach
         | Action::Snapshot
         | Action::SnapshotErase
         | Action::Cancel

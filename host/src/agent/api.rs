@@ -4,6 +4,7 @@
 //! [`routes`] says how each is asked for over HTTP. A request that takes long is a task: it is accepted at once, and
 //! its [`Line`]s are read from the task until the last one.
 
+pub mod attach;
 pub mod moves;
 pub mod openapi;
 pub mod problem;
@@ -14,6 +15,7 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+pub use self::attach::{Attach, AttachedInfo, DiskAttach, NetAttach};
 pub use crate::agent::platform_api::{
     OrderedBytes, PlatformInfo, PlatformOrderText, ProcessorKind, SnpCertificatesText, SnpInfo,
     TcbInfo,
@@ -69,6 +71,11 @@ pub enum Request {
         /// From which byte on; 0 for the beginning.
         from: u64,
     },
+    /// Opens a guest's serial console, to be looked at and typed at; for users of this host.
+    ConsoleOpen {
+        /// Its name.
+        name: String,
+    },
     /// All guests.
     List {},
     /// One guest.
@@ -98,6 +105,23 @@ pub enum Request {
         device: DeviceName,
         /// How it is changed.
         change: Option<DeviceChange>,
+    },
+    /// Puts a disk or a network card into a guest, running or paused.
+    Attach {
+        /// The guest's name.
+        name: String,
+        /// What, and what it is on this host.
+        device: Attach,
+    },
+    /// Asks a running guest to let go of a device that was attached, and takes it out.
+    Detach {
+        /// The guest's name.
+        name: String,
+        /// Which.
+        device: DeviceName,
+        /// How many seconds the guest has; 15 by default, at most an hour. What it has not let go of then it keeps.
+        #[serde(default)]
+        timeout_s: Option<u32>,
     },
     /// Stops its vCPUs.
     Pause {
@@ -440,6 +464,12 @@ pub enum Answer {
         /// Whether the guest writes no more.
         ended: bool,
     },
+    /// A console that waits for its user.
+    ConsoleOpened {
+        /// Unix socket that belongs to who asked, and takes one connection within ten seconds. The guest's last
+        /// output comes first; what is written to it is typed.
+        socket: PathBuf,
+    },
     /// A task.
     Task(TaskInfo),
     /// Tasks.
@@ -501,6 +531,12 @@ pub struct GuestInfo {
     /// Unix socket of the guest's virtio console.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub terminal: Option<PathBuf>,
+    /// Devices that were attached while it ran.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub attached: Vec<AttachedInfo>,
+    /// How many slots are free for others.
+    #[serde(default)]
+    pub free_slots: u8,
     /// Time from the request to the running (or measured) guest, microseconds; for a guest that arrived, none.
     pub launch_us: Option<u64>,
     /// CPU time of the VMM from the start of its process to the guest's first instruction, microseconds; only of a

@@ -65,7 +65,7 @@ fn plan_of(
     report: &AssessReport,
     target: Option<(bool, String)>,
 ) -> MovePlan {
-    let plan = &departure.guest.plan;
+    let plan = &departure.guest.plan_now();
     let check = |check: &str, found: String| PlanCheck {
         check: check.to_owned(),
         found,

@@ -90,6 +90,9 @@ impl Request {
                 name, change: None, ..
             } => Asked::Whole(Action::Status, name),
             Self::Device { name, .. } => Asked::Whole(Action::Resize, name),
+            Self::ConsoleOpen { name } => Asked::Whole(Action::Console, name),
+            Self::Attach { name, .. } => Asked::Whole(Action::Attach, name),
+            Self::Detach { name, .. } => Asked::Whole(Action::Detach, name),
             Self::Pause { name } => Asked::Whole(Action::Pause, name),
             Self::Resume { name } => Asked::Whole(Action::Resume, name),
             Self::Snapshot { name, .. } => Asked::Whole(Action::Snapshot, name),

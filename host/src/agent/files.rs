@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat2};
 use nix::sys::stat::Mode;
 
-use crate::agent::api::Request;
+use crate::agent::api::{Attach, Request};
 
 /// Where a file really is: no link is left to follow. One that is still to be made is where its folder is; what is not
 /// there at all stays as it was named, and opening it will say so.
@@ -64,6 +64,10 @@ impl Request {
             Self::Snapshot { file, .. } | Self::Restore { file, .. } | Self::Clone { file, .. } => {
                 Some(file)
             }
+            Self::Attach {
+                device: Attach::Disk(disk),
+                ..
+            } => Some(&disk.path),
             _ => None,
         }
     }
@@ -81,6 +85,10 @@ impl Request {
                     *folder = real(folder);
                 }
             }
+            Self::Attach {
+                device: Attach::Disk(disk),
+                ..
+            } => disk.path = real(&disk.path),
             _ => {}
         }
         self

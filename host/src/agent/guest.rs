@@ -1,18 +1,19 @@
 //! One guest on this host: its process, its resources, and what is known of it.
 
 use std::fs::{File, OpenOptions};
-use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 use kvm_ioctls::Kvm;
 use serde::{Deserialize, Serialize};
 
-use crate::agent::api::{CardInfo, Failure, GuestInfo};
+use crate::agent::api::{AttachedInfo, CardInfo, DeviceName, Failure, GuestInfo};
 use crate::agent::files;
 use crate::agent::mover_process::MoverProcess;
+use crate::agent::serial::{SerialConsole, VmmEnds};
 use crate::agent::tap;
 use crate::agent::vmm_process::{VmmProcess, lock};
 use crate::machine::cpu::{CpuBaseline, CpuModel};
@@ -35,12 +36,16 @@ pub struct Guest {
     pub measurement: Mutex<Option<Measurement>>,
     /// The mover of the migration that is under way, if one is.
     pub mover: Mutex<Option<Arc<MoverProcess>>>,
+    /// Its serial console.
+    pub serial: Arc<SerialConsole>,
     /// Where the console's output goes.
     pub console: PathBuf,
     /// The vsock device's Unix socket; removed with the guest.
     pub vsock: Option<PathBuf>,
     /// What it was given of this host.
-    pub local: Local,
+    pub local: Mutex<Local>,
+    /// It is being asked to let go of a device.
+    pub detaching: AtomicBool,
     /// The virtio console's Unix socket; removed with the guest.
     pub terminal: Option<PathBuf>,
     /// From the request to the running (or measured) guest.
@@ -73,9 +78,36 @@ impl Guest {
         lock(&self.changed).clone()
     }
 
+    /// What was attached while it ran, and what each is on this host.
+    fn attached(&self) -> Vec<AttachedInfo> {
+        let (plan, local) = (self.plan_now(), lock(&self.local).clone());
+        let sources = |device: &DeviceName| match device {
+            DeviceName::Disk(id) => {
+                let at = plan.disks.iter().position(|d| d.id == *id)?;
+                Some(local.disks.get(at)?.display().to_string())
+            }
+            DeviceName::Net(id) => {
+                let at = plan.nets.iter().position(|n| n.id == *id)?;
+                Some(local.taps.get(at)?.tap.clone())
+            }
+            DeviceName::Balloon | DeviceName::Console => None,
+        };
+        let plugged = plan.hotplug.plugged.iter();
+        let infos = plugged.map(|one| AttachedInfo {
+            slot: one.slot,
+            source: sources(&one.device).unwrap_or_default(),
+            device: one.device.clone(),
+        });
+        infos.collect()
+    }
+
     /// The same, without asking the VMM.
     pub fn info_in(&self, state: MachineState) -> GuestInfo {
+        let attached = self.attached();
+        let taken = u8::try_from(attached.len()).unwrap_or(u8::MAX);
         GuestInfo {
+            free_slots: self.plan.hotplug.slots.saturating_sub(taken),
+            attached,
             name: self.plan.name.clone(),
             vm_id: hex::encode(self.plan.vm_id),
             state,
@@ -123,6 +155,7 @@ pub struct Local {
 pub struct Resources {
     handles: Vec<(HandleKind, OwnedFd)>,
     local: Local,
+    serial: Arc<SerialConsole>,
     /// Where the console's output goes.
     pub console: PathBuf,
     /// The vsock device's Unix socket.
@@ -167,7 +200,9 @@ impl Resources {
         std::fs::create_dir_all(folder).map_err(|e| unusable(folder, &e))?;
         let mut handles = vec![(HandleKind::Kvm, open_kvm()?)];
         let console = folder.join("console.log");
-        handles.push((HandleKind::Console, console_pipe(&console)?));
+        let (serial, ends) = open_console(&console)?;
+        handles.push((HandleKind::Console, ends.output));
+        handles.push((HandleKind::ConsoleInput, ends.input));
         for (number, (path, disk)) in (0u8..).zip(disks.iter().zip(&plan.disks)) {
             let file = files::open(path, !disk.read_only);
             handles.push((
@@ -196,6 +231,7 @@ impl Resources {
         Ok(Self {
             handles,
             local,
+            serial,
             console,
             vsock,
             terminal,
@@ -264,9 +300,11 @@ impl Resources {
             epoch: Mutex::new(epoch),
             measurement: Mutex::new(None),
             mover: Mutex::new(None),
+            serial: self.serial,
             console: self.console,
             vsock: self.vsock,
-            local: self.local,
+            local: Mutex::new(self.local),
+            detaching: AtomicBool::new(false),
             terminal: self.terminal,
             launch_us: Mutex::new(None),
             start_cpu_us: Mutex::new(None),
@@ -305,37 +343,11 @@ fn open_kvm() -> Result<OwnedFd, Failure> {
     }
 }
 
-/// A pipe whose other end is copied to a file until [`CONSOLE_LIMIT`]: a guest that prints without end fills no disk,
-/// and a VMM never waits for one.
-fn console_pipe(path: &Path) -> Result<OwnedFd, Failure> {
-    let (reader, writer) =
-        nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(|e| unusable(path, &e.into()))?;
-    let file = OpenOptions::new()
-        .create(true)
-        .append(true)
-        .open(path)
-        .map_err(|e| unusable(path, &e))?;
-    let copy = move || copy_console(File::from(reader), file);
-    std::thread::Builder::new()
-        .name("console".into())
-        .spawn(copy)
-        .map_err(|e| unusable(path, &e))?;
-    Ok(writer)
-}
-
-fn copy_console(mut from: File, mut to: File) {
-    let mut room = CONSOLE_LIMIT;
-    let mut buffer = [0u8; 4096];
-    while let Ok(count @ 1..) = from.read(&mut buffer) {
-        let keep = count.min(room);
-        room -= keep;
-        if let Some(bytes) = buffer.get(..keep)
-            && let Err(error) = to.write_all(bytes)
-        {
-            tracing::warn!(%error, "console output is lost from here on");
-            room = 0;
-        }
-    }
+/// The console, with its output in a file.
+fn open_console(path: &Path) -> Result<(Arc<SerialConsole>, VmmEnds), Failure> {
+    let file = OpenOptions::new().create(true).append(true).open(path);
+    file.and_then(SerialConsole::new)
+        .map_err(|e| unusable(path, &e))
 }
 
 fn listen(path: &Path) -> Result<OwnedFd, Failure> {
@@ -354,6 +366,3 @@ fn unusable(path: &Path, error: &std::io::Error) -> Failure {
         format!("{} cannot be used: {error}", path.display()),
     )
 }
-
-/// Most console output kept of one guest on one host, in bytes.
-const CONSOLE_LIMIT: usize = 64 << 20;

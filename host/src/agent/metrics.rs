@@ -21,6 +21,7 @@ pub struct Metrics {
     moves: Mutex<Moves>,
     arrivals: [AtomicU64; 2],
     connections: [AtomicU64; 2],
+    unfed: AtomicU64,
 }
 
 #[derive(Clone, Default)]
@@ -56,6 +57,11 @@ impl Metrics {
     /// A guest arrived, or did not.
     pub fn arrived(&self, well: bool) {
         count(&self.arrivals, well);
+    }
+
+    /// A guest did not feed its watchdog.
+    pub fn unfed(&self) {
+        self.unfed.fetch_add(1, Ordering::Relaxed);
     }
 
     /// A client was let in, over TLS or by the socket.
@@ -178,6 +184,12 @@ impl Page {
             "Clients that were let in, by the way they came.",
         );
         self.pair("transport", ["unix", "tls"], &metrics.connections);
+        self.one(
+            "casemate_watchdog_expirations_total",
+            "counter",
+            "How often a guest did not feed its watchdog.",
+        );
+        self.plain(metrics.unfed.load(Ordering::Relaxed));
     }
 
     fn pair(&mut self, label: &str, values: [&str; 2], counts: &[AtomicU64; 2]) {

@@ -16,6 +16,7 @@ mod devices;
 pub mod evidence;
 mod files;
 mod guest;
+mod guest_events;
 mod incoming;
 mod launch;
 mod launch_inputs;
@@ -26,11 +27,13 @@ mod moving_disks;
 mod outgoing;
 mod platform;
 pub mod platform_api;
+mod plug;
 mod processor;
 mod record;
 pub mod restore;
 mod room;
 mod second_opinion;
+mod serial;
 mod server;
 mod settle;
 mod sev;
@@ -60,6 +63,7 @@ use crate::agent::config::AgentConfig;
 use crate::agent::decision::Gated;
 use crate::agent::evidence::Evidence;
 use crate::agent::guest::Guest;
+use crate::agent::guest_events::GuestEvents;
 use crate::agent::metrics::Metrics;
 use crate::agent::mover_process::MoverProcess;
 use crate::agent::outgoing::Wish;
@@ -79,7 +83,7 @@ use crate::sandbox::io_limit::IoShare;
 use crate::sandbox::jail::{
     CpuShare, JailSpec, RoleProcess, end_cgroup, spawn_role, sweep_cgroups,
 };
-use crate::vmm::protocol::{HandleKind, RoleError, VmmEvent, VmmReply, VmmRequest};
+use crate::vmm::protocol::{HandleKind, RoleError, VmmReply, VmmRequest};
 
 /// Runs the agent until it is told to stop (SIGTERM, SIGINT). Its guests end with it.
 pub fn run(config: &Path) -> Result<(), Failure> {
@@ -118,7 +122,7 @@ pub struct Agent {
     starting: Mutex<BTreeSet<String>>,
     arrivals: Arrivals,
     tasks: Tasks,
-    metrics: Metrics,
+    metrics: Arc<Metrics>,
     next_role: AtomicU32,
     /// cgroups of the roles started so far; none once the agent ends.
     groups: Mutex<Option<BTreeSet<String>>>,
@@ -157,7 +161,7 @@ impl Agent {
             starting: Mutex::new(BTreeSet::new()),
             arrivals: Arrivals::default(),
             tasks: Tasks::default(),
-            metrics: Metrics::default(),
+            metrics: Arc::default(),
             next_role: AtomicU32::new(0),
             groups: Mutex::new(Some(BTreeSet::new())),
             config,
@@ -235,6 +239,7 @@ impl Agent {
             Request::Delete { name } => self.delete(caller, &name),
             Request::Stats { name } => self.stats(&name),
             Request::Console { name, from } => self.console(&name, from),
+            Request::ConsoleOpen { name } => self.console_open(caller, &name),
             Request::List {} => self.list(),
             Request::Status { name } => Ok(Answer::Guest(self.guest(&name)?.info()?)),
             Request::Stop { name } => self.stop(caller, &name),
@@ -248,6 +253,12 @@ impl Agent {
                 device,
                 change,
             } => self.device(caller, &name, &device, change),
+            Request::Attach { name, device } => self.attach(caller, &name, device),
+            Request::Detach {
+                name,
+                device,
+                timeout_s,
+            } => self.detach(caller, &name, &device, timeout_s),
             Request::Pause { name } => self.order(caller, &name, &VmmRequest::Pause, "pause"),
             Request::Resume { name } => self.order(caller, &name, &VmmRequest::Resume, "resume"),
             Request::Nmi { name } => self.order(caller, &name, &VmmRequest::InjectNmi, "nmi"),
@@ -635,16 +646,8 @@ impl Agent {
             locked: sev::locked_memory(plan) + plan.rings() * RING_MEMORY,
         };
         let (process, channel) = self.spawn(Role::Vmm, bounds)?;
-        let name = plan.name.clone();
-        let evidence = Arc::clone(&self.evidence);
-        let emulated = plan.technology.emulated();
-        let on_event = move |event| match event {
-            Some(event) => {
-                tracing::info!(guest = name, ?event, "guest");
-                record_event(&evidence, &name, emulated, &event);
-            }
-            None => tracing::info!(guest = name, "VMM ended"),
-        };
+        let mut events = GuestEvents::of(plan, &self.evidence, &self.metrics);
+        let on_event = move |event| events.hear(event);
         VmmProcess::new(process, channel, on_event)
             .map_err(|e| Failure::new("INTERNAL", e.to_string()))
     }
@@ -701,20 +704,6 @@ impl Agent {
 
     fn fresh_tap(&self) -> String {
         format!("cm-{}", self.next_role.fetch_add(1, Ordering::Relaxed))
-    }
-}
-
-/// What a guest did to itself, as its VMM saw it: how it stopped, or that nobody fed its watchdog.
-fn record_event(evidence: &Evidence, name: &str, emulated: bool, event: &VmmEvent) {
-    let entry = match event {
-        VmmEvent::GuestStopped { reason } => {
-            Entry::new("guest", "guest-stopped", name, Outcome::Done)
-                .with("reason", reason.as_str())
-        }
-        VmmEvent::Watchdog => Entry::new("guest", "guest-watchdog", name, Outcome::Done),
-    };
-    if let Err(failure) = evidence.record(entry.emulated(emulated)) {
-        tracing::error!(code = failure.code, "{name}: {}", failure.error);
     }
 }
 

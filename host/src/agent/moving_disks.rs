@@ -12,6 +12,7 @@ use casemate_policy::HostPolicy;
 use crate::agent::api::Failure;
 use crate::agent::files;
 use crate::agent::guest::Guest;
+use crate::agent::vmm_process::lock;
 use crate::machine::plan::{DiskFormat, MachinePlan};
 use crate::mover::disks::OfferedDisk;
 use crate::vmm::protocol::EXCHANGE_SIZE;
@@ -27,11 +28,11 @@ pub struct Leaving {
 
 /// Opens these disks of a guest.
 pub fn open(guest: &Guest, ids: &[String]) -> Result<Leaving, Failure> {
+    let plan = guest.plan_now();
+    let local = lock(&guest.local).clone();
     let mut places = BTreeMap::new();
     for id in ids {
-        let place = (0u8..)
-            .zip(&guest.plan.disks)
-            .find(|(_, disk)| disk.id == *id);
+        let place = (0u8..).zip(&plan.disks).find(|(_, disk)| disk.id == *id);
         let (place, disk) = place.ok_or_else(|| {
             let name = &guest.plan.name;
             Failure::new(
@@ -49,7 +50,7 @@ pub fn open(guest: &Guest, ids: &[String]) -> Result<Leaving, Failure> {
     }
     let mut leaving = Leaving::default();
     for (place, id) in places {
-        let path = guest.local.disks.get(usize::from(place));
+        let path = local.disks.get(usize::from(place));
         let path =
             path.ok_or_else(|| Failure::new("INTERNAL", format!("disk {id} has no image")))?;
         let mut file = files::open(path, false).map_err(|e| unusable(path, &e))?;

@@ -3,6 +3,7 @@
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use casemate_policy::Action;
@@ -15,6 +16,7 @@ use crate::agent::guest::Guest;
 use crate::agent::move_records::MoveRecords;
 use crate::agent::mover_process::MoverProcess;
 use crate::agent::moving_disks;
+use crate::agent::plug;
 use crate::agent::record::{Ownership, OwnershipState};
 use crate::agent::transfer::{peer_entry, provider_name, role_error};
 use crate::agent::vmm_process::lock;
@@ -222,8 +224,7 @@ impl Agent {
         };
         let policy = self.policy();
         let peer = policy.peer_named(to).ok_or_else(unknown)?;
-        let description = saved::encode_plan(&guest.plan_now())
-            .map_err(|e| Failure::new("INTERNAL", e.to_string()))?;
+        let description = description_of(guest)?;
         let limit = wish
             .downtime_limit_ms
             .unwrap_or(policy.migration.downtime_limit_ms.get());
@@ -263,6 +264,20 @@ impl Agent {
             return Err(Failure::new(
                 "ALREADY_MOVING",
                 format!("{} is being moved or snapshot already", guest.plan.name),
+            ));
+        }
+        if guest.detaching.load(Ordering::SeqCst) {
+            return Err(plug::detaching(&guest.plan.name));
+        }
+        if let MoverCommand::Source(start) | MoverCommand::Assess(start) = command
+            && start.description != description_of(guest)?
+        {
+            return Err(Failure::new(
+                "DEVICES_CHANGED",
+                format!(
+                    "a device of {} was changed in this moment; ask again",
+                    guest.plan.name
+                ),
             ));
         }
         let mover = Arc::new(self.spawn_mover(guest.plan.mapped_bytes())?);
@@ -450,6 +465,11 @@ pub(super) fn fate(here: GuestHere) -> &'static str {
         GuestHere::Elsewhere => "yet the peer runs it",
         GuestHere::Absent => "nothing of it stayed",
     }
+}
+
+/// What a peer is told of the guest.
+fn description_of(guest: &Guest) -> Result<Vec<u8>, Failure> {
+    saved::encode_plan(&guest.plan_now()).map_err(|e| Failure::new("INTERNAL", e.to_string()))
 }
 
 pub(super) fn connect(to: &str, address: Option<SocketAddr>) -> Result<TcpStream, Failure> {

@@ -277,7 +277,8 @@ impl Agent {
 }
 
 fn describe(guest: &Guest, template: bool) -> Result<AgentAnswer, RoleError> {
-    let marks = guest.local.disks.iter().map(|path| {
+    let local = lock(&guest.local).clone();
+    let marks = local.disks.iter().map(|path| {
         DiskMark::of(path).map_err(|e| {
             role_error(
                 "RESOURCE",
@@ -288,9 +289,9 @@ fn describe(guest: &Guest, template: bool) -> Result<AgentAnswer, RoleError> {
     let description = Description {
         plan: guest.plan_now(),
         epoch: *lock(&guest.epoch),
-        local: guest.local.clone(),
         disks: marks.collect::<Result<_, _>>()?,
         template,
+        local,
     };
     let description = DESCRIPTION
         .encode(&description)

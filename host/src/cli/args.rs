@@ -191,6 +191,10 @@ pub enum Command {
         /// Folder made by `casemate owner session`: the launch is bound to that owner and waits for the secret.
         #[arg(long)]
         owner_session: Option<PathBuf>,
+        /// Stay with the guest: its serial console is this terminal's until it ends, or Ctrl-] leaves it running. Status:
+        /// 0 where it switched itself off or was left, 1 where it ended in another way.
+        #[arg(long, conflicts_with = "owner_session")]
+        console: bool,
     },
     /// List the guests of this host.
     List,
@@ -349,7 +353,10 @@ pub enum Command {
     },
     /// Print the description of the agent's API (OpenAPI 3.1).
     Openapi,
-    /// Print a completion script.
+    /// The names of the guests here, for completion scripts.
+    #[command(hide = true)]
+    GuestNames,
+    /// Print a completion script; bash's completes the names of guests too.
     Completion {
         /// For this shell.
         shell: clap_complete::Shell,

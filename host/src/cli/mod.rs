@@ -4,14 +4,18 @@ mod args;
 mod attest;
 mod bench;
 mod broker;
+mod completion;
 mod evidence;
+mod limits;
 mod migrate;
 mod owner;
 mod platform;
+mod plug;
 mod policy;
 mod render;
 mod resize;
 mod roles;
+mod terminal;
 mod verdict;
 mod vm;
 
@@ -62,17 +66,18 @@ fn run(cli: Cli) -> Result<u8, Failure> {
         Command::Run {
             description,
             owner_session,
+            console,
         } => {
             let description = absolute(&description)?;
             let session = owner_session.as_deref().map(read_session).transpose()?;
-            show(
-                agent,
-                &Request::Run {
-                    description,
-                    session,
-                },
-                json,
-            )
+            let request = Request::Run {
+                description,
+                session,
+            };
+            match console {
+                true => terminal::launch(agent, &request),
+                false => show(agent, &request, json),
+            }
         }
         Command::List => show(agent, &Request::List {}, json),
         Command::Status { name } => show(agent, &Request::Status { name }, json),
@@ -153,11 +158,8 @@ fn run(cli: Cli) -> Result<u8, Failure> {
         Command::Task { command } => show(agent, &command.request(), json),
         Command::Metrics => show(agent, &Request::Metrics {}, json),
         Command::Openapi => print_pretty(&crate::agent::api::openapi::document()),
-        Command::Completion { shell } => {
-            let mut text = Vec::new();
-            clap_complete::generate(shell, &mut Cli::command(), "casemate", &mut text);
-            print_bytes(&text)
-        }
+        Command::Completion { shell } => completion::script(shell),
+        Command::GuestNames => completion::guest_names(agent),
         Command::Man => {
             let mut text = Vec::new();
             let mut cli = Cli::command().disable_help_subcommand(true);

@@ -4,8 +4,8 @@ use std::fmt::Write as _;
 
 use crate::agent::api::moves::{MovePlan, Settled};
 use crate::agent::api::{
-    Answer, DefinitionInfo, DeviceStatus, GuestInfo, PlatformInfo, Rate, SnpInfo, StatsInfo,
-    TaskInfo, TaskState,
+    Answer, DefinitionInfo, DeviceName, DeviceStatus, GuestInfo, PlatformInfo, Rate, SnpInfo,
+    StatsInfo, TaskInfo, TaskState,
 };
 use crate::sandbox::report::{ProbeReport, SandboxReport};
 
@@ -75,6 +75,7 @@ pub fn answer(answer: &Answer) -> String {
         Answer::Device(device) => device_text(device),
         // `casemate vm console` writes the bytes themselves.
         Answer::Console { next, .. } => format!("console: {next} bytes so far\n"),
+        Answer::ConsoleOpened { socket } => format!("console: {}\n", socket.display()),
         Answer::Task(task) => one_task(task),
         Answer::Tasks { tasks } => task_table(tasks),
         Answer::Metrics { text } => text.clone(),
@@ -297,6 +298,19 @@ fn one_guest(guest: &GuestInfo) -> String {
     );
     let _ = writeln!(text, "  identity    {} epoch {}", guest.vm_id, guest.epoch);
     let _ = writeln!(text, "  console     {}", guest.console.display());
+    for one in &guest.attached {
+        let (kind, id) = match &one.device {
+            DeviceName::Disk(id) => ("disk", id.as_str()),
+            DeviceName::Net(id) => ("card", id.as_str()),
+            DeviceName::Balloon => ("balloon", ""),
+            DeviceName::Console => ("console", ""),
+        };
+        let _ = writeln!(
+            text,
+            "  attached    slot {}: {kind} {id} ({})",
+            one.slot, one.source
+        );
+    }
     if let Some(terminal) = &guest.terminal {
         let _ = writeln!(text, "  terminal    {}", terminal.display());
     }

@@ -2,8 +2,8 @@
 
 use clap::Args;
 
-use crate::agent::api::{DeviceChange, DeviceName, Failure, Limits, Rate, Request};
-use crate::machine::spec::parse_size;
+use super::limits::{LimitArgs, size};
+use crate::agent::api::{DeviceChange, DeviceName, Failure, Limits, Request};
 
 /// One device and its change.
 #[derive(Debug, Args)]
@@ -20,18 +20,8 @@ pub struct ResizeArgs {
     /// This network card, which is given other limits.
     #[arg(long, group = "device", value_name = "ID", requires = "limits")]
     net: Option<String>,
-    /// Most bytes a second, read and written together.
-    #[arg(long, group = "limits", value_name = "SIZE", value_parser = size)]
-    bytes_per_second: Option<u64>,
-    /// Bytes that may pass at once after a rest; by default those of a second.
-    #[arg(long, value_name = "SIZE", value_parser = size, requires = "bytes_per_second")]
-    bytes_burst: Option<u64>,
-    /// Most requests, or frames, a second.
-    #[arg(long, group = "limits", value_name = "COUNT")]
-    operations_per_second: Option<u64>,
-    /// Requests, or frames, that may pass at once after a rest; by default those of a second.
-    #[arg(long, value_name = "COUNT", requires = "operations_per_second")]
-    operations_burst: Option<u64>,
+    #[command(flatten)]
+    limits: LimitArgs,
     /// Take all limits away.
     #[arg(
         long,
@@ -63,22 +53,9 @@ impl ResizeArgs {
     }
 
     fn limits(&self) -> Option<Limits> {
-        let rate = |per_second: Option<u64>, burst: Option<u64>| {
-            per_second.map(|per_second| Rate {
-                per_second,
-                burst: burst.unwrap_or(per_second),
-            })
-        };
-        let limits = Limits {
-            bytes: rate(self.bytes_per_second, self.bytes_burst),
-            operations: rate(self.operations_per_second, self.operations_burst),
-        };
+        let limits = self.limits.limits();
         (self.unlimited || limits != Limits::default()).then_some(limits)
     }
-}
-
-fn size(text: &str) -> Result<u64, String> {
-    parse_size(text).ok_or_else(|| "want a size such as \"512 MiB\" or \"2 GiB\"".to_owned())
 }
 
 #[cfg(test)]
@@ -86,6 +63,7 @@ mod tests {
     use clap::Parser;
 
     use super::*;
+    use crate::agent::api::Rate;
 
     #[derive(Parser)]
     struct Line {

@@ -7,7 +7,9 @@ use std::time::Duration;
 use clap::Subcommand;
 
 use super::args::{CloneArgs, RestoreArgs, SnapshotArgs};
+use super::plug::{AttachArgs, DetachArgs};
 use super::resize::ResizeArgs;
+use super::terminal;
 use super::{
     absolute, from_base64, output_failed, print_bytes, print_json, print_pretty, read_session, show,
 };
@@ -74,6 +76,10 @@ pub enum VmCommand {
     },
     /// Change a device of a guest, running or not: the balloon, a disk's size, the limits of a disk or card.
     Resize(ResizeArgs),
+    /// Put a disk or a network card into a guest, which may be running.
+    Attach(AttachArgs),
+    /// Take one that was attached out again: the guest is asked to let go of it.
+    Detach(DetachArgs),
     /// Print the JSON Schema of descriptions, by which editors complete and check them. Needs no agent.
     Schema,
     /// Stop a guest's vCPUs and devices.
@@ -98,6 +104,10 @@ pub enum VmCommand {
         /// Go on until the guest has stopped.
         #[arg(long)]
         follow: bool,
+        /// Join this terminal to it, to type as well; Ctrl-] leaves. Status: 0 where the guest was left or switched itself
+        /// off, 1 where it ended in another way.
+        #[arg(long, short, conflicts_with = "follow")]
+        interactive: bool,
     },
 }
 
@@ -105,7 +115,12 @@ pub enum VmCommand {
 pub fn run(agent: &Agent, command: VmCommand, json: bool) -> Result<u8, Failure> {
     let request = match command {
         VmCommand::Validate { description } => return validate(&description, json),
-        VmCommand::Console { name, follow } => return console(agent, &name, follow),
+        VmCommand::Console {
+            name,
+            interactive: true,
+            ..
+        } => return terminal::console(agent, &name),
+        VmCommand::Console { name, follow, .. } => return console(agent, &name, follow),
         VmCommand::Create { description } => Request::Create {
             description: absolute(&description)?,
         },
@@ -139,6 +154,8 @@ pub fn run(agent: &Agent, command: VmCommand, json: bool) -> Result<u8, Failure>
         VmCommand::Clone(args) => args.request()?,
         VmCommand::SnapshotErase { id } => Request::SnapshotErase { id },
         VmCommand::Resize(args) => args.request()?,
+        VmCommand::Attach(args) => args.request()?,
+        VmCommand::Detach(args) => args.request()?,
         VmCommand::Schema => return print_pretty(&spec::schema()),
         VmCommand::Pause { name } => Request::Pause { name },
         VmCommand::Resume { name } => Request::Resume { name },

@@ -60,6 +60,7 @@ pub(crate) fn plan(technology: Technology) -> MachinePlan {
         nets: vec![],
         vsock_cid: None,
         small: Default::default(),
+        hotplug: Default::default(),
     }
 }
 

@@ -15,6 +15,8 @@ pub enum Event {
     PowerButton = 1,
     /// The VM generation id is another: the guest is a copy, or went back in time.
     Generation = 2,
+    /// Something is in one of the slots that was not, or is to leave it.
+    Slots = 4,
 }
 
 /// The device.

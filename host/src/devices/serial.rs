@@ -1,9 +1,10 @@
-//! COM1, a 16550A: the guest's console. Output goes to a file or pipe and never makes the guest wait.
+//! COM1, a 16550A: the guest's console. Output goes to a file or pipe and never makes the guest wait; input comes from a
+//! pipe, as fast as the guest takes it.
 
 use std::fs::File;
-use std::io::{self, Write};
-use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -16,6 +17,18 @@ use vmm_sys_util::eventfd::EventFd;
 pub struct Console {
     port: Mutex<Serial<Line, NoEvents, Output>>,
     dropped: Arc<AtomicU64>,
+    input: Option<Input>,
+}
+
+/// What is typed.
+struct Input {
+    pipe: File,
+    /// Wakes the device thread when there is room again.
+    wake: EventFd,
+    /// The receiver is full: the pipe is not polled until the guest has read.
+    full: AtomicBool,
+    /// Nobody will type any more.
+    ended: AtomicBool,
 }
 
 impl Console {
@@ -31,7 +44,52 @@ impl Console {
         Ok(Self {
             port: Mutex::new(Serial::new(Line(line), output)),
             dropped,
+            input: None,
         })
+    }
+
+    /// The same with somebody who types: bytes from `pipe`, which is made non-blocking; `wake` wakes the device thread.
+    pub fn with_input(self, pipe: OwnedFd, wake: EventFd) -> io::Result<Self> {
+        let flags = OFlag::from_bits_retain(fcntl(&pipe, FcntlArg::F_GETFL)?);
+        fcntl(&pipe, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+        let input = Input {
+            pipe: File::from(pipe),
+            wake,
+            full: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
+        };
+        Ok(Self {
+            input: Some(input),
+            ..self
+        })
+    }
+
+    /// The descriptor to poll now, if the guest can take something.
+    pub fn poll_fd(&self) -> Option<RawFd> {
+        let input = self.input.as_ref()?;
+        let waits = input.full.load(Ordering::SeqCst) || input.ended.load(Ordering::SeqCst);
+        (!waits).then(|| input.pipe.as_raw_fd())
+    }
+
+    /// Device thread: somebody has typed, or has gone.
+    pub fn input_event(&self) {
+        let Some(input) = &self.input else { return };
+        let mut port = self.lock();
+        let mut bytes = [0; FIFO];
+        let room = port.fifo_capacity().min(FIFO);
+        if let Some(space @ [_, ..]) = bytes.get_mut(..room) {
+            match (&input.pipe).read(space) {
+                Ok(0) => input.ended.store(true, Ordering::SeqCst),
+                // A line that is in loop mode takes nothing, as a real one.
+                Ok(count) => {
+                    let _ = port.enqueue_raw_bytes(space.get(..count).unwrap_or_default());
+                }
+                Err(_) => {}
+            }
+        }
+        input
+            .full
+            .store(port.fifo_capacity() == 0, Ordering::SeqCst);
     }
 
     /// Reads a register; a longer access reads it repeatedly, as string instructions do.
@@ -39,6 +97,13 @@ impl Console {
         let mut port = self.lock();
         for byte in data {
             *byte = port.read(offset);
+        }
+        if let Some(input) = &self.input
+            && port.fifo_capacity() > 0
+            && input.full.swap(false, Ordering::SeqCst)
+        {
+            // The counter cannot overflow by one write.
+            let _ = input.wake.write(1);
         }
     }
 
@@ -162,10 +227,11 @@ impl Write for Output {
     }
 }
 
+/// Bytes of the receiver.
+const FIFO: usize = 64;
+
 #[cfg(test)]
 mod tests {
-    use std::io::Read;
-
     use super::*;
     use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
@@ -183,6 +249,40 @@ mod tests {
         let mut text = String::new();
         reader.read_to_string(&mut text).unwrap();
         assert_eq!(text, "hi");
+    }
+
+    #[test]
+    fn what_is_typed_comes_in_as_fast_as_it_is_read() {
+        let (console, _reader) = pair();
+        let (pipe, typist) = nix::unistd::pipe().unwrap();
+        let wake = EventFd::new(EFD_NONBLOCK).unwrap();
+        let console = console.with_input(pipe, wake.try_clone().unwrap()).unwrap();
+        let mut typist = File::from(typist);
+        let typed: Vec<u8> = (0..150).collect();
+        typist.write_all(&typed).unwrap();
+        let mut read = Vec::new();
+        while read.len() < typed.len() {
+            assert!(console.poll_fd().is_some());
+            console.input_event();
+            let full = console.poll_fd().is_none();
+            let mut status = [0];
+            let begun = read.len();
+            loop {
+                console.read(5, &mut status);
+                if status[0] & 1 == 0 {
+                    break;
+                }
+                let mut byte = [0];
+                console.read(0, &mut byte);
+                read.push(byte[0]);
+            }
+            assert_eq!(full, read.len() - begun == FIFO);
+            assert_eq!(wake.read().is_ok(), full, "woken when there is room again");
+        }
+        assert_eq!(read, typed);
+        drop(typist);
+        console.input_event();
+        assert_eq!(console.poll_fd(), None, "nobody types any more");
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::net::Ipv4Addr;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use self::devices::{DeviceChange, DeviceName, Limits, SmallDevices};
+use self::devices::{DeviceChange, DeviceName, HotPlugPlan, Limits, Plugged, SmallDevices};
 use crate::machine::cpu::CpuPlan;
 
 /// The plan of one machine. The same at the source and, from the offer, at the destination.
@@ -37,6 +37,8 @@ pub struct MachinePlan {
     pub vsock_cid: Option<u32>,
     /// Devices of which there is at most one each, in PCI order behind vsock.
     pub small: SmallDevices,
+    /// Slots for what is attached while it runs, behind all other functions, and what is in them.
+    pub hotplug: HotPlugPlan,
 }
 
 impl MachinePlan {
@@ -127,6 +129,14 @@ impl MachinePlan {
                 self.small.balloon.is_none() || self.technology == Technology::None,
                 "a balloon in a confidential guest, whose memory its host cannot take back",
             ),
+            (
+                self.hotplug.slots == 0 || self.technology == Technology::None,
+                "slots for hot-plug in a confidential guest",
+            ),
+            (
+                self.hotplug_fits(),
+                "more than 8 slots for hot-plug, or devices that are not in them one by one",
+            ),
         ];
         match rules.iter().find(|(kept, _)| !kept) {
             Some((_, problem)) => Err(format!("has {problem}")),
@@ -185,23 +195,125 @@ impl MachinePlan {
         self.disks.iter().filter(wants).count() as u64
     }
 
-    /// How many PCI functions the machine has, without the host bridge.
+    /// How many PCI functions the machine has, without the host bridge; a slot for hot-plug is one, also while it is
+    /// empty.
     pub fn functions(&self) -> usize {
-        self.disks.len()
-            + self.nets.len()
-            + usize::from(self.vsock_cid.is_some())
-            + self.small.count()
+        self.fixed_functions() + usize::from(self.small.watchdog.is_some()) + self.slots()
     }
 
-    /// Which virtio function a device is, in PCI order.
+    /// How many virtio functions it has beside its slots.
+    pub fn fixed_functions(&self) -> usize {
+        (self.disks.len() + self.nets.len()).saturating_sub(self.hotplug.plugged.len())
+            + usize::from(self.vsock_cid.is_some())
+            + self.small.count()
+            - usize::from(self.small.watchdog.is_some())
+    }
+
+    /// Number of the first slot's device on the PCI bus: behind the host bridge and all other functions.
+    pub fn first_slot(&self) -> u8 {
+        let behind = 1 + self.functions() - self.slots();
+        u8::try_from(behind).unwrap_or(u8::MAX)
+    }
+
+    /// In which slot a device is that was attached.
+    pub fn slot_of(&self, name: &DeviceName) -> Option<u8> {
+        let mut plugged = self.hotplug.plugged.iter();
+        plugged.find(|one| one.device == *name).map(|one| one.slot)
+    }
+
+    /// The slot of each disk, then of each card, in the plan's order; none of those that were there from the start.
+    pub fn slots_in_order(&self) -> Vec<Option<u8>> {
+        let disks = self.disks.iter().map(|d| DeviceName::Disk(d.id.clone()));
+        let nets = self.nets.iter().map(|n| DeviceName::Net(n.id.clone()));
+        disks.chain(nets).map(|name| self.slot_of(&name)).collect()
+    }
+
+    /// The first slot in which there is nothing.
+    pub fn free_slot(&self) -> Option<u8> {
+        let taken = |slot: &u8| self.hotplug.plugged.iter().any(|one| one.slot == *slot);
+        (0..self.hotplug.slots).find(|slot| !taken(slot))
+    }
+
+    /// Puts a device into a slot, behind all disks or cards; false if there is one of its name.
+    pub fn plug(&mut self, slot: u8, attachment: Attachment) -> bool {
+        let device = attachment.name();
+        if self.function_of(&device).is_some() {
+            return false;
+        }
+        match attachment {
+            Attachment::Disk(disk) => self.disks.push(disk),
+            Attachment::Net(net) => self.nets.push(net),
+        }
+        self.hotplug.plugged.push(Plugged { slot, device });
+        true
+    }
+
+    /// Takes out what is in a slot, and says where it stood among the disks, or the cards.
+    pub fn unplug(&mut self, name: &DeviceName) -> Option<usize> {
+        let place = self
+            .hotplug
+            .plugged
+            .iter()
+            .position(|one| one.device == *name)?;
+        let stood = match name {
+            DeviceName::Disk(id) => self.disks.iter().position(|d| d.id == *id),
+            DeviceName::Net(id) => self.nets.iter().position(|n| n.id == *id),
+            DeviceName::Balloon | DeviceName::Console => None,
+        }?;
+        match name {
+            DeviceName::Disk(_) => drop(self.disks.remove(stood)),
+            _ => drop(self.nets.remove(stood)),
+        }
+        self.hotplug.plugged.remove(place);
+        Some(stood)
+    }
+
+    fn slots(&self) -> usize {
+        self.hotplug.slots.into()
+    }
+
+    fn hotplug_fits(&self) -> bool {
+        let plugged = &self.hotplug.plugged;
+        let there = |name: &DeviceName| match name {
+            DeviceName::Disk(id) => self.disks.iter().any(|d| d.id == *id),
+            DeviceName::Net(id) => self.nets.iter().any(|n| n.id == *id),
+            DeviceName::Balloon | DeviceName::Console => false,
+        };
+        let alone = plugged.iter().enumerate().all(|(index, one)| {
+            let others = plugged.iter().skip(index + 1);
+            one.slot < self.hotplug.slots
+                && there(&one.device)
+                && others
+                    .clone()
+                    .all(|other| other.slot != one.slot && other.device != one.device)
+        });
+        self.hotplug.slots <= MAX_SLOTS && alone
+    }
+
+    /// Which virtio function a device is: those that were there from the start in PCI order, then the slots.
     pub fn function_of(&self, name: &DeviceName) -> Option<usize> {
-        let nets = self.disks.len();
-        let rng = nets + self.nets.len() + usize::from(self.vsock_cid.is_some());
+        if let Some(slot) = self.slot_of(name) {
+            return Some(self.fixed_functions() + usize::from(slot));
+        }
+        let slots = self.slots_in_order();
+        let fixed = |from: usize, count: usize| {
+            let of_kind = slots.iter().skip(from).take(count);
+            of_kind.filter(|slot| slot.is_none()).count()
+        };
+        let (disks, cards) = (self.disks.len(), self.nets.len());
+        let nets = fixed(0, disks);
+        let rng = nets + fixed(disks, cards) + usize::from(self.vsock_cid.is_some());
         let balloon = rng + usize::from(self.small.rng.is_some());
         let console = balloon + usize::from(self.small.balloon.is_some());
         match name {
-            DeviceName::Disk(id) => self.disks.iter().position(|d| d.id == *id),
-            DeviceName::Net(id) => Some(nets + self.nets.iter().position(|n| n.id == *id)?),
+            DeviceName::Disk(id) => {
+                let at = self.disks.iter().position(|d| d.id == *id)?;
+                Some(fixed(0, at))
+            }
+            DeviceName::Net(id) => {
+                let at = self.nets.iter().position(|n| n.id == *id)?;
+                Some(nets + fixed(disks, at))
+            }
             DeviceName::Balloon => self.small.balloon.map(|_| balloon),
             DeviceName::Console => self.small.console.map(|_| console),
         }
@@ -344,6 +456,25 @@ pub enum DiskIo {
     Threads,
 }
 
+/// A device that is put into a slot while the guest runs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Attachment {
+    /// A disk.
+    Disk(DiskPlan),
+    /// A network card.
+    Net(NetPlan),
+}
+
+impl Attachment {
+    /// Its name.
+    pub fn name(&self) -> DeviceName {
+        match self {
+            Self::Disk(disk) => DeviceName::Disk(disk.id.clone()),
+            Self::Net(net) => DeviceName::Net(net.id.clone()),
+        }
+    }
+}
+
 /// What a disk's image is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
@@ -391,6 +522,10 @@ pub const MAX_CMDLINE: usize = 1600;
 pub const MAX_DISK_ID: usize = 20;
 /// Most disks and most network cards.
 pub const MAX_DEVICES: usize = 8;
+/// Most slots for hot-plug.
+pub const MAX_SLOTS: u8 = 8;
+/// Slots of a plain guest whose description does not say.
+pub const DEFAULT_SLOTS: u8 = 4;
 /// Most announced addresses of a card.
 pub const MAX_ANNOUNCE: usize = 8;
 
@@ -425,7 +560,17 @@ mod tests {
             }],
             vsock_cid: Some(3),
             small: Default::default(),
+            hotplug: Default::default(),
         }
+    }
+
+    fn plugged(plan: &mut MachinePlan, slots: u8, disks: &[(u8, &str)]) {
+        plan.hotplug.slots = slots;
+        let plugged = disks.iter().map(|(slot, id)| Plugged {
+            slot: *slot,
+            device: DeviceName::Disk((*id).into()),
+        });
+        plan.hotplug.plugged = plugged.collect();
     }
 
     #[test]
@@ -449,10 +594,74 @@ mod tests {
     }
 
     #[test]
+    fn what_is_attached_is_behind_all_others_and_moves_nobody() {
+        let mut plan = plan();
+        plan.hotplug.slots = 4;
+        plan.small.console = Some(ConsolePlan::default());
+        assert_eq!((plan.functions(), plan.first_slot()), (8, 5));
+        let disk = |id: &str| {
+            let mut disk = plan.disks[0].clone();
+            disk.id = id.into();
+            Attachment::Disk(disk)
+        };
+        let (a, b) = (disk("a"), disk("b"));
+        let mut net = plan.nets[0].clone();
+        net.id = "n".into();
+        let mut now = plan.clone();
+        assert!(
+            now.plug(0, a.clone()) && now.plug(1, Attachment::Net(net)) && now.plug(3, b.clone())
+        );
+        assert!(!now.plug(2, a.clone()), "the name is taken");
+        assert_eq!(now.check(), Ok(()));
+        assert_eq!(
+            (now.functions(), now.first_slot(), now.free_slot()),
+            (8, 5, Some(2))
+        );
+        let net0 = DeviceName::Net("net0".into());
+        for (name, function) in [
+            (DeviceName::Disk("data".into()), 0),
+            (net0.clone(), 1),
+            (DeviceName::Console, 3),
+            (a.name(), 4),
+            (DeviceName::Net("n".into()), 5),
+            (b.name(), 7),
+        ] {
+            assert_eq!(now.function_of(&name), Some(function), "{name:?}");
+        }
+        assert_eq!(
+            now.slots_in_order(),
+            [None, Some(0), Some(3), None, Some(1)]
+        );
+        assert_eq!((now.unplug(&net0), now.slot_of(&net0)), (None, None));
+        assert_eq!(now.unplug(&a.name()), Some(1));
+        assert_eq!(now.unplug(&DeviceName::Net("n".into())), Some(1));
+        assert_eq!(now.unplug(&b.name()), Some(1));
+        assert_eq!(now, plan);
+    }
+
+    #[test]
     fn what_a_peer_may_not_ask_for_is_refused() {
         plan().check().unwrap();
         type Spoil = fn(&mut MachinePlan);
-        let spoil: [(&str, Spoil); 14] = [
+        let spoil: [(&str, Spoil); 20] = [
+            ("hot-plug", |p| p.hotplug.slots = 9),
+            ("hot-plug", |p| plugged(p, 1, &[(0, "nobody")])),
+            ("hot-plug", |p| plugged(p, 1, &[(1, "data")])),
+            ("hot-plug", |p| plugged(p, 4, &[(0, "data"), (1, "data")])),
+            ("hot-plug", |p| {
+                p.disks.push(DiskPlan {
+                    id: "b".into(),
+                    ..p.disks[0].clone()
+                });
+                plugged(p, 4, &[(2, "data"), (2, "b")]);
+            }),
+            ("hot-plug in a confidential", |p| {
+                p.hotplug.slots = 1;
+                p.technology = Technology::Sev {
+                    emulated: true,
+                    policy: 1,
+                };
+            }),
             ("name", |p| p.name = "../vault".into()),
             ("vCPUs", |p| p.vcpus = 65),
             ("threads", |p| {

@@ -169,7 +169,8 @@ mod tests {
     use super::*;
     use crate::machine::cpu::{CpuBaseline, CpuModel, CpuPlan, Topology, XsaveComponent};
     use crate::machine::plan::devices::{
-        BalloonPlan, ConsolePlan, Limits, Rate, RngPlan, SmallDevices, WatchdogAction, WatchdogPlan,
+        BalloonPlan, ConsolePlan, DeviceName, HotPlugPlan, Limits, Plugged, Rate, RngPlan,
+        SmallDevices, WatchdogAction, WatchdogPlan,
     };
     use crate::machine::plan::{DiskFormat, DiskIo, DiskPlan, FirmwarePlan, NetPlan, Technology};
 
@@ -294,6 +295,13 @@ mod tests {
                 watchdog: Some(WatchdogPlan {
                     action: WatchdogAction::Report,
                 }),
+            },
+            hotplug: HotPlugPlan {
+                slots: 2,
+                plugged: vec![Plugged {
+                    slot: 1,
+                    device: DeviceName::Disk("data".into()),
+                }],
             },
         }
     }

@@ -24,7 +24,7 @@ pub use self::confidential::{ConfidentialSpec, IdFiles, Offer, SevSpec, SnpSpec,
 pub use self::document::schema;
 use self::document::{Cpu, Disk, Document, Net};
 use crate::machine::cpu::{CpuModel, CpuPlan, Topology};
-use crate::machine::plan::devices::{Limits, SmallDevices};
+use crate::machine::plan::devices::{HotPlugPlan, Limits, SmallDevices};
 use crate::machine::plan::{
     DiskFormat, DiskIo, DiskPlan, MAX_ANNOUNCE, MAX_CMDLINE, MAX_DEVICES, MAX_DISK_ID,
     MAX_LOW_MEMORY, MAX_MEMORY, MAX_VCPUS, MIN_MEMORY, MachinePlan, NetPlan, is_name,
@@ -57,6 +57,8 @@ pub struct MachineSpec {
     pub vsock_cid: Option<u32>,
     /// Random numbers, balloon, console, watchdog.
     pub small: SmallDevices,
+    /// Slots for devices that are attached while it runs.
+    pub slots: u8,
     /// What it may take of the host's processors.
     pub share: CpuShare,
     /// What it may take of the block devices beneath its disks.
@@ -186,6 +188,10 @@ impl MachineSpec {
                 .collect(),
             vsock_cid: self.vsock_cid,
             small: self.small.clone(),
+            hotplug: HotPlugPlan {
+                slots: self.slots,
+                plugged: Vec::new(),
+            },
         }
     }
 }
@@ -282,6 +288,7 @@ impl Reader<'_> {
             watchdog: document.watchdog,
         };
         let small = self.small(small, !plain)?;
+        let slots = self.slots(document.hotplug, plain)?;
         let mut resources = document.resources;
         let io = resources.as_mut().and_then(|r| r.io_max.take());
         let io = io.map(|io| self.io_max(io)).transpose()?;
@@ -300,6 +307,7 @@ impl Reader<'_> {
             nets,
             vsock_cid,
             small,
+            slots,
         })
     }
 

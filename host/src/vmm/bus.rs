@@ -8,10 +8,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::chipset::{Chipset, Written};
+use super::hotplug::HotPlug;
 use super::layout::{
-    BEHIND_FIRMWARE, COM1, ECAM, ECAM_SIZE, EVENTS, I8042_COMMAND, PCI_CONFIG_ADDRESS,
-    PCI_CONFIG_DATA, PVPANIC, RESET_VALUE, S5_SLEEP_TYPE, SLEEP_CONTROL, SLEEP_STATUS,
-    VIRTIO_BAR_SIZE, VIRTIO_BARS,
+    BEHIND_FIRMWARE, COM1, ECAM, ECAM_SIZE, EVENTS, HOTPLUG, HOTPLUG_SIZE, I8042_COMMAND,
+    PCI_CONFIG_ADDRESS, PCI_CONFIG_DATA, PVPANIC, RESET_VALUE, S5_SLEEP_TYPE, SLEEP_CONTROL,
+    SLEEP_STATUS, VIRTIO_BAR_SIZE, VIRTIO_BARS,
 };
 use super::page_sharing::PageSharing;
 use super::pci::PciBus;
@@ -48,6 +49,7 @@ pub struct MachineBus {
     stop: Arc<StopNotice>,
     sharing: Option<Arc<PageSharing>>,
     chipset: Option<Arc<Chipset>>,
+    slots: Option<Arc<HotPlug>>,
 }
 
 impl MachineBus {
@@ -70,7 +72,13 @@ impl MachineBus {
             stop,
             sharing,
             chipset: None,
+            slots: None,
         }
+    }
+
+    /// The same with slots, whose functions' BARs the guest places.
+    pub fn with_slots(self, slots: Option<Arc<HotPlug>>) -> Self {
+        Self { slots, ..self }
     }
 
     /// The same on a board that firmware knows, where it places BARs and the ECAM range.
@@ -80,9 +88,19 @@ impl MachineBus {
 
     /// Whose BAR an address is in, and where.
     fn device_at(&self, address: u64) -> Option<(Registers<'_>, u64)> {
-        if self.chipset.is_some() {
-            return self.placed_at(address);
-        }
+        let fixed = if self.chipset.is_some() {
+            self.placed_at(address)
+        } else {
+            self.fixed_at(address)
+        };
+        fixed.or_else(|| {
+            let (function, offset) = self.slots.as_ref()?.placed_at(address)?;
+            Some((Registers::Slot(function), offset))
+        })
+    }
+
+    /// The same where the machine has placed them.
+    fn fixed_at(&self, address: u64) -> Option<(Registers<'_>, u64)> {
         let offset = address.checked_sub(VIRTIO_BARS)?;
         let index = usize::try_from(offset / VIRTIO_BAR_SIZE).ok()?;
         let registers = match self.functions.get(index) {
@@ -124,6 +142,7 @@ impl MachineBus {
 /// A device with registers in memory.
 enum Registers<'a> {
     Virtio(&'a VirtioPci),
+    Slot(Arc<VirtioPci>),
     Watchdog(&'a Watchdog),
 }
 
@@ -141,6 +160,11 @@ impl GuestBus for MachineBus {
                 self.pci.read_address(port - PCI_CONFIG_ADDRESS, data)
             }
             PCI_CONFIG_DATA..=PCI_CONFIG_LAST => self.pci.read_data(port - PCI_CONFIG_DATA, data),
+            HOTPLUG..=HOTPLUG_LAST => {
+                if let Some(slots) = &self.slots {
+                    slots.read(port - HOTPLUG, data);
+                }
+            }
             EVENTS => data
                 .iter_mut()
                 .take(1)
@@ -168,6 +192,11 @@ impl GuestBus for MachineBus {
                 self.pci.write_data(port - PCI_CONFIG_DATA, data)
             }
             (I8042_COMMAND, [RESET_VALUE, ..]) => self.stop.stop("reset"),
+            (HOTPLUG..=HOTPLUG_LAST, _) => {
+                if let Some(slots) = &self.slots {
+                    slots.write(port - HOTPLUG, data);
+                }
+            }
             (SLEEP_CONTROL, [SLEEP_NOW, ..]) => self.stop.stop("shutdown"),
             // A guest with a crash kernel goes on into that, and says only CRASH_LOADED.
             (PVPANIC, [events, ..]) if events & PANICKED != 0 => self.stop.stop("panic"),
@@ -178,6 +207,7 @@ impl GuestBus for MachineBus {
     fn memory_read(&self, address: u64, data: &mut [u8]) {
         match (self.device_at(address), self.ecam_offset(address)) {
             (Some((Registers::Virtio(function), offset)), _) => function.bar_read(offset, data),
+            (Some((Registers::Slot(function), offset)), _) => function.bar_read(offset, data),
             (Some((Registers::Watchdog(watchdog), offset)), _) => watchdog.bar_read(offset, data),
             (None, Some(offset)) => self.pci.read_ecam(offset, data),
             (None, None) => data.fill(0xff),
@@ -187,6 +217,7 @@ impl GuestBus for MachineBus {
     fn memory_write(&self, address: u64, data: &[u8]) {
         match (self.device_at(address), self.ecam_offset(address)) {
             (Some((Registers::Virtio(function), offset)), _) => function.bar_write(offset, data),
+            (Some((Registers::Slot(function), offset)), _) => function.bar_write(offset, data),
             (Some((Registers::Watchdog(watchdog), offset)), _) => watchdog.bar_write(offset, data),
             (None, Some(offset)) => self.pci.write_ecam(offset, data),
             (None, None) => {}
@@ -261,6 +292,7 @@ impl StopNotice {
     }
 }
 
+const HOTPLUG_LAST: u16 = HOTPLUG + HOTPLUG_SIZE - 1;
 const COM1_LAST: u16 = COM1 + 7;
 const PCI_CONFIG_LAST: u16 = PCI_CONFIG_DATA + 3;
 /// Events of the panic device (QEMU's `docs/specs/pvpanic.rst`).

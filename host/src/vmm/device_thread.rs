@@ -13,6 +13,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use vmm_sys_util::eventfd::EventFd;
 
 use super::hooks::ThreadKind;
+use crate::devices::serial::Console;
 use crate::devices::virtio::transport::VirtioPci;
 use crate::devices::watchdog::Watchdog;
 
@@ -30,9 +31,10 @@ impl DeviceThread {
         wake: EventFd,
         functions: Vec<Arc<VirtioPci>>,
         watchdog: Option<Arc<Watchdog>>,
+        console: Option<Arc<Console>>,
         confine: fn(ThreadKind) -> Result<(), String>,
     ) -> Result<Self, DeviceThreadError> {
-        let runner = Runner::new(wake.try_clone()?, functions, watchdog)?;
+        let runner = Runner::new(wake.try_clone()?, functions, watchdog, console)?;
         let (commands, receiver) = channel();
         let (ready_sender, ready) = channel();
         let thread = Builder::new().name("devices".into()).spawn(move || {
@@ -69,6 +71,24 @@ impl DeviceThread {
     /// Announces the guest's addresses, several times with growing intervals.
     pub fn announce(&self) -> Result<(), DeviceThreadError> {
         self.send(Command::Announce)
+    }
+
+    /// Takes in a function that was put into a slot; it is number `index` from now on.
+    pub fn insert(&self, index: usize, function: Arc<VirtioPci>) -> Result<(), DeviceThreadError> {
+        self.send(Command::Insert(index, function))
+    }
+
+    /// Lets go of one; returns when what was under way is complete.
+    pub fn remove(&self, index: usize) -> Result<(), DeviceThreadError> {
+        let (sender, done) = channel();
+        self.send(Command::Remove(index, sender))?;
+        done.recv_timeout(DEADLINE)
+            .map_err(|_| DeviceThreadError::Gone)
+    }
+
+    /// The event that wakes it, of which every function has a copy.
+    pub fn wake(&self) -> &EventFd {
+        &self.wake
     }
 
     fn send(&self, command: Command) -> Result<(), DeviceThreadError> {
@@ -110,14 +130,19 @@ enum Command {
     Run,
     Pause(Sender<()>),
     Announce,
+    Insert(usize, Arc<VirtioPci>),
+    Remove(usize, Sender<()>),
     Exit,
 }
 
 struct Runner {
     epoll: Epoll,
     wake: EventFd,
-    functions: Vec<Arc<VirtioPci>>,
+    /// By number; none where a slot is empty.
+    functions: Vec<Option<Arc<VirtioPci>>>,
     watchdog: Option<Arc<Watchdog>>,
+    console: Option<Arc<Console>>,
+    typing: Option<RawFd>,
     polled: Vec<Vec<(RawFd, u32)>>,
     announcements: VecDeque<Instant>,
     running: bool,
@@ -128,25 +153,57 @@ impl Runner {
         wake: EventFd,
         functions: Vec<Arc<VirtioPci>>,
         watchdog: Option<Arc<Watchdog>>,
+        console: Option<Arc<Console>>,
     ) -> Result<Self, DeviceThreadError> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        let polled = vec![Vec::new(); functions.len()];
-        let runner = Self {
+        let mut runner = Self {
             epoll,
             wake,
-            functions,
+            functions: Vec::with_capacity(functions.len()),
             watchdog,
-            polled,
+            console,
+            typing: None,
+            polled: Vec::new(),
             announcements: VecDeque::new(),
             running: false,
         };
         runner.add(runner.wake.as_raw_fd(), Source::Wake)?;
-        for (function, device) in runner.functions.iter().enumerate() {
-            for (queue, kick) in device.kicks().iter().enumerate() {
-                runner.add(kick.as_raw_fd(), Source::Queue { function, queue })?;
-            }
+        for (index, function) in functions.into_iter().enumerate() {
+            runner.insert(index, function)?;
         }
         Ok(runner)
+    }
+
+    fn insert(&mut self, function: usize, device: Arc<VirtioPci>) -> Result<(), Errno> {
+        for (queue, kick) in device.kicks().iter().enumerate() {
+            self.add(kick.as_raw_fd(), Source::Queue { function, queue })?;
+        }
+        if self.functions.len() <= function {
+            self.functions.resize(function + 1, None);
+            self.polled.resize(function + 1, Vec::new());
+        }
+        if let Some(place) = self.functions.get_mut(function) {
+            *place = Some(device);
+        }
+        Ok(())
+    }
+
+    fn remove(&mut self, function: usize) {
+        let Some(device) = self.functions.get_mut(function).and_then(Option::take) else {
+            return;
+        };
+        let polled = self.polled.get_mut(function).map(std::mem::take);
+        let kicks = device.kicks().iter().map(AsRawFd::as_raw_fd);
+        let others = polled.iter().flatten().map(|(fd, _)| *fd);
+        for fd in kicks.chain(others) {
+            with_fd(fd, |fd| {
+                let _ = self.epoll.delete(fd);
+            });
+        }
+    }
+
+    fn device(&self, function: usize) -> Option<&Arc<VirtioPci>> {
+        self.functions.get(function)?.as_ref()
     }
 
     fn serve(mut self, commands: &Receiver<Command>) {
@@ -192,7 +249,10 @@ impl Runner {
                 Command::Run => self.start(),
                 Command::Pause(done) => {
                     self.service_all();
-                    self.functions.iter().for_each(|device| device.drain());
+                    self.functions
+                        .iter()
+                        .flatten()
+                        .for_each(|device| device.drain());
                     self.running = false;
                     self.announcements.clear();
                     if let Some(watchdog) = &self.watchdog {
@@ -203,6 +263,18 @@ impl Runner {
                 Command::Announce => {
                     let now = Instant::now();
                     self.announcements = ANNOUNCE_AFTER.iter().map(|after| now + *after).collect();
+                }
+                Command::Insert(function, device) => {
+                    if let Err(e) = self.insert(function, device) {
+                        tracing::warn!(function, "notifications of a device are lost: {e}");
+                    }
+                    if self.running {
+                        self.service_all();
+                    }
+                }
+                Command::Remove(function, done) => {
+                    self.remove(function);
+                    let _ = done.send(());
                 }
                 Command::Exit => return Break(()),
             }
@@ -227,7 +299,7 @@ impl Runner {
                 self.service_all();
             }
             Source::Queue { function, queue } => {
-                let Some(device) = self.functions.get(function) else {
+                let Some(device) = self.device(function) else {
                     return;
                 };
                 if let Some(kick) = device.kicks().get(queue) {
@@ -238,8 +310,14 @@ impl Runner {
                 device.queue_event(queue as u16);
                 self.refresh(function);
             }
+            Source::Console => {
+                if let Some(console) = &self.console {
+                    console.input_event();
+                }
+                self.refresh_console();
+            }
             Source::Device { function, token } => {
-                if let Some(device) = self.functions.get(function) {
+                if let Some(device) = self.device(function) {
                     device.fd_event(token);
                 }
                 self.refresh(function);
@@ -247,9 +325,27 @@ impl Runner {
         }
     }
 
+    /// Polls what is typed, while the guest can take it.
+    fn refresh_console(&mut self) {
+        let wanted = self.console.as_ref().and_then(|console| console.poll_fd());
+        if wanted == self.typing {
+            return;
+        }
+        if let Some(fd) = self.typing.take() {
+            with_fd(fd, |fd| {
+                let _ = self.epoll.delete(fd);
+            });
+        }
+        match wanted.map(|fd| self.add(fd, Source::Console)) {
+            Some(Err(e)) => tracing::warn!("what is typed at the console cannot be polled: {e}"),
+            _ => self.typing = wanted,
+        }
+    }
+
     fn service_all(&mut self) {
+        self.refresh_console();
         for function in 0..self.functions.len() {
-            if let Some(device) = self.functions.get(function) {
+            if let Some(device) = self.device(function) {
                 device.service();
             }
             self.refresh(function);
@@ -259,8 +355,7 @@ impl Runner {
     /// Polls what the device wants polled now. A descriptor may have been closed and its number used
     /// again, so each is set anew.
     fn refresh(&mut self, function: usize) {
-        let (Some(device), Some(polled)) =
-            (self.functions.get(function), self.polled.get(function))
+        let (Some(device), Some(polled)) = (self.device(function), self.polled.get(function))
         else {
             return;
         };
@@ -319,7 +414,7 @@ impl Runner {
             .is_some_and(|due| *due <= Instant::now())
         {
             self.announcements.pop_front();
-            for device in &self.functions {
+            for device in self.functions.iter().flatten() {
                 device.announce();
             }
         }
@@ -337,6 +432,7 @@ enum Source {
     Wake,
     Queue { function: usize, queue: usize },
     Device { function: usize, token: u32 },
+    Console,
 }
 
 impl Source {
@@ -347,6 +443,7 @@ impl Source {
             Self::Device { function, token } => {
                 (2 << 56) | ((function as u64) << 32) | u64::from(token)
             }
+            Self::Console => 3 << 56,
         }
     }
 
@@ -362,6 +459,7 @@ impl Source {
                 function,
                 token: low,
             },
+            3 => Self::Console,
             _ => Self::Wake,
         }
     }
@@ -397,7 +495,7 @@ mod tests {
         let function = Arc::new(std::mem::replace(&mut bench.function, spare.function));
         let wake = bench.wake.try_clone().unwrap();
         let thread =
-            DeviceThread::spawn(wake, vec![Arc::clone(&function)], None, |_| Ok(())).unwrap();
+            DeviceThread::spawn(wake, vec![Arc::clone(&function)], None, None, |_| Ok(())).unwrap();
         thread.run().unwrap();
         (thread, function)
     }
@@ -443,7 +541,7 @@ mod tests {
     fn a_thread_that_cannot_be_confined_does_not_start() {
         let bench = bench();
         let wake = bench.wake.try_clone().unwrap();
-        let result = DeviceThread::spawn(wake, vec![], None, |_| Err("no filter".into()));
+        let result = DeviceThread::spawn(wake, vec![], None, None, |_| Err("no filter".into()));
         assert!(matches!(result, Err(DeviceThreadError::Confine(_))));
     }
 
@@ -455,6 +553,7 @@ mod tests {
                 function: 3,
                 queue: 2,
             },
+            Source::Console,
             Source::Device {
                 function: 30,
                 token: u32::MAX,

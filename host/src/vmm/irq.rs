@@ -28,11 +28,18 @@ pub struct MsiMessage {
     pub data: u32,
 }
 
+/// Interrupt numbers behind the I/O APIC's pins.
+struct Numbers {
+    next: u32,
+    /// Given back.
+    free: Vec<u32>,
+}
+
 /// All interrupt routes of one machine.
 pub struct Interrupts {
     vm: Arc<VmFd>,
     messages: Mutex<BTreeMap<u32, MsiMessage>>,
-    next_gsi: Mutex<u32>,
+    numbers: Mutex<Numbers>,
 }
 
 impl Interrupts {
@@ -41,7 +48,10 @@ impl Interrupts {
         Self {
             vm,
             messages: Mutex::default(),
-            next_gsi: Mutex::new(FIRST_MSI_GSI),
+            numbers: Mutex::new(Numbers {
+                next: FIRST_MSI_GSI,
+                free: Vec::new(),
+            }),
         }
     }
 
@@ -52,10 +62,30 @@ impl Interrupts {
 
     /// A new interrupt number for a message, with its line.
     pub fn message_line(&self) -> Result<(u32, EventFd), KvmError> {
-        let mut next = self.next_gsi.lock().unwrap_or_else(PoisonError::into_inner);
-        let gsi = *next;
-        *next = next.saturating_add(1);
-        Ok((gsi, self.line(gsi)?))
+        let gsi = {
+            let mut numbers = self.numbers.lock().unwrap_or_else(PoisonError::into_inner);
+            let fresh = numbers.next;
+            numbers.free.pop().unwrap_or_else(|| {
+                numbers.next = fresh.saturating_add(1);
+                fresh
+            })
+        };
+        match self.line(gsi) {
+            Ok(line) => Ok((gsi, line)),
+            Err(error) => {
+                self.give_back(&[gsi]);
+                Err(error)
+            }
+        }
+    }
+
+    /// Interrupt numbers of a function that is gone; KVM lets go of their lines as they are closed.
+    pub fn give_back(&self, gsis: &[u32]) {
+        let mut messages = self.messages.lock().unwrap_or_else(PoisonError::into_inner);
+        messages.retain(|gsi, _| !gsis.contains(gsi));
+        drop(messages);
+        let mut numbers = self.numbers.lock().unwrap_or_else(PoisonError::into_inner);
+        numbers.free.extend_from_slice(gsis);
     }
 
     fn line(&self, gsi: u32) -> Result<EventFd, KvmError> {

@@ -98,6 +98,10 @@ pub const FW_CFG: u16 = 0x510;
 pub const POWER_MANAGEMENT: u16 = 0x600;
 /// How far the ACPI sleep and event ports lie behind their places where firmware has the chipset's registers there.
 pub const BEHIND_FIRMWARE: u16 = 0x10;
+/// Registers of the slots for hot-plug, where QEMU has them: what came, what shall go, what the guest lets go of.
+pub const HOTPLUG: u16 = 0xae00;
+/// Their length in bytes.
+pub const HOTPLUG_SIZE: u16 = 12;
 /// PCI configuration address port, 4 bytes; the data port follows.
 pub const PCI_CONFIG_ADDRESS: u16 = 0xcf8;
 /// PCI configuration data port, 4 bytes.

@@ -3,6 +3,7 @@
 mod board;
 mod disks;
 mod launch;
+mod plug;
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
@@ -17,6 +18,7 @@ use super::chipset::Chipset;
 use super::device_thread::{DeviceThread, DeviceThreadError};
 use super::doorbells::{Doorbells, KvmDoorbells};
 use super::hooks::{BareMachine, Handles, Hooks, ThreadKind};
+use super::hotplug::{HotPlug, Occupant, SlotError};
 use super::irq::{Interrupts, MsiRouter};
 use super::kvm::{KvmError, Vm, during};
 use super::layout::{
@@ -37,8 +39,8 @@ use crate::confidential::kvm::real_kind;
 use crate::confidential::launch::GuestProtection;
 use crate::devices::events::{Event, Events};
 use crate::devices::serial::{Console, ConsoleStateError};
-use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::transport::{Placement, TransportStateError, VirtioPci};
+use crate::devices::virtio::{GuestRam, VirtioDevice};
 use crate::devices::watchdog::Watchdog;
 use crate::machine::plan::devices::{DeviceChange, DeviceName, DeviceStatus};
 use crate::machine::plan::{FIRMWARE_OF_REAL, MAX_LOW_MEMORY, MAX_VCPUS, MachinePlan, Technology};
@@ -54,6 +56,9 @@ pub struct Machine {
     watchdog: Option<Arc<Watchdog>>,
     console: Arc<Console>,
     events: Arc<Events>,
+    slots: Option<Arc<HotPlug>>,
+    interrupts: Arc<Interrupts>,
+    doorbells: Arc<KvmDoorbells>,
     pci: Arc<PciBus>,
     chipset: Option<Arc<Chipset>>,
     context: Arc<StateContext>,
@@ -111,15 +116,24 @@ impl Machine {
         let interrupts = Arc::new(Interrupts::new(Arc::clone(vm.fd())));
         let wake = EventFd::new(EFD_NONBLOCK)?;
         let models = (hooks.devices)(&plan, handles)?;
-        let functions = place_functions(models, &vm, &memory, &interrupts, &wake, &plan)?;
+        let doorbells = Arc::new(KvmDoorbells::new(Arc::clone(vm.fd())));
+        let parts = Parts {
+            ram: memory.ram(),
+            interrupts: &interrupts,
+            doorbells: &doorbells,
+            access_platform: plan.technology != Technology::None,
+        };
+        let (functions, plugged) = place_functions(models, &parts, &wake, &plan)?;
         let console_line = interrupts.legacy_line(COM1_GSI)?;
-        let console = Arc::new(Console::new(
-            console_line,
-            handles.require(HandleKind::Console)?,
-        )?);
+        let console = Console::new(console_line, handles.require(HandleKind::Console)?)?;
+        let console = Arc::new(match handles.take(HandleKind::ConsoleInput) {
+            Some(input) => console.with_input(input, wake.try_clone()?)?,
+            None => console,
+        });
         let watchdog = place_watchdog(&plan, functions.len(), &wake)?;
         let chipset = board::chipset(&plan, &memory).map(Arc::new);
         let events = Arc::new(Events::new(interrupts.legacy_line(EVENTS_GSI)?));
+        let slots = make_slots(&plan, &events, plugged)?;
         let pci = Arc::new(
             PciBus::new(
                 functions
@@ -131,7 +145,8 @@ impl Machine {
                             .map(|w| Arc::clone(w) as Arc<dyn PciFunction>),
                     ),
             )
-            .on_board(chipset.iter().flat_map(|board| board.functions())),
+            .on_board(chipset.iter().flat_map(|board| board.functions()))
+            .with_slots(slots.clone()),
         );
         let stop = Arc::new(StopNotice::new()?);
         let bus: Arc<dyn GuestBus> = Arc::new(
@@ -144,7 +159,8 @@ impl Machine {
                 Arc::clone(&stop),
                 sharing.clone(),
             )
-            .on_board(chipset.clone()),
+            .on_board(chipset.clone())
+            .with_slots(slots.clone()),
         );
         let firmware = handles.take(HandleKind::Firmware).map(File::from);
         let kernel = handles.take(HandleKind::Kernel).map(File::from);
@@ -155,8 +171,12 @@ impl Machine {
             wake,
             functions.clone(),
             watchdog.clone(),
+            Some(Arc::clone(&console)),
             hooks.confine_thread,
         )?;
+        for (slot, function) in slots.iter().flat_map(|slots| slots.functions()) {
+            devices.insert(functions.len() + usize::from(slot), function)?;
+        }
         let mut vcpus = Vec::with_capacity(vcpu_fds.len());
         for (id, fd) in vcpu_fds {
             vcpus.push(Vcpu::spawn(
@@ -175,6 +195,9 @@ impl Machine {
             watchdog,
             console,
             events,
+            slots,
+            interrupts,
+            doorbells,
             pci,
             chipset,
             context,
@@ -242,11 +265,7 @@ impl Machine {
             vm: self.vm.save()?,
             serial: self.console.save(),
             pci_address: self.pci.address(),
-            functions: self
-                .functions
-                .iter()
-                .map(|function| function.save())
-                .collect(),
+            functions: self.all().iter().map(|function| function.save()).collect(),
             watchdog: self.watchdog.as_ref().map(|watchdog| watchdog.save()),
             chipset: self.chipset.as_ref().map(|chipset| chipset.save()),
         };
@@ -257,8 +276,9 @@ impl Machine {
     /// guest, whose addresses it does not take over.
     pub fn restore(&self, bytes: &[u8], copy: bool) -> Result<(), MachineError> {
         let state = MachineStateV3::decode(bytes)?;
+        let functions = self.all();
         if state.vcpus.len() != self.vcpus.len()
-            || state.functions.len() != self.functions.len()
+            || state.functions.len() != functions.len()
             || state.watchdog.is_some() != self.watchdog.is_some()
             || state.chipset.is_some() != self.chipset.is_some()
         {
@@ -272,7 +292,7 @@ impl Machine {
         self.vm.restore(&state.vm)?;
         self.console.restore(&state.serial)?;
         self.pci.set_address(state.pci_address);
-        for (function, saved) in self.functions.iter().zip(state.functions) {
+        for (function, saved) in functions.iter().zip(state.functions) {
             if copy {
                 function.expect_copy();
             }
@@ -284,8 +304,13 @@ impl Machine {
         if let (Some(chipset), Some(saved)) = (&self.chipset, state.chipset) {
             chipset.restore(saved).ok_or(MachineError::Shape)?;
         }
-        for function in &self.functions {
+        for function in &functions {
             function.rouse();
+        }
+        if let Some(slots) = &self.slots {
+            // What the guest had not heard of yet did not travel.
+            let plugged = slots.functions();
+            plugged.iter().for_each(|(slot, _)| slots.tell(*slot));
         }
         if let Some(sharing) = &self.sharing {
             sharing.arrived();
@@ -295,9 +320,10 @@ impl Machine {
 
     /// Takes the locks of all devices.
     pub fn acquire(&self) -> Result<(), MachineError> {
-        for (index, function) in self.functions.iter().enumerate() {
+        let functions = self.all();
+        for (index, function) in functions.iter().enumerate() {
             if let Err(e) = function.acquire() {
-                for taken in self.functions.iter().take(index) {
+                for taken in functions.iter().take(index) {
                     let _ = taken.release();
                 }
                 return Err(MachineError::Lock(index, e));
@@ -308,7 +334,7 @@ impl Machine {
 
     /// Gives up the locks of all devices.
     pub fn release(&self) -> Result<(), MachineError> {
-        for (index, function) in self.functions.iter().enumerate() {
+        for (index, function) in self.all().iter().enumerate() {
             function
                 .release()
                 .map_err(|e| MachineError::Lock(index, e))?;
@@ -357,12 +383,10 @@ impl Machine {
         })
     }
 
-    fn device(&self, name: &DeviceName) -> Result<&VirtioPci, MachineError> {
+    fn device(&self, name: &DeviceName) -> Result<Arc<VirtioPci>, MachineError> {
         let index = self.plan.function_of(name);
-        let function = index.and_then(|index| self.functions.get(index));
-        function
-            .map(AsRef::as_ref)
-            .ok_or_else(|| MachineError::NoDevice(name.clone()))
+        let function = index.and_then(|index| self.function(index));
+        function.ok_or_else(|| MachineError::NoDevice(name.clone()))
     }
 
     /// The watchdog, if there is one.
@@ -457,10 +481,8 @@ impl Machine {
 
     /// How often the guest broke the rules of a queue.
     pub fn device_faults(&self) -> u64 {
-        self.functions
-            .iter()
-            .map(|function| function.faults())
-            .sum()
+        let all = self.all();
+        all.iter().map(|function| function.faults()).sum()
     }
 }
 
@@ -518,6 +540,21 @@ pub enum MachineError {
     /// There is no such device.
     #[error("the guest has no device {0:?}; its description names those it has")]
     NoDevice(DeviceName),
+    /// No slot is free.
+    #[error(
+        "none of the guest's {0} slots is free; detach something, or give it more (`[hotplug] slots`, up to 8, read at its \
+         next start)"
+    )]
+    NoSlot(u8),
+    /// There is a device of that name.
+    #[error("the guest has a device {0:?} already; choose another name")]
+    DeviceThere(DeviceName),
+    /// It was there from the start.
+    #[error("{0:?} was there from the start and stays; only what was attached can be detached")]
+    Fixed(DeviceName),
+    /// A slot.
+    #[error(transparent)]
+    Slot(#[from] SlotError),
     /// A device refused a change.
     #[error("{0}")]
     Change(String),
@@ -553,6 +590,11 @@ impl MachineError {
             Self::NoGeneration => "NO_GENERATION",
             Self::Lock(..) => "DEVICE_LOCK",
             Self::NoDevice(_) => "NO_SUCH_DEVICE",
+            Self::NoSlot(_) => "NO_FREE_SLOT",
+            Self::DeviceThere(_) => "DEVICE_EXISTS",
+            Self::Fixed(_) => "DEVICE_FIXED",
+            Self::Slot(SlotError::Taken(_)) => "NO_FREE_SLOT",
+            Self::Slot(SlotError::Empty(_)) => "NO_SUCH_DEVICE",
             Self::Change(_) => "DEVICE_CHANGE",
             Self::Confine(_) => "SANDBOX",
             Self::System(_) => "SYSTEM",
@@ -648,51 +690,98 @@ fn check_clock(vm: &Vm, vcpu: &VcpuFd, plan: &MachinePlan) -> Result<(), Machine
     Ok(model::check_tsc(wanted, here, vm.scales_tsc())?)
 }
 
-fn place_functions(
-    models: Vec<Box<dyn VirtioDevice>>,
-    vm: &Vm,
-    memory: &GuestMemory,
-    interrupts: &Arc<Interrupts>,
-    wake: &EventFd,
-    plan: &MachinePlan,
-) -> Result<Vec<Arc<VirtioPci>>, MachineError> {
-    let access_platform = plan.technology != Technology::None;
-    let doorbells = Arc::new(KvmDoorbells::new(Arc::clone(vm.fd())));
-    let mut functions = Vec::with_capacity(models.len());
-    for (slot, model) in models.into_iter().take(MAX_FUNCTIONS).enumerate() {
-        let vectors = model.queue_sizes().len() + 1;
-        let lines = (0..vectors)
-            .map(|_| interrupts.message_line())
-            .collect::<Result<Vec<_>, _>>()?;
-        let msix = Arc::new(Msix::new(
-            lines,
-            Arc::clone(interrupts) as Arc<dyn MsiRouter>,
-        ));
-        let bar = VIRTIO_BARS + slot as u64 * VIRTIO_BAR_SIZE;
-        let place = Placement {
-            bar: bar as u32,
-            ram: memory.ram().clone(),
-            wake: wake.try_clone()?,
-            access_platform,
-        };
-        let function = VirtioPci::new(model, msix, place)?;
-        let function = match plan.firmware {
-            Some(_) => function.with_movable_bar(Arc::clone(&doorbells) as Arc<dyn Doorbells>),
-            None => fixed(function, &doorbells, bar)?,
-        };
-        functions.push(Arc::new(function));
-    }
-    Ok(functions)
+/// What a function is joined to.
+struct Parts<'a> {
+    ram: &'a GuestRam,
+    interrupts: &'a Arc<Interrupts>,
+    doorbells: &'a Arc<KvmDoorbells>,
+    access_platform: bool,
 }
 
-/// A function whose BAR stays where it is.
-fn fixed(
-    function: VirtioPci,
-    doorbells: &KvmDoorbells,
-    bar: u64,
-) -> Result<VirtioPci, MachineError> {
-    for (queue, kick) in function.kicks().iter().enumerate() {
-        doorbells.fix(kick, bar + VirtioPci::notify_offset(queue))?;
+impl Parts<'_> {
+    /// A model as a function whose BAR is at `bar`, and its interrupts.
+    fn function(
+        &self,
+        model: Box<dyn VirtioDevice>,
+        bar: u32,
+        wake: EventFd,
+    ) -> Result<(VirtioPci, Vec<u32>), MachineError> {
+        let vectors = model.queue_sizes().len() + 1;
+        let lines = (0..vectors)
+            .map(|_| self.interrupts.message_line())
+            .collect::<Result<Vec<_>, _>>()?;
+        let gsis: Vec<u32> = lines.iter().map(|(gsi, _)| *gsi).collect();
+        let msix = Arc::new(Msix::new(
+            lines,
+            Arc::clone(self.interrupts) as Arc<dyn MsiRouter>,
+        ));
+        let place = Placement {
+            bar,
+            ram: self.ram.clone(),
+            wake,
+            access_platform: self.access_platform,
+        };
+        let function = VirtioPci::new(model, msix, place);
+        let function = function.inspect_err(|_| self.interrupts.give_back(&gsis))?;
+        Ok((function, gsis))
     }
-    Ok(function)
+
+    /// A function whose BAR the guest places.
+    fn movable(&self, function: VirtioPci) -> VirtioPci {
+        function.with_movable_bar(Arc::clone(self.doorbells) as Arc<dyn Doorbells>)
+    }
+
+    /// A function whose BAR stays where it is.
+    fn fixed(&self, function: VirtioPci, bar: u64) -> Result<VirtioPci, MachineError> {
+        for (queue, kick) in function.kicks().iter().enumerate() {
+            self.doorbells
+                .fix(kick, bar + VirtioPci::notify_offset(queue))?;
+        }
+        Ok(function)
+    }
+}
+
+/// What is in which slot.
+type Plugged = Vec<(u8, Occupant)>;
+
+/// The functions of the start, and those that are in slots.
+fn place_functions(
+    models: Vec<Box<dyn VirtioDevice>>,
+    parts: &Parts<'_>,
+    wake: &EventFd,
+    plan: &MachinePlan,
+) -> Result<(Vec<Arc<VirtioPci>>, Plugged), MachineError> {
+    let mut functions: Vec<Arc<VirtioPci>> = Vec::with_capacity(models.len());
+    let mut plugged = Vec::new();
+    let slots = plan.slots_in_order().into_iter();
+    let slots = slots.chain(std::iter::repeat(None));
+    for (model, slot) in models.into_iter().take(MAX_FUNCTIONS).zip(slots) {
+        let bar = VIRTIO_BARS + functions.len() as u64 * VIRTIO_BAR_SIZE;
+        let (function, gsis) = parts.function(model, bar as u32, wake.try_clone()?)?;
+        match slot {
+            Some(slot) => {
+                let function = Arc::new(parts.movable(function));
+                plugged.push((slot, Occupant { function, gsis }));
+            }
+            None if plan.firmware.is_some() => functions.push(Arc::new(parts.movable(function))),
+            None => functions.push(Arc::new(parts.fixed(function, bar)?)),
+        }
+    }
+    Ok((functions, plugged))
+}
+
+/// The slots of a plan, with what is in them from another host or an earlier time.
+fn make_slots(
+    plan: &MachinePlan,
+    events: &Arc<Events>,
+    plugged: Plugged,
+) -> Result<Option<Arc<HotPlug>>, MachineError> {
+    if plan.hotplug.slots == 0 {
+        return Ok(None);
+    }
+    let slots = HotPlug::new(plan.hotplug.slots, Arc::clone(events))?;
+    for (slot, occupant) in plugged {
+        slots.insert(slot, occupant)?;
+    }
+    Ok(Some(Arc::new(slots)))
 }

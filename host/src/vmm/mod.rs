@@ -9,6 +9,7 @@ pub mod chipset;
 pub mod device_thread;
 pub mod doorbells;
 pub mod hooks;
+pub mod hotplug;
 pub mod irq;
 pub mod kvm;
 pub mod layout;

@@ -147,6 +147,7 @@ mod tests {
             nets: vec![],
             vsock_cid,
             small: Default::default(),
+            hotplug: Default::default(),
         }
     }
 

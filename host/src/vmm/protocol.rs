@@ -5,8 +5,8 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::machine::plan::MachinePlan;
 use crate::machine::plan::devices::{DeviceChange, DeviceName, DeviceStatus};
+use crate::machine::plan::{Attachment, MachinePlan};
 
 /// What each descriptor beside [`VmmRequest::Prepare`] is; same order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -15,6 +15,8 @@ pub enum HandleKind {
     Kvm,
     /// Where the serial console's output goes (append only file or pipe).
     Console,
+    /// What is typed at the serial console (a pipe); without it nobody types.
+    ConsoleInput,
     /// Kernel image, a bzImage or an ELF file; only for a launch.
     Kernel,
     /// Initramfs; only for a launch.
@@ -96,6 +98,21 @@ pub enum VmmRequest {
         device: DeviceName,
         /// How.
         change: Option<DeviceChange>,
+    },
+    /// One descriptor beside it, an image or a tap: puts a device into a free slot, and tells the guest.
+    Attach {
+        /// What it is.
+        attachment: Attachment,
+    },
+    /// Asks the guest to let go of a device that was attached. It is gone when [`VmmRequest::Device`] says so.
+    AskBack {
+        /// Which.
+        device: DeviceName,
+    },
+    /// The guest keeps it after all. Fails if it has let go of it.
+    Keep {
+        /// Which.
+        device: DeviceName,
     },
     /// Tries from inside what must be refused.
     SandboxProbe,

@@ -10,7 +10,7 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::mpsc::{Receiver, channel};
 use std::thread::JoinHandle;
@@ -81,7 +81,16 @@ impl Vmm {
 
     /// One request, one answer.
     pub fn ask(&mut self, request: VmmRequest) -> Result<VmmReply, RoleError> {
-        self.agent.send(&request).unwrap();
+        self.ask_with(request, &[])
+    }
+
+    /// The same, with descriptors beside it.
+    pub fn ask_with(
+        &mut self,
+        request: VmmRequest,
+        handles: &[BorrowedFd<'_>],
+    ) -> Result<VmmReply, RoleError> {
+        self.agent.send_with(&request, handles).unwrap();
         self.answer()
     }
 
@@ -288,6 +297,7 @@ pub fn plan(vcpus: u8, memory_bytes: u64, cmdline: &str) -> MachinePlan {
         nets: vec![],
         vsock_cid: None,
         small: Default::default(),
+        hotplug: Default::default(),
     }
 }
 

@@ -184,6 +184,9 @@ impl Role {
             | Kind::Resume
             | Kind::Nmi
             | Kind::Resize
+            | Kind::Console
+            | Kind::Attach
+            | Kind::Detach
             | Kind::Snapshot
             | Kind::SnapshotErase
             | Kind::MigrateOut

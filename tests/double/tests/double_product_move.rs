@@ -365,6 +365,7 @@ fn plan() -> MachinePlan {
         nets: vec![],
         vsock_cid: None,
         small: Default::default(),
+        hotplug: Default::default(),
     }
 }
 

@@ -29,6 +29,7 @@ fuzz_target!(|bytes: &[u8]| {
             nets: vec![],
             vsock_cid: None,
             small: Default::default(),
+            hotplug: Default::default(),
         };
         let Ok(image) = BootImage::assemble(&plan, bytes, b"initramfs") else {
             continue;

@@ -1,5 +1,6 @@
 //! The host's view into the guest, on vsock port 1024: `status`, `verify`, `report NONCE`, `devices`, `use MIB`,
-//! `starve MILLISECONDS`, `fork`, `renew-card`, `panic`, `reset`, `poweroff`, one line each, answered in JSON.
+//! `starve MILLISECONDS`, `block DISK`, `card NAME ADDRESS`, `fork`, `renew-card`, `panic`, `reset`, `poweroff`, one line each,
+//! answered in JSON.
 
 use std::sync::Arc;
 use std::thread;
@@ -9,7 +10,7 @@ use crate::console::say;
 use crate::lines::{Slots, serve};
 use crate::state::State;
 use crate::supervise::{self, lock};
-use crate::{devices, disk, fork, memory, report, sys};
+use crate::{devices, disk, fork, hotplug, memory, report, sys};
 
 pub(crate) fn spawn(state: &Arc<State>) {
     let listener = match sys::vsock_listener(PORT) {
@@ -52,8 +53,10 @@ fn answer(state: &Arc<State>, request: &str) -> String {
             Some(("report", nonce)) => report::answer(nonce.trim()),
             Some(("use", mib)) => devices::use_memory(mib.trim()),
             Some(("starve", milliseconds)) => devices::starve(milliseconds.trim()),
+            Some(("block", name)) => hotplug::block(name.trim()),
+            Some(("card", name)) => hotplug::card(name.trim()),
             _ => {
-                "{\"ok\":false,\"error\":\"unknown request; known are status, verify, report, devices, use, starve, fork, renew-card, panic, reset, poweroff\"}"
+                "{\"ok\":false,\"error\":\"unknown request; known are status, verify, report, devices, use, starve, block, card, fork, renew-card, panic, reset, poweroff\"}"
                     .to_owned()
             }
         },

@@ -21,6 +21,7 @@ mod devices;
 mod disk;
 mod echo;
 mod fork;
+mod hotplug;
 mod lines;
 mod load;
 mod memory;

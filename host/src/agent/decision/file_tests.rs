@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use casemate_policy::ledger::Outcome;
 
 use super::tests::{Host, POLICY};
-use crate::agent::api::{MemoryMode, Request};
+use crate::agent::api::{Attach, DiskAttach, MemoryMode, Request};
 
 /// A host whose guests' files lie in `guests` of its folder: one description there, and something else beside it.
 fn host() -> Host {
@@ -68,6 +68,16 @@ fn what_lies_elsewhere_is_refused_unread_and_recorded() {
     let create = Request::Create {
         description: secret.clone(),
     };
+    let attach = Request::Attach {
+        name: "vm".to_owned(),
+        device: Attach::Disk(DiskAttach {
+            id: "data".to_owned(),
+            path: host.path("guests/link"),
+            format: Default::default(),
+            read_only: true,
+            limits: Default::default(),
+        }),
+    };
     let climbing = run(host.path("guests/../secret"));
     let through_link = run(host.path("guests/link"));
     let nowhere = run(PathBuf::from("/no/such/folder/vm.toml"));
@@ -75,6 +85,7 @@ fn what_lies_elsewhere_is_refused_unread_and_recorded() {
         run(secret.clone()),
         create,
         snapshot,
+        attach,
         restore(secret.clone()),
         clone(secret, None),
         climbing,

@@ -200,6 +200,22 @@ pub fn every_request() -> Vec<Request> {
         Request::SnapshotErase {
             id: "00".repeat(16),
         },
+        Request::Attach {
+            name: name(),
+            device: crate::agent::api::Attach::Disk(crate::agent::api::DiskAttach {
+                id: "data".into(),
+                path: PathBuf::from("/etc/shadow"),
+                format: Default::default(),
+                read_only: true,
+                limits: Default::default(),
+            }),
+        },
+        Request::Detach {
+            name: name(),
+            device: crate::agent::api::DeviceName::Disk("data".into()),
+            timeout_s: Some(3),
+        },
+        Request::ConsoleOpen { name: name() },
     ];
     let mut kinds: Vec<usize> = all.iter().map(kind).collect();
     kinds.dedup();
@@ -207,7 +223,7 @@ pub fn every_request() -> Vec<Request> {
     all
 }
 
-const LAST: usize = 40;
+const LAST: usize = 43;
 
 fn kind(request: &Request) -> usize {
     match request {
@@ -251,7 +267,10 @@ fn kind(request: &Request) -> usize {
         Request::Device { .. } => 37,
         Request::Settle { .. } => 38,
         Request::Clone { .. } => 39,
-        Request::SnapshotErase { .. } => LAST,
+        Request::SnapshotErase { .. } => 40,
+        Request::Attach { .. } => 41,
+        Request::Detach { .. } => 42,
+        Request::ConsoleOpen { .. } => LAST,
     }
 }
 

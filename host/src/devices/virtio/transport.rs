@@ -6,7 +6,7 @@
 mod registers;
 mod state;
 
-use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use virtio_queue::{Queue, QueueState, QueueT};
@@ -36,6 +36,8 @@ pub struct VirtioPci {
     doorbells: Option<Arc<dyn Doorbells>>,
     /// Where a movable BAR is.
     placed: Mutex<Option<u64>>,
+    /// It has been taken out of its slot: wherever the guest still puts its BAR, there are no doorbells any more.
+    gone: AtomicBool,
 }
 
 /// Where a function sits and what it shares.
@@ -101,6 +103,7 @@ impl VirtioPci {
             ram: place.ram,
             doorbells: None,
             placed: Mutex::new(None),
+            gone: AtomicBool::new(false),
         })
     }
 
@@ -116,6 +119,25 @@ impl VirtioPci {
         let placed = *self.placed();
         let offset = address.checked_sub(placed?)?;
         (offset < u64::from(registers::BAR_SIZE)).then_some(offset)
+    }
+
+    /// Control thread: the function is out of its slot, and the device thread has let go of it. The device stops, its
+    /// doorbells and locks go; its descriptors are closed with the last handle of it.
+    pub fn unplug(&self) {
+        let mut inner = self.lock();
+        inner.change = Change::None;
+        if inner.active {
+            inner.device.reset();
+        }
+        inner.power_on();
+        if let Err(error) = inner.device.release() {
+            // It is closed at once, which ends every lock on it.
+            tracing::debug!("device of type {}: {error}", inner.device.device_type());
+        }
+        drop(inner);
+        let config = self.config();
+        self.gone.store(true, Ordering::SeqCst);
+        self.follow_bar(&config);
     }
 
     /// An eventfd for each queue: the driver's notifications.
@@ -252,7 +274,8 @@ impl VirtioPci {
         let Some(doorbells) = &self.doorbells else {
             return;
         };
-        let (now, mut placed) = (config.placed_bar(), self.placed());
+        let there = !self.gone.load(Ordering::SeqCst);
+        let (now, mut placed) = (config.placed_bar().filter(|_| there), self.placed());
         if *placed == now {
             return;
         }

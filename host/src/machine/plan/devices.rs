@@ -99,6 +99,26 @@ pub enum WatchdogAction {
     Stop,
     /// The host is told, and the guest runs on.
     Report,
+    /// The guest is paused as it is, for somebody to look at; it can be resumed.
+    Pause,
+}
+
+/// Slots on the PCI bus into which devices can be put, and taken out of again, while the guest runs. Their number stays.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HotPlugPlan {
+    /// How many, at most [`MAX_SLOTS`](super::MAX_SLOTS).
+    pub slots: u8,
+    /// Disks and cards of the plan that are in one.
+    pub plugged: Vec<Plugged>,
+}
+
+/// What is in a slot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Plugged {
+    /// Which slot, from 0.
+    pub slot: u8,
+    /// Which of the plan's disks or cards.
+    pub device: DeviceName,
 }
 
 /// A device of a running guest, by its name in the plan.

@@ -1,4 +1,4 @@
-//! The keys of devices beyond disks, cards and sockets: limits, random numbers, balloon, console, watchdog.
+//! The keys of devices beyond disks, cards and sockets: limits, random numbers, balloon, console, watchdog, slots.
 
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -10,6 +10,7 @@ use crate::machine::plan::devices::{
     BalloonPlan, ConsolePlan, Limits, MAX_RATE, Rate, RngPlan, SmallDevices, WatchdogAction,
     WatchdogPlan,
 };
+use crate::machine::plan::{DEFAULT_SLOTS, MAX_SLOTS};
 
 /// Limits; what is not given is not limited.
 #[derive(Deserialize, JsonSchema)]
@@ -71,6 +72,15 @@ pub(super) struct Watchdog {
     action: Spanned<String>,
 }
 
+/// `[hotplug]`.
+#[derive(Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct HotPlug {
+    /// Slots for disks and cards that are attached while the guest runs: 0 to 8, of a plain guest; 4 by default.
+    #[schemars(range(max = 8))]
+    slots: u8,
+}
+
 /// The four tables.
 pub(super) struct Small {
     pub(super) rng: Option<Rng>,
@@ -123,6 +133,27 @@ impl Reader<'_> {
         })
     }
 
+    /// A confidential guest has no slots: what it has is what its owner saw at the launch.
+    pub(super) fn slots(
+        &self,
+        hotplug: Option<Spanned<HotPlug>>,
+        plain: bool,
+    ) -> Result<u8, SpecError> {
+        let Some(hotplug) = hotplug else {
+            return Ok(if plain { DEFAULT_SLOTS } else { 0 });
+        };
+        let slots = hotplug.get_ref().slots;
+        let problem = match slots {
+            1.. if !plain => {
+                "`hotplug.slots` is not for confidential guests, whose devices are those of their launch; leave it out"
+                    .to_owned()
+            }
+            0..=MAX_SLOTS => return Ok(slots),
+            _ => format!("`hotplug.slots` is {slots}; want 0 to {MAX_SLOTS}"),
+        };
+        Err(self.at(hotplug.span(), problem))
+    }
+
     fn rng(&self, rng: Rng) -> Result<RngPlan, SpecError> {
         let given = self.size("rng.bytes_per_second", rng.bytes_per_second)?;
         let per_second = given.map_or(RNG_RATE, |(rate, _)| rate);
@@ -136,9 +167,11 @@ impl Reader<'_> {
         let action = match watchdog.action.get_ref().as_str() {
             "stop" => WatchdogAction::Stop,
             "report" => WatchdogAction::Report,
+            "pause" => WatchdogAction::Pause,
             other => {
-                let problem =
-                    format!("`watchdog.action` is {other:?}; want \"stop\" or \"report\"");
+                let problem = format!(
+                    "`watchdog.action` is {other:?}; want \"stop\", \"pause\" or \"report\""
+                );
                 return Err(self.at(watchdog.action.span(), problem));
             }
         };

@@ -53,6 +53,9 @@ pub(super) struct Document {
     pub(super) console: Option<devices::Console>,
     /// A watchdog.
     pub(super) watchdog: Option<devices::Watchdog>,
+    /// What can be attached while it runs.
+    #[schemars(with = "Option<devices::HotPlug>")]
+    pub(super) hotplug: Option<Spanned<devices::HotPlug>>,
     /// What the guest may take of this host; does not move with it.
     pub(super) resources: Option<Resources>,
 }

@@ -1,8 +1,8 @@
 //! A good description, and everything that can be wrong with one.
 
 use super::*;
-use crate::machine::plan::Technology;
 use crate::machine::plan::devices::Rate;
+use crate::machine::plan::{DEFAULT_SLOTS, Technology};
 
 const OFFER: Offer = Offer {
     emulated: true,
@@ -143,7 +143,7 @@ fn small_devices_and_limits_are_read_and_checked() {
     for (result, words) in [
         (
             plain_with("[watchdog]\naction = \"bark\"\n"),
-            "want \"stop\" or \"report\"",
+            "want \"stop\", \"pause\" or \"report\"",
         ),
         (
             plain_with("[rng]\nbytes_per_second = \"0 MiB\"\n"),
@@ -167,6 +167,23 @@ fn small_devices_and_limits_are_read_and_checked() {
             "{error}"
         );
     }
+}
+
+#[test]
+fn a_plain_guest_has_slots_and_a_confidential_one_has_none() {
+    assert_eq!(plain_with("").unwrap().slots, DEFAULT_SLOTS);
+    for slots in [0, 8] {
+        let text = format!("[hotplug]\nslots = {slots}\n");
+        assert_eq!(plain_with(&text).unwrap().slots, slots);
+    }
+    for wrong in ["slots = 9", "slots = -1", "slot = 1", ""] {
+        let text = format!("[hotplug]\n{wrong}\n");
+        assert!(plain_with(&text).is_err(), "{wrong}");
+    }
+    let sev = "technology = \"sev\"\n";
+    assert_eq!(confidential(sev).unwrap().slots, 0);
+    let refused = confidential(&format!("{sev}[hotplug]\nslots = 1\n")).unwrap_err();
+    assert!(refused.problem.contains("confidential guests"), "{refused}");
 }
 
 #[test]

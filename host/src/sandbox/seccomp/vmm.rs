@@ -43,6 +43,24 @@ pub(super) const CONTROL: &[Rule] = &[
         [Cond::Among(1, &[F_ADD_SEALS])],
         "guest memory is sealed against writing before a mover gets it"
     ),
+    permit!(
+        SYS_eventfd2,
+        [Cond::Among(0, &[0]), Cond::Among(1, &[EFD_NONBLOCK])],
+        "a device that is attached: its queues' notifications and its interrupts"
+    ),
+    permit!(
+        SYS_timerfd_create,
+        [
+            Cond::Among(0, &[CLOCK_MONOTONIC]),
+            Cond::Among(1, &[TFD_FLAGS])
+        ],
+        "a device that is attached: the timer of its limits"
+    ),
+    permit!(
+        SYS_ioctl,
+        [Cond::Among(1, &[TUNSETVNETHDRSZ])],
+        "a card that is attached: the header before its tap's frames"
+    ),
 ];
 
 /// What a device does with what was opened for it: tap, disk, vsock connections. The device thread does it, and
@@ -138,6 +156,11 @@ pub(super) const VCPU: &[Rule] = &[
 const TUNSETOFFLOAD: u64 = 0x4004_54d0;
 /// `IORING_ENTER_GETEVENTS`.
 const ENTER_GETEVENTS: u64 = 1;
+/// `_IOW('T', 216, int)`.
+const TUNSETVNETHDRSZ: u64 = 0x4004_54d8;
+const EFD_NONBLOCK: u64 = libc::EFD_NONBLOCK as u64;
+const CLOCK_MONOTONIC: u64 = libc::CLOCK_MONOTONIC as u64;
+const TFD_FLAGS: u64 = (libc::TFD_NONBLOCK | libc::TFD_CLOEXEC) as u64;
 const HUGEPAGE: u64 = libc::MADV_HUGEPAGE as u64;
 const POPULATE_READ: u64 = libc::MADV_POPULATE_READ as u64;
 const POPULATE_WRITE: u64 = libc::MADV_POPULATE_WRITE as u64;

@@ -1,11 +1,13 @@
 //! ACPI tables of the machine: hardware-reduced, one PCI root (by port and by ECAM), COM1, and events by a generic
 //! event device: the power button and, of a plain guest, a new VM generation id.
 
+mod hotplug;
+
 use acpi_tables::Aml;
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, And, Device, EISAName, Field, FieldAccessType, FieldEntry,
-    FieldLockRule, FieldUpdateRule, IO, If, Interrupt, Local, Memory32Fixed, Method, Name, Notify,
-    ONE, OpRegion, OpRegionSpace, Package, Path, ResourceTemplate, Store, ZERO,
+    FieldLockRule, FieldUpdateRule, IO, If, Interrupt, Local, Memory32Fixed, Method, MethodCall,
+    Name, Notify, ONE, OpRegion, OpRegionSpace, Package, Path, ResourceTemplate, Store, ZERO,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace as GasSpace, GAS};
@@ -17,6 +19,7 @@ use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 
+pub use self::hotplug::Slots;
 use crate::devices::events::Event;
 use crate::vmm::layout::{
     COM1, COM1_GSI, ECAM, ECAM_SIZE, EVENTS, EVENTS_GSI, GENERATION, I8042_COMMAND, IOAPIC, LAPIC,
@@ -33,6 +36,8 @@ pub struct Board {
     pub window: (u64, u64),
     /// How far the sleep and event ports lie behind their places in the layout.
     pub behind: u16,
+    /// Slots for hot-plug.
+    pub slots: Slots,
 }
 
 impl Board {
@@ -41,12 +46,16 @@ impl Board {
         ecam: ECAM,
         window: (PCI_WINDOW, PCI_WINDOW_LAST),
         behind: 0,
+        slots: Slots::NONE,
     };
 }
 
 /// All tables, to be placed at `base`; the RSDP comes first. `generation` is whether the guest has a VM generation id.
-pub fn tables(vcpus: u8, generation: bool, base: u64) -> Vec<u8> {
-    let board = &Board::DIRECT;
+pub fn tables(vcpus: u8, generation: bool, slots: Slots, base: u64) -> Vec<u8> {
+    let board = &Board {
+        slots,
+        ..Board::DIRECT
+    };
     let mut blob = vec![0u8; Rsdp::len().next_multiple_of(ALIGNMENT)];
     let dsdt = place(&mut blob, base, &dsdt(generation, board));
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE, OEM_REVISION);
@@ -105,6 +114,7 @@ fn dsdt(generation: bool, board: &Board) -> Vec<u8> {
     let mut body = Vec::new();
     com1(&mut body);
     pci_root(board, &mut body);
+    hotplug::slots(board.slots, &mut body);
     panic_device(&mut body);
     board_memory(board, &mut body);
     power_button(&mut body);
@@ -248,6 +258,13 @@ fn events(generation: bool, board: &Board, sink: &mut Vec<u8>) {
     if generation {
         steps.push(&if_changed);
     }
+    let plugged = Event::Slots as u8;
+    let is_plugged = And::new(&ZERO, &Local(0), &plugged);
+    let scan = MethodCall::new(Path::new(hotplug::SCAN), vec![]);
+    let if_plugged = If::new(&is_plugged, vec![&scan]);
+    if board.slots.count > 0 {
+        steps.push(&if_plugged);
+    }
     Device::new(
         Path::new("\\_SB_.GED_"),
         vec![
@@ -343,7 +360,8 @@ mod tests {
     #[test]
     fn every_table_is_reachable_and_sums_to_zero() {
         let base = 0xe_0000;
-        let blob = tables(3, true, base);
+        let slots = Slots { first: 5, count: 4 };
+        let blob = tables(3, true, slots, base);
         assert_eq!(&blob[..8], b"RSD PTR ");
         assert_eq!(sum(&blob[..20]), 0);
         assert_eq!(sum(&blob[..36]), 0);

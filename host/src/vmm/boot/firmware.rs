@@ -63,6 +63,7 @@ fn linked(plan: &MachinePlan, ecam: u64) -> Linked {
         ecam,
         window: (ecam + PCI_ECAM_SPAN, PCI_FIRMWARE_LAST),
         behind: crate::vmm::layout::BEHIND_FIRMWARE,
+        slots: acpi::Slots::of(plan),
     };
     let plain = plan.technology == Technology::None;
     let mut tables = acpi::unlinked(plan.vcpus, plain, &board);

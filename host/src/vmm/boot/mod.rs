@@ -189,7 +189,11 @@ fn described(plan: &MachinePlan, cmdline: Vec<u8>) -> Vec<Component> {
     let id = if plain { plan.vm_id } else { [0; 16] };
     let mut pieces = vec![
         component("cmdline", CMDLINE, cmdline),
-        component("acpi", ACPI, acpi::tables(plan.vcpus, plain, ACPI)),
+        component(
+            "acpi",
+            ACPI,
+            acpi::tables(plan.vcpus, plain, acpi::Slots::of(plan), ACPI),
+        ),
         component("smbios", SMBIOS, smbios::tables(&id, plan.memory_bytes)),
     ];
     if plain {
@@ -331,6 +335,7 @@ pub(crate) mod tests {
             nets: vec![],
             vsock_cid: None,
             small: Default::default(),
+            hotplug: Default::default(),
         }
     }
 

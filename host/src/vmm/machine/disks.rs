@@ -24,26 +24,29 @@ impl Machine {
 
     /// No disk notes its writes any more.
     pub fn forget_disk_writes(&self) {
-        self.functions.iter().for_each(|one| one.forget_writes());
+        self.all().iter().for_each(|one| one.forget_writes());
     }
 
     /// Who does the requests of each disk.
     pub fn disk_services(&self) -> Vec<DiskService> {
-        let disks = self.plan.disks.iter().zip(&self.functions);
+        let disks = (0..).zip(&self.plan.disks);
         disks
-            .map(|(plan, function)| DiskService {
-                id: plan.id.clone(),
-                by: function.disk_service().unwrap_or_default(),
+            .filter_map(|(number, plan)| {
+                let function = self.disk(number).ok()?;
+                Some(DiskService {
+                    id: plan.id.clone(),
+                    by: function.disk_service().unwrap_or_default(),
+                })
             })
             .collect()
     }
 
-    fn disk(&self, disk: u8) -> Result<&Arc<VirtioPci>, MachineError> {
+    fn disk(&self, disk: u8) -> Result<Arc<VirtioPci>, MachineError> {
         let plan = self.plan.disks.get(usize::from(disk));
         let name = plan.map(|plan| DeviceName::Disk(plan.id.clone()));
         let found = name
             .and_then(|name| self.plan.function_of(&name))
-            .and_then(|index| self.functions.get(index));
+            .and_then(|index| self.function(index));
         found.ok_or_else(|| {
             let text = format!("the guest has no disk {disk}");
             MachineError::Role(RoleError::new("NO_SUCH_DEVICE", text))

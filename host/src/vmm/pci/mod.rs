@@ -7,6 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use config::{ConfigSpace, Identity};
 
+use super::hotplug::HotPlug;
+
 /// A function on the bus, as its configuration space shows it. Offsets and lengths come from the guest.
 pub trait PciFunction: Send + Sync {
     /// Reads configuration space.
@@ -21,6 +23,8 @@ pub struct PciBus {
     functions: Vec<Arc<dyn PciFunction>>,
     /// Of a board that firmware knows: its own functions, in their slots, its host bridge in place of ours.
     board: Vec<(usize, Arc<dyn PciFunction>)>,
+    /// Behind all functions: what comes and goes.
+    slots: Option<Arc<HotPlug>>,
 }
 
 impl PciBus {
@@ -32,7 +36,13 @@ impl PciBus {
             address: Mutex::new(0),
             functions: std::iter::once(bridge).chain(functions).collect(),
             board: Vec::new(),
+            slots: None,
         }
+    }
+
+    /// The same with slots behind these functions.
+    pub fn with_slots(self, slots: Option<Arc<HotPlug>>) -> Self {
+        Self { slots, ..self }
     }
 
     /// The same on a board that has functions of its own.
@@ -101,7 +111,7 @@ impl PciBus {
         }
     }
 
-    fn at_ecam(&self, offset: u64) -> Option<(&Arc<dyn PciFunction>, usize)> {
+    fn at_ecam(&self, offset: u64) -> Option<(Arc<dyn PciFunction>, usize)> {
         let (function, register) = (offset >> 12, (offset & 0xfff) as usize);
         if function & 7 != 0 {
             return None;
@@ -110,15 +120,21 @@ impl PciBus {
         Some((self.function(slot)?, register))
     }
 
-    fn function(&self, slot: usize) -> Option<&Arc<dyn PciFunction>> {
+    fn function(&self, slot: usize) -> Option<Arc<dyn PciFunction>> {
         let board = self.board.iter().find(|(at, _)| *at == slot);
-        match board {
-            Some((_, function)) => Some(function),
-            None => self.functions.get(slot),
+        let fixed = board
+            .map(|(_, function)| function)
+            .or_else(|| self.functions.get(slot));
+        match fixed {
+            Some(function) => Some(Arc::clone(function)),
+            None => {
+                let behind = slot.checked_sub(self.functions.len())?;
+                self.slots.as_ref()?.pci_function(behind)
+            }
         }
     }
 
-    fn selected(&self, offset: u16) -> Option<(&Arc<dyn PciFunction>, usize)> {
+    fn selected(&self, offset: u16) -> Option<(Arc<dyn PciFunction>, usize)> {
         let address = self.address();
         let (bus, slot, function) = (
             (address >> 16) & 0xff,

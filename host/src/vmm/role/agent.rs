@@ -12,6 +12,8 @@ use super::super::protocol::{
 };
 use super::{Control, wrong_state};
 use crate::ipc::Channel;
+use crate::machine::plan::Attachment;
+use crate::vmm::hotplug::HotPlug;
 
 impl Control {
     /// Answers one request.
@@ -74,6 +76,17 @@ impl Control {
                 };
                 Ok(VmmReply::Device(status))
             }
+            VmmRequest::Attach { attachment } => self.plug_in(attachment, handles),
+            VmmRequest::AskBack { device } => {
+                self.expect(&[MachineState::Running], "a request to the guest")?;
+                self.expect_no_mover()?;
+                self.machine.ask_back(&device)?;
+                Ok(VmmReply::Done)
+            }
+            VmmRequest::Keep { device } => {
+                self.machine.keep(&device)?;
+                Ok(VmmReply::Done)
+            }
             VmmRequest::SandboxProbe => (self.hooks.probe)()
                 .map(VmmReply::Probe)
                 .map_err(sandbox_error),
@@ -134,9 +147,32 @@ impl Control {
         Ok(VmmReply::Done)
     }
 
+    /// While a mover is there the machine stays what it said of itself.
+    fn expect_no_mover(&self) -> Result<(), RoleError> {
+        match self.mover {
+            Some(_) => Err(wrong_state("a mover is attached; its end comes first")),
+            None => Ok(()),
+        }
+    }
+
+    fn plug_in(
+        &mut self,
+        attachment: Attachment,
+        handles: Vec<OwnedFd>,
+    ) -> Result<VmmReply, RoleError> {
+        self.expect(&[MachineState::Running, MachineState::Paused], "a device")?;
+        self.expect_no_mover()?;
+        let descriptor = only(handles, "Attach takes exactly one, the image or tap")?;
+        let hooks = self.hooks;
+        self.machine.attach(attachment, descriptor, &hooks)?;
+        Ok(VmmReply::Done)
+    }
+
     fn attach_mover(&mut self, handles: Vec<OwnedFd>) -> Result<VmmReply, RoleError> {
-        if self.mover.is_some() {
-            return Err(wrong_state("a mover is attached already"));
+        self.expect_no_mover()?;
+        if self.machine.slots().is_some_and(HotPlug::is_asking) {
+            let text = "the guest is letting go of a device; wait for that, and ask again";
+            return Err(RoleError::new("DETACHING", text));
         }
         self.expect(
             &[
@@ -146,13 +182,7 @@ impl Control {
             ],
             "a mover",
         )?;
-        let mut handles = handles.into_iter();
-        let (Some(channel), None) = (handles.next(), handles.next()) else {
-            return Err(RoleError {
-                code: "BAD_HANDLES".into(),
-                text: "AttachMover takes exactly one descriptor, the channel".into(),
-            });
-        };
+        let channel = only(handles, "AttachMover takes exactly one, the channel")?;
         // A mover that asks and does not read must not hold up the agent: sending to it never waits.
         fcntl(&channel, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(|e| RoleError {
             code: "BAD_HANDLES".into(),
@@ -160,6 +190,17 @@ impl Control {
         })?;
         self.mover = Some(Channel::from_fd(channel));
         Ok(VmmReply::Done)
+    }
+}
+
+fn only(handles: Vec<OwnedFd>, wanted: &str) -> Result<OwnedFd, RoleError> {
+    let mut handles = handles.into_iter();
+    match (handles.next(), handles.next()) {
+        (Some(one), None) => Ok(one),
+        _ => Err(RoleError {
+            code: "BAD_HANDLES".into(),
+            text: format!("descriptors: {wanted}"),
+        }),
     }
 }
 

@@ -106,6 +106,7 @@ struct Ready {
     mover: bool,
     stop: bool,
     watchdog: bool,
+    ejected: bool,
 }
 
 impl Control {
@@ -131,6 +132,11 @@ impl Control {
             if ready.stop {
                 self.guest_stopped()?;
             }
+            if ready.ejected
+                && let Err(e) = self.machine.let_go()
+            {
+                tracing::error!("a device that the guest let go of: {e}");
+            }
             if ready.mover {
                 self.serve_mover();
             }
@@ -155,6 +161,8 @@ impl Control {
         }
         let watchdog = self.machine.watchdog();
         fds.extend(watchdog.map(|w| PollFd::new(w.alarm(), PollFlags::POLLIN)));
+        let slots = self.machine.slots();
+        fds.extend(slots.map(|slots| PollFd::new(slots.event(), PollFlags::POLLIN)));
         if let Some(mover) = &self.mover {
             fds.push(PollFd::new(mover.as_fd(), PollFlags::POLLIN));
         }
@@ -169,12 +177,14 @@ impl Control {
         let agent = hits.next().unwrap_or(false);
         let stop = !self.stop_seen && hits.next().unwrap_or(false);
         let watchdog = watchdog.is_some() && hits.next().unwrap_or(false);
+        let ejected = slots.is_some() && hits.next().unwrap_or(false);
         let mover = self.mover.is_some() && hits.next().unwrap_or(false);
         Ok(Ready {
             agent,
             mover,
             stop,
             watchdog,
+            ejected,
         })
     }
 
@@ -223,8 +233,18 @@ impl Control {
         }
         self.agent.send(&VmmMessage::Event(VmmEvent::Watchdog))?;
         let plan = self.machine.plan().small.watchdog;
-        if plan.is_some_and(|watchdog| watchdog.action == WatchdogAction::Stop) {
-            self.machine.stop_notice().stop("watchdog");
+        match plan.map(|watchdog| watchdog.action) {
+            Some(WatchdogAction::Stop) => self.machine.stop_notice().stop("watchdog"),
+            // Not under a mover, who pauses and resumes by its own order.
+            Some(WatchdogAction::Pause)
+                if self.state == MachineState::Running && self.mover.is_none() =>
+            {
+                match self.machine.pause() {
+                    Ok(()) => self.state = MachineState::Paused,
+                    Err(e) => tracing::error!("its watchdog was not fed, but: {e}"),
+                }
+            }
+            Some(WatchdogAction::Pause | WatchdogAction::Report) | None => {}
         }
         Ok(())
     }

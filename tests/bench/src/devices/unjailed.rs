@@ -126,6 +126,7 @@ fn plan() -> MachinePlan {
         }],
         vsock_cid: None,
         small: Default::default(),
+        hotplug: Default::default(),
     }
 }
 

@@ -117,6 +117,11 @@ pub(crate) fn bench() -> Bench {
     }
 }
 
+/// Some function, for whom it does not matter which.
+pub(crate) fn any_function() -> Arc<VirtioPci> {
+    Arc::new(bench().function)
+}
+
 impl Bench {
     pub fn read(&self, offset: u64, length: usize) -> u64 {
         let mut bytes = [0; 8];
