@@ -40,6 +40,7 @@ fn assess(
             let said = match received {
                 Ok(Received::Assessed) => "assessed".to_owned(),
                 Ok(Received::Moved(_)) => "moved".to_owned(),
+                Ok(Received::Settled(_)) => "settled".to_owned(),
                 Err(error) => error.code().to_owned(),
             };
             (to, said)

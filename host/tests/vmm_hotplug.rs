@@ -57,7 +57,7 @@ fn what_is_attached_moves_along_and_the_target_tells_of_it_anew() {
         (HandleKind::Disk(0), opened(&folder.path().join("b")).into()),
     ];
     let mut target = Vmm::prepare(&moved, handles).unwrap();
-    target.ask(VmmRequest::Incoming).unwrap();
+    target.ask(VmmRequest::Incoming { copy: false }).unwrap();
     migrate(&mut source, &mut target);
     drop(source);
     said(&there, "SLOT 1..");
@@ -136,6 +136,7 @@ fn disk(name: &str) -> DiskPlan {
         id: name.into(),
         format: DiskFormat::Raw,
         read_only: false,
+        io: Default::default(),
         limits: Limits::default(),
     }
 }

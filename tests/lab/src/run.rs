@@ -229,7 +229,7 @@ fn payload(request: &Request) -> Result<Payload> {
 }
 
 /// What tests of guests need, by the variable that names it inside.
-fn built(paths: &Paths) -> [(&'static str, PathBuf); 9] {
+fn built(paths: &Paths) -> [(&'static str, PathBuf); 11] {
     [
         ("LAB_CASEMATE", paths.release.join("casemate")),
         ("LAB_CASEMATE_GUEST", paths.release.join("casemate-guest")),
