@@ -17,8 +17,9 @@ use crate::agent::decision::Facts;
 use crate::agent::guest::{Guest, Resources, TapChoice, cpu_baseline};
 use crate::agent::launch_inputs::{LaunchInputs, sha256};
 use crate::agent::record::{Ownership, OwnershipState};
+use crate::agent::roles::VmmShare;
 use crate::agent::vmm_process::lock;
-use crate::agent::{Agent, VmmShare, files};
+use crate::agent::{Agent, files};
 use crate::machine::plan::MachinePlan;
 use crate::machine::spec::{ConfidentialSpec, MachineSpec, SnpSpec};
 use crate::vmm::protocol::{

@@ -31,6 +31,7 @@ mod plug;
 mod processor;
 mod record;
 pub mod restore;
+mod roles;
 mod room;
 mod second_opinion;
 mod serial;
@@ -63,26 +64,21 @@ use crate::agent::config::AgentConfig;
 use crate::agent::decision::Gated;
 use crate::agent::evidence::Evidence;
 use crate::agent::guest::Guest;
-use crate::agent::guest_events::GuestEvents;
 use crate::agent::metrics::Metrics;
-use crate::agent::mover_process::MoverProcess;
 use crate::agent::outgoing::Wish;
 use crate::agent::processor::Processor;
 use crate::agent::record::{Ownership, OwnershipState, Records};
+use crate::agent::roles::{Bounds, is_group_of};
 use crate::agent::second_opinion::SecondOpinion;
 use crate::agent::tasks::Tasks;
 use crate::agent::transfer::{HostCredentials, role_error};
-use crate::agent::vmm_process::{VmmProcess, lock};
+use crate::agent::vmm_process::lock;
 use crate::confidential::control::GuestLink;
-use crate::ipc::Channel;
 use crate::machine::plan::MachinePlan;
 use crate::machine::spec::{Offer, Strongest};
 use crate::mover::protocol::AgentAnswer;
 use crate::sandbox::Role;
-use crate::sandbox::io_limit::IoShare;
-use crate::sandbox::jail::{
-    CpuShare, JailSpec, RoleProcess, end_cgroup, spawn_role, sweep_cgroups,
-};
+use crate::sandbox::jail::{end_cgroup, sweep_cgroups};
 use crate::vmm::protocol::{HandleKind, RoleError, VmmReply, VmmRequest};
 
 /// Runs the agent until it is told to stop (SIGTERM, SIGINT). Its guests end with it.
@@ -637,57 +633,6 @@ impl Agent {
         processor.connect(snp).map(GuestLink::into_handles)
     }
 
-    fn spawn_vmm(&self, plan: &MachinePlan, share: VmmShare) -> Result<VmmProcess, Failure> {
-        let bounds = Bounds {
-            cpu: share.cpu,
-            io: share.io,
-            memory: Some(plan.mapped_bytes().saturating_add(share.held)),
-            vcpus: plan.vcpus.into(),
-            locked: sev::locked_memory(plan) + plan.rings() * RING_MEMORY,
-        };
-        let (process, channel) = self.spawn(Role::Vmm, bounds)?;
-        let mut events = GuestEvents::of(plan, &self.evidence, &self.metrics);
-        let on_event = move |event| events.hear(event);
-        VmmProcess::new(process, channel, on_event)
-            .map_err(|e| Failure::new("INTERNAL", e.to_string()))
-    }
-
-    fn spawn_mover(&self, memory_bytes: u64) -> Result<MoverProcess, Failure> {
-        let bounds = Bounds {
-            memory: Some(memory_bytes),
-            ..Bounds::default()
-        };
-        let (process, channel) = self.spawn(Role::Mover, bounds)?;
-        Ok(MoverProcess::new(process, channel))
-    }
-
-    /// Starts a role in a cell of its own, under a user of its own.
-    fn spawn(&self, role: Role, bounds: Bounds) -> Result<(RoleProcess, Channel), Failure> {
-        let number = self.next_role.fetch_add(1, Ordering::Relaxed) % MAX_ROLES;
-        let name = group_name(&self.config.name, role.name(), number);
-        // Held until the group is there, so that the end of the agent finds it.
-        let mut groups = lock(&self.groups);
-        let Some(started) = groups.as_mut() else {
-            return Err(Failure::new(
-                "AGENT_ENDING",
-                "this agent is ending; start it again",
-            ));
-        };
-        started.insert(name.clone());
-        let mut spec = JailSpec::new(name, self.config.uid_base + number);
-        spec.memory_max = bounds.memory.map(|bytes| bytes + ROLE_OVERHEAD);
-        spec.memlock_max = bounds.locked;
-        spec.pids_max += bounds.vcpus;
-        spec.cpu = bounds.cpu;
-        spec.io = bounds.io;
-        spec.landlock_min = self.policy().sandbox.landlock_min_abi.get();
-        let (ours, theirs) =
-            Channel::pair().map_err(|e| Failure::new("INTERNAL", e.to_string()))?;
-        let process =
-            spawn_role(role, theirs, spec).map_err(|e| Failure::new("SANDBOX", e.to_string()))?;
-        Ok((process, ours))
-    }
-
     /// The emulated roots, besides this host's own, that policy trusts as targets.
     fn emulated_roots(&self) -> Vec<[u8; 32]> {
         self.policy()
@@ -707,32 +652,6 @@ impl Agent {
     }
 }
 
-/// What the VMM of a guest gets beside what its plan says.
-#[derive(Default)]
-struct VmmShare {
-    /// What it keeps beside the guest's memory, in bytes.
-    held: u64,
-    /// Processors.
-    cpu: CpuShare,
-    /// Block devices.
-    io: Option<IoShare>,
-}
-
-/// What a role needs of memory and threads, besides what every role does.
-#[derive(Clone, Default)]
-struct Bounds {
-    /// Processors.
-    cpu: CpuShare,
-    /// Block devices.
-    io: Option<IoShare>,
-    /// Guest memory in bytes.
-    memory: Option<u64>,
-    /// vCPUs.
-    vcpus: u32,
-    /// Bytes that it may lock.
-    locked: u64,
-}
-
 /// A name kept for a launch under way.
 struct Reserved<'a> {
     agent: &'a Agent,
@@ -745,50 +664,9 @@ impl Drop for Reserved<'_> {
     }
 }
 
-/// Name of the cgroup of a role.
-fn group_name(host: &str, role: &str, number: u32) -> String {
-    format!("casemate-{host}-{role}-{number}")
-}
-
-/// Whether a cgroup is one of [`group_name`]'s for this host; those of a host `a-b` are not host `a`'s.
-fn is_group_of(host: &str, group: &str) -> bool {
-    let rest = group
-        .strip_prefix("casemate-")
-        .and_then(|r| r.strip_prefix(host))
-        .and_then(|r| r.strip_prefix('-'));
-    let Some((role, number)) = rest.and_then(|r| r.split_once('-')) else {
-        return false;
-    };
-    number
-        .parse()
-        .is_ok_and(|number| group_name(host, role, number) == group)
-}
-
 fn no_processor() -> Failure {
     Failure::new(
         "NO_PROCESSOR",
         "this host has no secure processor that can be used; see `casemate doctor`, or set `allow_emulated` in the policy",
     )
-}
-
-/// Users (and so roles) this agent cycles through.
-const MAX_ROLES: u32 = 4096;
-/// What the kernel counts as locked of a disk's io_uring, and then some.
-const RING_MEMORY: u64 = 64 << 10;
-/// Memory of a role beyond the guest's, in bytes.
-const ROLE_OVERHEAD: u64 = 256 << 20;
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_group_belongs_to_the_host_that_made_it() {
-        let name = group_name("site-a", "vmm", 7);
-        assert!(is_group_of("site-a", &name));
-        for other in ["site", "site-a-vmm", "site-b", ""] {
-            assert!(!is_group_of(other, &name), "{other}");
-        }
-        assert!(!is_group_of("site-a", "casemate-site-a-vmm-x"));
-    }
 }

@@ -18,11 +18,12 @@ use crate::agent::decision::Facts;
 use crate::agent::guest::{Guest, Resources};
 use crate::agent::mover_process::MoverProcess;
 use crate::agent::record::{Ownership, OwnershipState};
+use crate::agent::roles::VmmShare;
 use crate::agent::snapshot::{Description, DiskMark, existing_file, keys_failed, parse};
 use crate::agent::snapshot_keys::SnapshotOf;
 use crate::agent::transfer::role_error;
 use crate::agent::vmm_process::lock;
-use crate::agent::{Agent, Reserved, VmmShare, files};
+use crate::agent::{Agent, Reserved, files};
 use crate::ipc::Channel;
 use crate::machine::plan::{MachinePlan, is_name};
 use crate::mover::protocol::{

@@ -2,6 +2,8 @@
 
 mod board;
 mod disks;
+mod error;
+mod functions;
 mod launch;
 mod plug;
 
@@ -12,40 +14,35 @@ use std::sync::Arc;
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::boot::BootError;
+pub use self::error::MachineError;
+use self::functions::{Parts, make_slots, place_functions, place_watchdog};
 use super::bus::{GuestBus, MachineBus, StopNotice};
 use super::chipset::Chipset;
-use super::device_thread::{DeviceThread, DeviceThreadError};
-use super::doorbells::{Doorbells, KvmDoorbells};
+use super::device_thread::DeviceThread;
+use super::doorbells::KvmDoorbells;
 use super::hooks::{BareMachine, Handles, Hooks, ThreadKind};
-use super::hotplug::{HotPlug, Occupant, SlotError};
-use super::irq::{Interrupts, MsiRouter};
-use super::kvm::{KvmError, Vm, during};
-use super::layout::{
-    COM1_GSI, EVENTS_GSI, GENERATION, MAX_FUNCTIONS, SECRET_GPA, SECRET_SIZE, VIRTIO_BAR_SIZE,
-    VIRTIO_BARS,
-};
-use super::memory::{ExchangeMemory, GuestMemory, MemoryError};
+use super::hotplug::HotPlug;
+use super::irq::Interrupts;
+use super::kvm::{Vm, during};
+use super::layout::{COM1_GSI, EVENTS_GSI, GENERATION, MAX_FUNCTIONS, SECRET_GPA, SECRET_SIZE};
+use super::memory::{ExchangeMemory, GuestMemory};
 use super::page_sharing::PageSharing;
-use super::pci::msix::Msix;
 use super::pci::{PciBus, PciFunction};
 use super::protocol::{HandleKind, RoleError};
 use super::state::MachineStateV3;
 use super::vcpu::entry::power_on_msrs;
-use super::vcpu::model::{self, CpuError};
-use super::vcpu::state::{StateContext, StateError};
+use super::vcpu::model;
+use super::vcpu::state::StateContext;
 use super::vcpu::{Vcpu, VcpuError, cpuid};
 use crate::confidential::kvm::real_kind;
 use crate::confidential::launch::GuestProtection;
 use crate::devices::events::{Event, Events};
-use crate::devices::serial::{Console, ConsoleStateError};
-use crate::devices::virtio::transport::{Placement, TransportStateError, VirtioPci};
-use crate::devices::virtio::{GuestRam, VirtioDevice};
+use crate::devices::serial::Console;
+use crate::devices::virtio::transport::VirtioPci;
 use crate::devices::watchdog::Watchdog;
 use crate::machine::plan::devices::{DeviceChange, DeviceName, DeviceStatus};
 use crate::machine::plan::{FIRMWARE_OF_REAL, MAX_LOW_MEMORY, MAX_VCPUS, MachinePlan, Technology};
-use crate::machine::saved::FormatError;
-use crate::userfault::{FaultError, FaultRange, Faults};
+use crate::userfault::{FaultRange, Faults};
 
 /// A machine with all its threads. Dropping it ends them.
 pub struct Machine {
@@ -486,140 +483,6 @@ impl Machine {
     }
 }
 
-/// Why a machine cannot be built, loaded, run, saved or restored.
-#[derive(Debug, thiserror::Error)]
-pub enum MachineError {
-    /// A value of the plan is out of bounds.
-    #[error("plan: {0}")]
-    Plan(String),
-    /// Memory.
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
-    /// KVM.
-    #[error(transparent)]
-    Kvm(#[from] KvmError),
-    /// A vCPU's thread.
-    #[error(transparent)]
-    Vcpu(#[from] VcpuError),
-    /// A vCPU's state.
-    #[error(transparent)]
-    VcpuState(#[from] StateError),
-    /// The processor that the guest was given.
-    #[error(transparent)]
-    Cpu(#[from] CpuError),
-    /// Faults of guest memory.
-    #[error(transparent)]
-    Faults(#[from] FaultError),
-    /// The device thread.
-    #[error(transparent)]
-    Devices(#[from] DeviceThreadError),
-    /// A device's state.
-    #[error(transparent)]
-    DeviceState(#[from] TransportStateError),
-    /// The console's state.
-    #[error(transparent)]
-    Console(#[from] ConsoleStateError),
-    /// Kernel, initramfs or command line.
-    #[error(transparent)]
-    Boot(#[from] BootError),
-    /// The machine state's format.
-    #[error(transparent)]
-    Format(#[from] FormatError),
-    /// The state has other numbers of vCPUs or devices than the machine.
-    #[error("machine state is of another machine: numbers of vCPUs or devices differ")]
-    Shape,
-    /// There is nothing to start in, or not any more.
-    #[error("no {0} image was handed in, or it was used already")]
-    NoImage(&'static str),
-    /// A confidential guest has no VM generation id.
-    #[error("a confidential guest has no VM generation id: it could not believe its host's")]
-    NoGeneration,
-    /// A lock cannot be taken or given up.
-    #[error("device {0}: {1}")]
-    Lock(usize, #[source] std::io::Error),
-    /// There is no such device.
-    #[error("the guest has no device {0:?}; its description names those it has")]
-    NoDevice(DeviceName),
-    /// No slot is free.
-    #[error(
-        "none of the guest's {0} slots is free; detach something, or give it more (`[hotplug] slots`, up to 8, read at its \
-         next start)"
-    )]
-    NoSlot(u8),
-    /// There is a device of that name.
-    #[error("the guest has a device {0:?} already; choose another name")]
-    DeviceThere(DeviceName),
-    /// It was there from the start.
-    #[error("{0:?} was there from the start and stays; only what was attached can be detached")]
-    Fixed(DeviceName),
-    /// A slot.
-    #[error(transparent)]
-    Slot(#[from] SlotError),
-    /// A device refused a change.
-    #[error("{0}")]
-    Change(String),
-    /// The sandbox does not close.
-    #[error("sandbox: {0}")]
-    Confine(String),
-    /// The kernel refused.
-    #[error("{0}")]
-    System(#[from] std::io::Error),
-    /// A part said why itself.
-    #[error(transparent)]
-    Role(#[from] RoleError),
-}
-
-impl MachineError {
-    /// The stable code.
-    pub fn code(&self) -> String {
-        match self {
-            Self::Plan(_) => "BAD_PLAN",
-            Self::Faults(_) => "USERFAULT",
-            Self::Cpu(_) => "CPU_UNSUPPORTED",
-            Self::Memory(_) => "MEMORY",
-            Self::Kvm(KvmError::Sev(error)) => error.code(),
-            Self::Kvm(_) => "KVM",
-            Self::Vcpu(_) | Self::Devices(_) => "THREAD",
-            Self::Format(error) if error.is_version() => "STATE_VERSION",
-            Self::VcpuState(_)
-            | Self::DeviceState(_)
-            | Self::Console(_)
-            | Self::Format(_)
-            | Self::Shape => "BAD_STATE",
-            Self::Boot(_) | Self::NoImage(_) => "BAD_IMAGE",
-            Self::NoGeneration => "NO_GENERATION",
-            Self::Lock(..) => "DEVICE_LOCK",
-            Self::NoDevice(_) => "NO_SUCH_DEVICE",
-            Self::NoSlot(_) => "NO_FREE_SLOT",
-            Self::DeviceThere(_) => "DEVICE_EXISTS",
-            Self::Fixed(_) => "DEVICE_FIXED",
-            Self::Slot(SlotError::Taken(_)) => "NO_FREE_SLOT",
-            Self::Slot(SlotError::Empty(_)) => "NO_SUCH_DEVICE",
-            Self::Change(_) => "DEVICE_CHANGE",
-            Self::Confine(_) => "SANDBOX",
-            Self::System(_) => "SYSTEM",
-            Self::Role(error) => return error.code.clone(),
-        }
-        .into()
-    }
-}
-
-impl From<MachineError> for RoleError {
-    fn from(error: MachineError) -> Self {
-        let code = error.code();
-        if let MachineError::Role(inner) = error {
-            return inner;
-        }
-        let mut text = error.to_string();
-        let mut source = std::error::Error::source(&error);
-        while let Some(cause) = source {
-            text = format!("{text}: {cause}");
-            source = cause.source();
-        }
-        Self { code, text }
-    }
-}
-
 const FIRMWARE_STAYS: &str = "a confidential guest that was launched in firmware does not move: what its firmware boots, and \
     checks, lies at this host; launch it anew at the other";
 
@@ -639,23 +502,6 @@ fn check_plan(plan: &MachinePlan) -> Result<(), MachineError> {
         return refuse("at most 31 devices");
     }
     Ok(())
-}
-
-fn place_watchdog(
-    plan: &MachinePlan,
-    slot: usize,
-    wake: &EventFd,
-) -> Result<Option<Arc<Watchdog>>, MachineError> {
-    if plan.small.watchdog.is_none() {
-        return Ok(None);
-    }
-    let bar = VIRTIO_BARS + slot as u64 * VIRTIO_BAR_SIZE;
-    let watchdog = Watchdog::new(bar as u32, wake.try_clone()?)?;
-    let watchdog = match plan.firmware {
-        Some(_) => watchdog.with_movable_bar(),
-        None => watchdog,
-    };
-    Ok(Some(Arc::new(watchdog)))
 }
 
 fn make_vcpus(
@@ -688,100 +534,4 @@ fn check_clock(vm: &Vm, vcpu: &VcpuFd, plan: &MachinePlan) -> Result<(), Machine
     let wanted = plan.cpu.baseline.as_ref().map_or(0, |b| b.tsc_khz);
     let here = vcpu.get_tsc_khz().map_err(during("KVM_GET_TSC_KHZ"))?;
     Ok(model::check_tsc(wanted, here, vm.scales_tsc())?)
-}
-
-/// What a function is joined to.
-struct Parts<'a> {
-    ram: &'a GuestRam,
-    interrupts: &'a Arc<Interrupts>,
-    doorbells: &'a Arc<KvmDoorbells>,
-    access_platform: bool,
-}
-
-impl Parts<'_> {
-    /// A model as a function whose BAR is at `bar`, and its interrupts.
-    fn function(
-        &self,
-        model: Box<dyn VirtioDevice>,
-        bar: u32,
-        wake: EventFd,
-    ) -> Result<(VirtioPci, Vec<u32>), MachineError> {
-        let vectors = model.queue_sizes().len() + 1;
-        let lines = (0..vectors)
-            .map(|_| self.interrupts.message_line())
-            .collect::<Result<Vec<_>, _>>()?;
-        let gsis: Vec<u32> = lines.iter().map(|(gsi, _)| *gsi).collect();
-        let msix = Arc::new(Msix::new(
-            lines,
-            Arc::clone(self.interrupts) as Arc<dyn MsiRouter>,
-        ));
-        let place = Placement {
-            bar,
-            ram: self.ram.clone(),
-            wake,
-            access_platform: self.access_platform,
-        };
-        let function = VirtioPci::new(model, msix, place);
-        let function = function.inspect_err(|_| self.interrupts.give_back(&gsis))?;
-        Ok((function, gsis))
-    }
-
-    /// A function whose BAR the guest places.
-    fn movable(&self, function: VirtioPci) -> VirtioPci {
-        function.with_movable_bar(Arc::clone(self.doorbells) as Arc<dyn Doorbells>)
-    }
-
-    /// A function whose BAR stays where it is.
-    fn fixed(&self, function: VirtioPci, bar: u64) -> Result<VirtioPci, MachineError> {
-        for (queue, kick) in function.kicks().iter().enumerate() {
-            self.doorbells
-                .fix(kick, bar + VirtioPci::notify_offset(queue))?;
-        }
-        Ok(function)
-    }
-}
-
-/// What is in which slot.
-type Plugged = Vec<(u8, Occupant)>;
-
-/// The functions of the start, and those that are in slots.
-fn place_functions(
-    models: Vec<Box<dyn VirtioDevice>>,
-    parts: &Parts<'_>,
-    wake: &EventFd,
-    plan: &MachinePlan,
-) -> Result<(Vec<Arc<VirtioPci>>, Plugged), MachineError> {
-    let mut functions: Vec<Arc<VirtioPci>> = Vec::with_capacity(models.len());
-    let mut plugged = Vec::new();
-    let slots = plan.slots_in_order().into_iter();
-    let slots = slots.chain(std::iter::repeat(None));
-    for (model, slot) in models.into_iter().take(MAX_FUNCTIONS).zip(slots) {
-        let bar = VIRTIO_BARS + functions.len() as u64 * VIRTIO_BAR_SIZE;
-        let (function, gsis) = parts.function(model, bar as u32, wake.try_clone()?)?;
-        match slot {
-            Some(slot) => {
-                let function = Arc::new(parts.movable(function));
-                plugged.push((slot, Occupant { function, gsis }));
-            }
-            None if plan.firmware.is_some() => functions.push(Arc::new(parts.movable(function))),
-            None => functions.push(Arc::new(parts.fixed(function, bar)?)),
-        }
-    }
-    Ok((functions, plugged))
-}
-
-/// The slots of a plan, with what is in them from another host or an earlier time.
-fn make_slots(
-    plan: &MachinePlan,
-    events: &Arc<Events>,
-    plugged: Plugged,
-) -> Result<Option<Arc<HotPlug>>, MachineError> {
-    if plan.hotplug.slots == 0 {
-        return Ok(None);
-    }
-    let slots = HotPlug::new(plan.hotplug.slots, Arc::clone(events))?;
-    for (slot, occupant) in plugged {
-        slots.insert(slot, occupant)?;
-    }
-    Ok(Some(Arc::new(slots)))
 }
