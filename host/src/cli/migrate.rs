@@ -17,6 +17,7 @@ pub fn run(agent: &Agent, request: &Request, json: bool) -> Result<u8, Failure> 
     })?;
     match &answer {
         Answer::Migrated { outcome } if json => print_json(outcome),
+        Answer::Settled(settled) if json => print_json(settled),
         other => print_bytes(render::answer(other).as_bytes()),
     }
 }

@@ -8,6 +8,7 @@
 mod common;
 
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use casemate_e2e::answers::GuestInfo;
@@ -17,6 +18,7 @@ use common::*;
 
 #[test]
 fn a_disk_boots_through_ovmf_and_goes_on_after_a_snapshot() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let world = world("firmware", Extent::Direct);
     let description = describe(&world, "LAB_FIRMWARE");
     let info: GuestInfo = world
@@ -48,6 +50,7 @@ fn a_disk_boots_through_ovmf_and_goes_on_after_a_snapshot() {
 
 #[test]
 fn the_same_disk_boots_through_debian_13s_ovmf() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let world = world("trixie", Extent::Direct);
     let description = describe(&world, "LAB_FIRMWARE_TRIXIE");
     let info: GuestInfo = world
@@ -90,5 +93,7 @@ fn shipped(name: &str) -> PathBuf {
         .into()
 }
 
+/// Each counts what its world leaves behind, and two guests would be slower than one.
+static TURN: Mutex<()> = Mutex::new(());
 /// Firmware and kernel; the lab is slow.
 const BOOT: Duration = Duration::from_secs(150);
