@@ -87,7 +87,9 @@ pub(crate) struct Channel<T> {
     bytes: u64,
     inbox: Vec<u8>,
     frame_time: Duration,
-    cancelled: Box<dyn Fn() -> bool>,
+    cancelled: Box<dyn Fn() -> bool + Send>,
+    /// Its stream; `None` until the first frame has named it.
+    stream: Option<u16>,
 }
 
 impl<T: Transport> Channel<T> {
@@ -95,7 +97,7 @@ impl<T: Transport> Channel<T> {
     pub(crate) fn new(
         tls: TlsStream<T>,
         frame_time: Duration,
-        cancelled: Box<dyn Fn() -> bool>,
+        cancelled: Box<dyn Fn() -> bool + Send>,
     ) -> Self {
         Self {
             tls,
@@ -106,7 +108,25 @@ impl<T: Transport> Channel<T> {
             inbox: Vec::new(),
             frame_time,
             cancelled,
+            stream: Some(STREAM),
         }
+    }
+
+    /// A further connection of that number.
+    pub(crate) fn of_stream(mut self, stream: u16) -> Self {
+        self.stream = Some(stream);
+        self
+    }
+
+    /// A further connection whose first frame says which it is.
+    pub(crate) fn of_any_stream(mut self) -> Self {
+        self.stream = None;
+        self
+    }
+
+    /// Its stream, once it is known.
+    pub(crate) fn stream(&self) -> Option<u16> {
+        self.stream
     }
 
     pub(crate) fn tls(&self) -> &TlsStream<T> {
@@ -133,7 +153,13 @@ impl<T: Transport> Channel<T> {
         mut payload: Vec<u8>,
     ) -> Result<(), ChannelError> {
         let tag_size = if self.keys.is_some() { TAG_SIZE } else { 0 };
-        let header = Header::new(kind, STREAM, self.sent, payload.len() + tag_size)?.encode();
+        let header = Header::new(
+            kind,
+            self.stream.unwrap_or(STREAM),
+            self.sent,
+            payload.len() + tag_size,
+        )?
+        .encode();
         if let Some(keys) = &self.keys {
             let tag = keys.send.seal(self.sent, &header, &mut payload)?;
             payload.extend_from_slice(&tag);
@@ -147,7 +173,7 @@ impl<T: Transport> Channel<T> {
         if batch.entries() > 0 {
             let header = Header::new(
                 FrameKind::PageBatch,
-                STREAM,
+                self.stream.unwrap_or(STREAM),
                 self.sent,
                 batch.payload_length(),
             )?
@@ -163,17 +189,28 @@ impl<T: Transport> Channel<T> {
         &mut self,
         deadline: Instant,
     ) -> Result<(FrameKind, &mut [u8]), ChannelError> {
+        self.receive_until(deadline, None)
+    }
+
+    /// The same, for one of several connections: `given_up` is asked, too, about ten times a second.
+    pub(crate) fn receive_until(
+        &mut self,
+        deadline: Instant,
+        given_up: Option<&dyn Fn() -> bool>,
+    ) -> Result<(FrameKind, &mut [u8]), ChannelError> {
         let mut header_bytes = [0; HEADER_SIZE];
+        let cancelled = &self.cancelled;
+        let cancelled = &|| cancelled() || given_up.is_some_and(|given_up| given_up());
         self.tls
-            .read_exact(&mut header_bytes, deadline, &self.cancelled)?;
+            .read_exact(&mut header_bytes, deadline, cancelled)?;
         let header = Header::parse(&header_bytes)?;
-        self.check(&header)?;
+        check(&mut self.stream, self.received, &header)?;
         let length = usize::try_from(header.length).unwrap_or(usize::MAX); // at most the type's maximum
         if self.inbox.len() < length {
             self.inbox.resize(length, 0);
         }
         let payload = self.inbox.get_mut(..length).unwrap_or_default();
-        self.tls.read_exact(payload, deadline, &self.cancelled)?;
+        self.tls.read_exact(payload, deadline, cancelled)?;
         self.bytes += (HEADER_SIZE + length) as u64;
         self.received += 1;
         let payload = match &self.keys {
@@ -210,6 +247,11 @@ impl<T: Transport> Channel<T> {
     /// From here on a wait ends only by an answer or its deadline.
     pub(crate) fn ignore_cancel(&mut self) {
         self.cancelled = Box::new(|| false);
+    }
+
+    /// Takes the buffer that the last frame's payload lies in, from its start on; the next frame gets this one.
+    pub(crate) fn swap_inbox(&mut self, other: Vec<u8>) -> Vec<u8> {
+        std::mem::replace(&mut self.inbox, other)
     }
 
     /// Looks, without waiting, whether the peer has given up. Anything else it says now is out of place.
@@ -265,17 +307,6 @@ impl<T: Transport> Channel<T> {
         }
     }
 
-    fn check(&self, header: &Header) -> Result<(), ChannelError> {
-        if header.stream != STREAM {
-            return Err(ChannelError::Stream(header.kind));
-        }
-        match header.sequence.cmp(&self.received) {
-            std::cmp::Ordering::Less => Err(ChannelError::Replayed(header.kind)),
-            std::cmp::Ordering::Greater => Err(ChannelError::Gap(header.kind)),
-            std::cmp::Ordering::Equal => Ok(()),
-        }
-    }
-
     /// Writes a frame and nothing of the byte behind it.
     fn write(&mut self, frame: &mut [u8]) -> Result<(), ChannelError> {
         self.tls
@@ -286,7 +317,19 @@ impl<T: Transport> Channel<T> {
     }
 }
 
-/// One connection, one stream: further streams come with their own numbers.
+/// A header's place: of this stream, and the next one.
+fn check(stream: &mut Option<u16>, received: u64, header: &Header) -> Result<(), ChannelError> {
+    if header.stream != *stream.get_or_insert(header.stream) {
+        return Err(ChannelError::Stream(header.kind));
+    }
+    match header.sequence.cmp(&received) {
+        std::cmp::Ordering::Less => Err(ChannelError::Replayed(header.kind)),
+        std::cmp::Ordering::Greater => Err(ChannelError::Gap(header.kind)),
+        std::cmp::Ordering::Equal => Ok(()),
+    }
+}
+
+/// The stream of the first connection: further ones come with their own numbers.
 pub(crate) const STREAM: u16 = 0;
 const LAST_WORDS_TIME: Duration = Duration::from_secs(1);
 const LINGER_TIME: Duration = Duration::from_secs(2);

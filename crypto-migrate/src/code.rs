@@ -77,6 +77,20 @@ codes! {
     StreamTruncated = "STREAM_TRUNCATED",
     /// The two ends do not hold the same pages and state.
     ManifestMismatch = "MANIFEST_MISMATCH",
+    /// A further connection whose TLS another peer terminates than that of the first.
+    JoinPeer = "JOIN_PEER",
+    /// A further connection of another session.
+    JoinSession = "JOIN_SESSION",
+    /// A further connection under a stream number that was not agreed on.
+    JoinOutOfRange = "JOIN_OUT_OF_RANGE",
+    /// The join of a further connection was sent again.
+    JoinReplayed = "JOIN_REPLAYED",
+    /// A further connection under the number of a stream that has joined.
+    JoinDoubled = "JOIN_DOUBLED",
+    /// The proof of a further connection is not of this session, stream and TLS connection.
+    JoinAuthentication = "JOIN_AUTHENTICATION",
+    /// A further connection could not be made, or did not join in time.
+    JoinLate = "JOIN_LATE",
     /// The machine state exceeds its maximum.
     StateTooLarge = "STATE_TOO_LARGE",
     /// A key has made as many seals as it may.

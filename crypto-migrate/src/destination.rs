@@ -4,28 +4,35 @@
 //! whole transcript has verified and the source has committed. Until then every failure removes every trace
 //! here and tells the source why.
 
+mod arrival;
+mod gather;
+mod lane;
+
+use std::iter::once;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use self::arrival::{Arrival, cancelled};
+use self::lane::Lane;
 use crate::channel::{Channel, ChannelError};
 use crate::code::Code;
-use crate::guest::{Admission, DestinationGuest, Gpn, GuestError, GuestOffer};
+use crate::guest::{DestinationGuest, Gpn, GuestError, GuestOffer, PageContent};
 use crate::identity::Local;
 use crate::identity::PeerIdentity;
-use crate::page::{OpenError, PageOpener};
+use crate::page::OpenError;
+use crate::preamble::Ticket;
 use crate::progress::{Phase, Progress, millis};
-use crate::session::{self, OwnerKey, SessionError, SessionFacts};
+use crate::session::{JoinError, MAX_STREAMS, OwnerKey, SessionError};
 use crate::settlement::Settlement;
 use crate::source::{Deadlines, Verification};
 use crate::tls::{self, TlsError, Transport};
 use crate::transcript::{Manifest, PageTable, StreamEnd, TranscriptError};
-use crate::wire::batch::{Entries, PageKind};
+use crate::wire::batch::{Entries, EntryHeader, PageKind};
 use crate::wire::messages::{
-    Begin, Commit, Message, PathKind, Probe, ProbeAck, Purpose, RoundAck, RoundEnd, Running, State,
-    Verified,
+    Commit, Message, PathKind, Probe, ProbeAck, RoundAck, RoundEnd, Running, State, Verified,
 };
 use crate::wire::{FrameKind, MAX_STATE, WireError};
 
@@ -40,6 +47,10 @@ pub struct DestinationConfig {
     pub owner_key: Option<OwnerKey>,
     /// Set it to cancel; honoured until the source has committed.
     pub cancel: Arc<AtomicBool>,
+    /// Connections that a move may have, the first included.
+    pub max_streams: u16,
+    /// By what the further ones find the way to this end.
+    pub ticket: Ticket,
 }
 
 impl DestinationConfig {
@@ -50,6 +61,8 @@ impl DestinationConfig {
             deadlines: Deadlines::default(),
             owner_key: None,
             cancel: Arc::default(),
+            max_streams: MAX_STREAMS,
+            ticket: Ticket([0; 16]),
         }
     }
 }
@@ -105,6 +118,9 @@ pub enum DestinationError {
     /// The agreement.
     #[error("agreeing with the source: {0}")]
     Agree(#[source] SessionError),
+    /// The further connections.
+    #[error("joining the session: {0}")]
+    Join(#[source] JoinError),
     /// The stream, or the source's abort.
     #[error("in phase {phase}: {error}")]
     Stream {
@@ -192,6 +208,7 @@ impl DestinationError {
         match self {
             DestinationError::Connect(error) => error.code().as_str(),
             DestinationError::Agree(error) => error.code(),
+            DestinationError::Join(error) => error.code(),
             DestinationError::Stream { error, .. } => error.code(),
             DestinationError::Guest { .. } => Code::GuestFailed.as_str(),
             DestinationError::Page(error) => error.code().as_str(),
@@ -221,6 +238,9 @@ pub fn receive<T: Transport>(
     }
 }
 
+/// The next further connection, its preamble read: waits so long for it, and no longer.
+pub type Arrive<'a, T> = dyn FnMut(Duration) -> std::io::Result<Option<T>> + 'a;
+
 /// Receives one guest over one connection, or says only whether it would, or whether it has. On any error the guest does not
 /// run here and nothing is left.
 pub fn serve<T: Transport>(
@@ -229,22 +249,48 @@ pub fn serve<T: Transport>(
     guest: &mut dyn DestinationGuest,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Received, DestinationError> {
+    let mut none = |_| Ok(None);
+    take_in(transport, &mut none, 1, config, guest, progress)
+}
+
+/// The same over as many connections as the source asks for and the configuration allows; `arrive` gives the further ones.
+pub fn serve_over<T: Transport>(
+    transport: T,
+    arrive: &mut Arrive<'_, T>,
+    config: &DestinationConfig,
+    guest: &mut dyn DestinationGuest,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<Received, DestinationError> {
+    let most = config.max_streams;
+    take_in(transport, arrive, most, config, guest, progress)
+}
+
+fn take_in<T: Transport>(
+    transport: T,
+    arrive: &mut Arrive<'_, T>,
+    max_streams: u16,
+    config: &DestinationConfig,
+    guest: &mut dyn DestinationGuest,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<Received, DestinationError> {
     let started = Instant::now();
     progress(Progress::new(Phase::Connect, started));
     let tls = tls::accept(transport, &config.local, config.deadlines.connect)
         .map_err(DestinationError::Connect)?;
-    let cancel = config.cancel.clone();
-    let cancelled = Box::new(move || cancel.load(Ordering::Relaxed));
-    let mut channel = Channel::new(tls, config.deadlines.frame, cancelled);
-    let mut admitted = false;
-    match run(
-        &mut channel,
+    let mut channel = Channel::new(tls, config.deadlines.frame, cancelled(config));
+    // Closed last: what the first connection says explains why.
+    let mut further = Vec::new();
+    let mut arrival = Arrival {
+        channel: &mut channel,
+        further: &mut further,
+        max_streams,
         config,
-        guest,
-        progress,
         started,
-        &mut admitted,
-    ) {
+        admitted: false,
+    };
+    let received = arrival.run(arrive, guest, progress);
+    let admitted = arrival.admitted;
+    match received {
         Ok(received) => {
             if received == Received::Assessed {
                 guest.abandon();
@@ -267,69 +313,6 @@ pub fn serve<T: Transport>(
             Err(error)
         }
     }
-}
-
-fn run<T: Transport>(
-    channel: &mut Channel<T>,
-    config: &DestinationConfig,
-    guest: &mut dyn DestinationGuest,
-    progress: &mut dyn FnMut(Progress),
-    started: Instant,
-    admitted: &mut bool,
-) -> Result<Received, DestinationError> {
-    progress(Progress::new(Phase::Agree, started));
-    let deadline = Instant::now() + config.deadlines.agree;
-    let mut settled = None;
-    let mut admit = |purpose, offer: &GuestOffer, session: &SessionFacts| {
-        guest.agreed(session)?;
-        if purpose == Purpose::Settle {
-            let settlement = guest.settle(offer, &session.peer)?;
-            settled = Some(settlement);
-            let evidence = settlement.encode();
-            return Ok(Admission { evidence });
-        }
-        *admitted = true; // even a refusal may have built something
-        guest.admit(offer, &session.peer)
-    };
-    let accepted = session::accept(
-        channel,
-        &config.local,
-        config.owner_key.as_ref(),
-        deadline,
-        &mut admit,
-    )
-    .map_err(DestinationError::Agree)?;
-    if let Some(settlement) = settled {
-        return Ok(Received::Settled(settlement));
-    }
-    let (session, offer) = (accepted.session, accepted.guest);
-    if accepted.purpose == Purpose::Assess {
-        progress(Progress::new(Phase::Assess, started));
-        return answer_probes(channel, config).map(|()| Received::Assessed);
-    }
-    progress(Progress::new(Phase::Begin, started));
-    let deadline = Instant::now() + config.deadlines.agree;
-    let begin: Begin = channel
-        .receive_message("Begin", deadline)
-        .map_err(on(Phase::Begin))?;
-    guest.begin(&begin.start).map_err(at(Phase::Begin))?;
-    let receiver = Receiver {
-        table: PageTable::new(&offer.memory)?,
-        opener: PageOpener::new(session.page_keys, session.binding),
-        peer: session.peer,
-        path: session.path,
-        offer_hash: session.offer_hash,
-        offer,
-        channel,
-        config,
-        guest,
-        progress,
-        started,
-        round_pages: 0,
-        pages: 0,
-        zero_pages: 0,
-    };
-    Ok(Received::Moved(Box::new(receiver.receive()?)))
 }
 
 /// Phase `Assess`: a small probe and a series of large ones; then the source ends the connection, or measures on alone.
@@ -363,7 +346,8 @@ fn answer_probes<T: Transport>(
 
 /// The running stream: phases `Rounds` to `Running`.
 struct Receiver<'a, T> {
-    channel: &'a mut Channel<T>,
+    first: Lane<'a, T>,
+    further: Vec<Lane<'a, T>>,
     config: &'a DestinationConfig,
     guest: &'a mut dyn DestinationGuest,
     progress: &'a mut dyn FnMut(Progress),
@@ -372,7 +356,6 @@ struct Receiver<'a, T> {
     path: PathKind,
     offer: GuestOffer,
     offer_hash: [u8; 32],
-    opener: PageOpener,
     table: PageTable,
     round_pages: u64,
     pages: u64,
@@ -396,19 +379,19 @@ impl<T: Transport> Receiver<'_, T> {
             .map_err(DestinationError::Activate)?;
         // From here on this side owns the guest, whether or not the source hears of it.
         let takeover = last_page.elapsed();
-        let told = self.channel.send(&Running { epoch, announced });
+        let told = self.first.channel.send(&Running { epoch, announced });
         if let Err(error) = &told {
             tracing::warn!(%error, epoch, "the guest runs here; the source could not be told and will ask");
         }
         self.report(Phase::Running);
         Ok(DestinationOutcome {
             vm_id: hex::encode(self.offer.vm_id),
-            source: self.peer.san,
+            source: std::mem::take(&mut self.peer.san),
             path: self.path,
-            rounds: self.opener.round(),
+            rounds: self.first.round(),
             pages: self.pages,
             zero_pages: self.zero_pages,
-            wire_bytes: self.channel.bytes(),
+            wire_bytes: self.bytes(),
             total_ms: millis(self.started.elapsed()),
             takeover_ms: takeover.as_secs_f64() * 1e3,
             manifest_root: hex::encode(root),
@@ -422,25 +405,9 @@ impl<T: Transport> Receiver<'_, T> {
     fn receive_rounds(&mut self) -> Result<(), DestinationError> {
         loop {
             self.check_cancelled()?;
-            let deadline = Instant::now() + self.config.deadlines.frame;
-            let Self {
-                channel,
-                guest,
-                opener,
-                table,
-                round_pages,
-                zero_pages,
-                ..
-            } = self;
-            let end = match channel.receive(deadline).map_err(on(Phase::Rounds))? {
-                (FrameKind::PageBatch, payload) => {
-                    place(payload, *guest, opener, table, round_pages, zero_pages)?;
-                    continue;
-                }
-                (FrameKind::RoundEnd, payload) => {
-                    RoundEnd::decode(payload).map_err(wire(Phase::Rounds))?
-                }
-                (got, _) => return Err(unexpected(Phase::Rounds, got, "PageBatch or RoundEnd")),
+            let end = match self.further.is_empty() {
+                true => self.receive_round()?,
+                false => self.gather_round()?,
             };
             self.end_round(end)?;
             if end.last {
@@ -449,37 +416,53 @@ impl<T: Transport> Receiver<'_, T> {
         }
     }
 
+    /// A round over the only connection.
+    fn receive_round(&mut self) -> Result<RoundEnd, DestinationError> {
+        loop {
+            self.check_cancelled()?;
+            let deadline = Instant::now() + self.config.deadlines.frame;
+            let Self {
+                first,
+                guest,
+                table,
+                round_pages,
+                zero_pages,
+                ..
+            } = self;
+            let received = first.channel.receive(deadline);
+            match received.map_err(on(Phase::Rounds))? {
+                (FrameKind::PageBatch, payload) => {
+                    let length = payload.len();
+                    let mut buffer = first.channel.swap_inbox(Vec::new());
+                    let payload = buffer.get_mut(..length).unwrap_or_default();
+                    open_and_place(first, payload, *guest, table, round_pages, zero_pages)?;
+                    first.channel.swap_inbox(buffer);
+                }
+                (FrameKind::RoundEnd, payload) => {
+                    let end = RoundEnd::decode(payload).map_err(wire(Phase::Rounds))?;
+                    return first.check_end(end).map(|()| end);
+                }
+                (got, _) => return Err(unexpected(Phase::Rounds, got, "PageBatch or RoundEnd")),
+            }
+        }
+    }
+
+    /// The round has ended on every connection.
     fn end_round(&mut self, end: RoundEnd) -> Result<(), DestinationError> {
-        let RoundEnd {
-            round,
-            pages: named,
-            next_sequence,
-            last,
-        } = end;
-        let (current, received) = (self.opener.round(), self.round_pages);
-        if round != current {
-            return Err(DestinationError::Round {
-                got: round,
-                current,
-            });
-        }
-        if named != received || next_sequence != self.opener.next_sequence() {
-            return Err(DestinationError::Incomplete {
-                round,
-                named,
-                received,
-            });
-        }
         self.guest.flush().map_err(at(Phase::Rounds))?;
-        self.pages += received;
+        self.pages += end.pages;
+        let last = end.last;
         self.report(if last { Phase::Final } else { Phase::Rounds });
         self.round_pages = 0;
         if !last {
-            self.opener.next_round();
-            self.channel
+            for lane in once(&mut self.first).chain(&mut self.further) {
+                lane.next_round();
+            }
+            self.first
+                .channel
                 .send(&RoundAck {
-                    round,
-                    pages: received,
+                    round: end.round,
+                    pages: end.pages,
                 })
                 .map_err(on(Phase::Rounds))?;
         }
@@ -492,7 +475,12 @@ impl<T: Transport> Receiver<'_, T> {
         let mut total = None;
         loop {
             let deadline = Instant::now() + self.config.deadlines.finish;
-            match self.channel.receive(deadline).map_err(on(Phase::Final))? {
+            match self
+                .first
+                .channel
+                .receive(deadline)
+                .map_err(on(Phase::Final))?
+            {
                 (FrameKind::State, payload) => {
                     let piece = State::decode(payload).map_err(wire(Phase::Final))?;
                     let size = usize::try_from(piece.total).unwrap_or(usize::MAX);
@@ -533,12 +521,12 @@ impl<T: Transport> Receiver<'_, T> {
             None => None,
         };
         let end = StreamEnd {
-            seals: self.opener.next_sequence(),
-            rounds: self.opener.round(),
+            rounds: self.first.round(),
             epoch: self.offer.epoch,
             content_sha256,
         };
-        let ours = self.table.manifest(end, state, self.offer_hash);
+        let logs = once(&self.first).chain(&self.further).map(|lane| &lane.log);
+        let ours = self.table.manifest(logs, end, state, self.offer_hash);
         if ours != theirs {
             return Err(DestinationError::Manifest {
                 ours: Box::new(ours),
@@ -553,7 +541,8 @@ impl<T: Transport> Receiver<'_, T> {
             halves.next().unwrap_or_default(),
             halves.next().unwrap_or_default(),
         );
-        self.channel
+        self.first
+            .channel
             .send(&Verified { root_hi, root_lo })
             .map_err(on(phase))?;
         Ok((ours, root))
@@ -562,6 +551,7 @@ impl<T: Transport> Receiver<'_, T> {
     fn await_commit(&mut self) -> Result<u64, DestinationError> {
         let deadline = Instant::now() + self.config.deadlines.finish;
         let commit: Commit = self
+            .first
             .channel
             .receive_message("Commit", deadline)
             .map_err(on(Phase::Commit))?;
@@ -572,8 +562,14 @@ impl<T: Transport> Receiver<'_, T> {
                 due,
             });
         }
-        self.channel.ignore_cancel();
+        self.first.channel.ignore_cancel();
         Ok(due)
+    }
+
+    /// Bytes of frames in both directions, before TLS, over all connections.
+    fn bytes(&self) -> u64 {
+        let lanes = once(&self.first).chain(&self.further);
+        lanes.map(|lane| lane.channel.bytes()).sum()
     }
 
     fn check_cancelled(&self) -> Result<(), DestinationError> {
@@ -585,11 +581,12 @@ impl<T: Transport> Receiver<'_, T> {
     }
 
     fn report(&mut self, phase: Phase) {
+        let bytes = self.bytes();
         (self.progress)(Progress {
-            round: self.opener.round(),
+            round: self.first.round(),
             pages: self.round_pages,
             zero_pages: self.zero_pages,
-            bytes: self.channel.bytes(),
+            bytes,
             ..Progress::new(phase, self.started)
         });
     }
@@ -599,36 +596,47 @@ impl<T: Transport> Receiver<'_, T> {
 const PROBE_SERIES: usize = 2;
 /// More than any source of ours sends, in bytes.
 const MAX_PROBES: u64 = 128 << 20;
-const CLOSE_TIME: std::time::Duration = std::time::Duration::from_secs(1);
+const CLOSE_TIME: Duration = Duration::from_secs(1);
 
-/// Opens a batch and places its pages; stops at the first that is refused.
-fn place(
+/// Opens a batch of the only connection and places its pages; stops at the first that is refused.
+fn open_and_place<T: Transport>(
+    first: &mut Lane<'_, T>,
     payload: &mut [u8],
     guest: &mut dyn DestinationGuest,
-    opener: &mut PageOpener,
     table: &mut PageTable,
     round_pages: &mut u64,
     zero_pages: &mut u64,
 ) -> Result<(), DestinationError> {
     let mut entries = Entries::parse(payload).map_err(OpenError::from)?;
-    while let Some(page) = opener.open_next(&mut entries)? {
-        let header = page.header;
-        table.record(&header, &page.tag)?;
-        let count = u64::from(header.count);
-        // Data says by its length how many pages it is; of zeroes there is but a count.
-        let calls = match header.kind {
-            PageKind::Zero => count,
-            PageKind::Data | PageKind::Firmware => 1,
-        };
-        for step in 0..calls {
-            guest
-                .write_pages(Gpn(header.page + step), page.content)
-                .map_err(at(Phase::Rounds))?;
-        }
-        *round_pages += count;
-        if header.kind == PageKind::Zero {
-            *zero_pages += count;
-        }
+    while let Some(page) = first.open_next(&mut entries)? {
+        table.record(&page.header)?;
+        place(&page.header, page.content, guest, round_pages, zero_pages)?;
+    }
+    Ok(())
+}
+
+/// Hands verified pages to the guest.
+fn place(
+    header: &EntryHeader,
+    content: PageContent<'_>,
+    guest: &mut dyn DestinationGuest,
+    round_pages: &mut u64,
+    zero_pages: &mut u64,
+) -> Result<(), DestinationError> {
+    let count = u64::from(header.count);
+    // Data says by its length how many pages it is; of zeroes there is but a count.
+    let calls = match header.kind {
+        PageKind::Zero => count,
+        PageKind::Data | PageKind::Firmware => 1,
+    };
+    for step in 0..calls {
+        guest
+            .write_pages(Gpn(header.page + step), content)
+            .map_err(at(Phase::Rounds))?;
+    }
+    *round_pages += count;
+    if header.kind == PageKind::Zero {
+        *zero_pages += count;
     }
     Ok(())
 }

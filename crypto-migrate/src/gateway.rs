@@ -4,10 +4,12 @@
 //! hook sees every frame before it goes on; the attack drill is written with it. Not believed: either side;
 //! frames are bounded and every wait has a deadline.
 
+use std::io::{self, Read, Write};
 use std::time::{Duration, Instant};
 
 use crate::code::Code;
 use crate::identity::Local;
+use crate::preamble::{PREAMBLE_BYTE, Ticket};
 use crate::tls::{self, TlsError, TlsStream, Transport};
 use crate::wire::{Frame, HEADER_SIZE, Header, WireError};
 
@@ -90,13 +92,16 @@ impl Gateway {
         }
     }
 
-    /// Accepts TLS from the source, connects TLS to the destination, and forwards until one side closes.
+    /// Accepts TLS from the source, connects TLS to the destination, and forwards until one side closes. The preamble of a
+    /// further connection goes on as it came.
     pub fn run<A: Transport, B: Transport>(
         &self,
         source: A,
-        destination: B,
+        mut destination: B,
         hook: &mut dyn FnMut(Direction, Frame) -> Action,
     ) -> Result<GatewayReport, GatewayError> {
+        let source = Opening::pass(source, &mut destination, self.timeout)
+            .map_err(|error| GatewayError::Tls(Direction::ToSource, TlsError::Io(error)))?;
         let mut source = tls::accept(source, &self.towards_source, self.timeout)
             .map_err(|error| GatewayError::Tls(Direction::ToSource, error))?;
         let mut destination = tls::connect(destination, &self.towards_destination, self.timeout)
@@ -188,6 +193,71 @@ impl Gateway {
                 Ok(Passed::End)
             }
         }
+    }
+}
+
+/// A connection whose first byte was looked at.
+struct Opening<T> {
+    first: Option<u8>,
+    io: T,
+}
+
+impl<T: Transport> Opening<T> {
+    /// Passes a preamble on, if there is one.
+    fn pass(mut io: T, to: &mut impl Transport, timeout: Duration) -> io::Result<Self> {
+        io.set_read_timeout(Some(timeout))?;
+        to.set_write_timeout(Some(timeout))?;
+        let mut first = [0];
+        io.read_exact(&mut first)?;
+        let [byte] = first;
+        if byte != PREAMBLE_BYTE {
+            let first = Some(byte);
+            return Ok(Self { first, io });
+        }
+        Ticket::read(&mut first.chain(&mut io))?.write(to)?;
+        Ok(Self { first: None, io })
+    }
+}
+
+impl<T: Transport> Read for Opening<T> {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        match (out.first_mut(), self.first) {
+            (Some(place), Some(byte)) => {
+                *place = byte;
+                self.first = None;
+                Ok(1)
+            }
+            _ => self.io.read(out),
+        }
+    }
+}
+
+impl<T: Transport> Write for Opening<T> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.io.write(bytes)
+    }
+
+    fn write_vectored(&mut self, slices: &[io::IoSlice<'_>]) -> io::Result<usize> {
+        self.io.write_vectored(slices)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.io.flush()
+    }
+}
+
+impl<T: Transport> Transport for Opening<T> {
+    fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        self.io.set_read_timeout(timeout)
+    }
+    fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        self.io.set_write_timeout(timeout)
+    }
+    fn set_nonblocking(&self, nonblocking: bool) -> io::Result<()> {
+        self.io.set_nonblocking(nonblocking)
+    }
+    fn close(&self) -> io::Result<()> {
+        self.io.close()
     }
 }
 

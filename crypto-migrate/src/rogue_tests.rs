@@ -15,11 +15,11 @@ use crate::pages::PageSet;
 use crate::session::{self, SessionFacts};
 use crate::settlement::Settlement;
 use crate::tls;
-use crate::transcript::{Manifest, PageTable, StreamEnd};
+use crate::transcript::{Manifest, PageTable, SealLog, StreamCount, StreamEnd};
 use crate::wire::batch::BatchBuilder;
 use crate::wire::messages::{Begin, Commit, Purpose, RoundEnd, State, Verified};
 
-const TIME: Duration = Duration::from_secs(5);
+pub(crate) const TIME: Duration = Duration::from_secs(5);
 
 /// What the rogue does; the default is honest.
 #[derive(Clone, Copy)]
@@ -55,10 +55,13 @@ fn an_honest_script_succeeds() {
 
 #[test]
 fn every_line_of_the_manifest_counts() {
-    let lies: [fn(&mut Manifest); 8] = [
+    let lies: [fn(&mut Manifest); 11] = [
         |m| m.pages += 1,
         |m| m.seals_sha256[31] ^= 1,
-        |m| m.seals += 1,
+        |m| m.streams[0].seals += 1,
+        |m| m.streams[0].pages -= 1,
+        |m| m.streams.clear(),
+        |m| m.streams.push(StreamCount::default()),
         |m| m.rounds += 1,
         |m| m.epoch += 1,
         |m| m.state_length += 1,
@@ -188,8 +191,8 @@ fn commit_must_name_the_next_epoch() {
     }
 }
 
-/// Plays the script against a real destination and returns its code.
-fn play(script: Script) -> String {
+/// A rogue source's identity, and a destination that allows it.
+pub(crate) fn ends() -> (Local, DestinationConfig) {
     let ca = DevCa::new("rogue").unwrap();
     let (a, b) = (ca.issue("a.test").unwrap(), ca.issue("b.test").unwrap());
     let local =
@@ -207,10 +210,15 @@ fn play(script: Script) -> String {
                 provider: Provider::default(),
             }
         };
-    let (source, destination) = (
+    (
         local(&a, "b", &b),
         DestinationConfig::new(local(&b, "a", &a)),
-    );
+    )
+}
+
+/// Plays the script against a real destination and returns its code.
+fn play(script: Script) -> String {
+    let (source, destination) = ends();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let far = listener.accept().unwrap().0;
@@ -249,6 +257,7 @@ fn speak(channel: &mut Channel<TcpStream>, local: &Local, script: Script) -> Opt
     channel.send(&Begin { start: vec![] }).ok()?;
     let mut sealer = PageSealer::new(session.page_keys, session.binding);
     let mut table = PageTable::new(&offer.memory).unwrap();
+    let mut log = SealLog::default();
     let mut batch = BatchBuilder::new();
     for (page, count, round) in script.pages.iter().copied() {
         let content = if count == 0 {
@@ -259,7 +268,8 @@ fn speak(channel: &mut Channel<TcpStream>, local: &Local, script: Script) -> Opt
         let (header, tag) = sealer
             .seal(&mut batch, round, Gpn(page), count.max(1), content)
             .unwrap();
-        let _ = table.record(&header, &tag);
+        let _ = table.record(&header);
+        log.add(&header, &tag);
     }
     channel.send_batch(&mut batch).ok()?;
     channel.send(&script.end).ok()?;
@@ -281,11 +291,10 @@ fn speak(channel: &mut Channel<TcpStream>, local: &Local, script: Script) -> Opt
     }
     let end = StreamEnd {
         content_sha256: None,
-        seals: sealer.next_sequence(),
         rounds: 1,
         epoch: 1,
     };
-    let mut manifest = table.manifest(end, &state, session.offer_hash);
+    let mut manifest = table.manifest([&log], end, &state, session.offer_hash);
     (script.manifest)(&mut manifest);
     channel.send(&manifest).ok()?;
     let _: Verified = channel.receive_message("Verified", deadline).ok()?;
@@ -296,11 +305,12 @@ fn speak(channel: &mut Channel<TcpStream>, local: &Local, script: Script) -> Opt
         .ok()
 }
 
+/// A guest of sixteen pages.
 #[derive(Default)]
-struct Strict {
+pub(crate) struct Strict {
     restored: bool,
-    active: bool,
-    abandoned: bool,
+    pub(crate) active: bool,
+    pub(crate) abandoned: bool,
 }
 
 impl DestinationGuest for Strict {

@@ -1,7 +1,8 @@
 //! The manifest: what both ends must agree on, to the last page, before anything resumes.
 //!
-//! Each end digests every seal in the order of the stream: its clear header (guest page, count, round, kind) and
-//! its tag. Seals are numbered without a gap and a later one of a page replaces the earlier, so the digest fixes
+//! Each end digests every seal in the order of its stream: its clear header (guest page, count, round, kind) and
+//! its tag. Seals of a stream are numbered without a gap, a page comes once a round on one stream alone, no round begins
+//! before all streams have ended the one before, and a later version of a page replaces the earlier; so the digests fix
 //! the newest version of every page, and two bits a guest page suffice: whether it came at all, whether it came
 //! in this round.
 
@@ -47,12 +48,11 @@ impl TranscriptError {
     }
 }
 
-/// Which pages came, and the digest over their seals.
+/// Which pages came, over all streams.
 pub struct PageTable {
     present: PageSet,
     this_round: PageSet,
     round: u32,
-    seals: RunningSha256,
 }
 
 impl PageTable {
@@ -63,22 +63,27 @@ impl PageTable {
             present: none.clone(),
             this_round: none,
             round: 0,
-            seals: RunningSha256::default(),
         })
     }
 
-    /// Records the seal of `header.count` pages. Rounds come in order.
-    pub fn record(
+    /// Records `header.count` pages. Rounds come in order.
+    pub fn record(&mut self, header: &EntryHeader) -> Result<(), TranscriptError> {
+        self.record_run(header.page, header.count, header.round)
+    }
+
+    /// The same for pages whose seal is still to be made.
+    pub(crate) fn record_run(
         &mut self,
-        header: &EntryHeader,
-        tag: &[u8; TAG_SIZE],
+        first: u64,
+        count: u32,
+        round: u32,
     ) -> Result<(), TranscriptError> {
-        let (page, count) = (Gpn(header.page), u64::from(header.count));
+        let (page, count) = (Gpn(first), u64::from(count));
         if !self.present.covers(page, count) {
-            return Err(TranscriptError::OutOfRange(header.page));
+            return Err(TranscriptError::OutOfRange(first));
         }
-        if header.round != self.round {
-            self.round = header.round;
+        if round != self.round {
+            self.round = round;
             self.this_round.clear();
         }
         if let Some(twice) = self.this_round.first_of(page, count) {
@@ -86,8 +91,6 @@ impl PageTable {
         }
         self.this_round.insert_run(page, count);
         self.present.insert_run(page, count);
-        self.seals.update(&header.encode());
-        self.seals.update(tag);
         Ok(())
     }
 
@@ -97,26 +100,62 @@ impl PageTable {
     }
 
     /// What this end holds.
-    pub fn manifest(&self, stream: StreamEnd, state: &[u8], offer_hash: [u8; 32]) -> Manifest {
+    pub fn manifest<'a>(
+        &self,
+        streams: impl IntoIterator<Item = &'a SealLog>,
+        end: StreamEnd,
+        state: &[u8],
+        offer_hash: [u8; 32],
+    ) -> Manifest {
+        let mut digests = RunningSha256::default();
+        let streams = streams.into_iter().map(|log| {
+            digests.update(&log.digest.digest());
+            log.count
+        });
+        let streams = streams.collect();
         Manifest {
             pages: self.present.len(),
-            seals_sha256: self.seals.digest(),
-            seals: stream.seals,
-            rounds: stream.rounds,
-            epoch: stream.epoch,
+            seals_sha256: digests.digest(),
+            streams,
+            rounds: end.rounds,
+            epoch: end.epoch,
             state_length: state.len() as u64,
             state_sha256: crypto::sha256(&[state]),
             offer_sha256: offer_hash,
-            content_sha256: stream.content_sha256,
+            content_sha256: end.content_sha256,
         }
     }
 }
 
-/// How the stream ended.
+/// How much one stream carried.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamCount {
+    /// Page seals.
+    pub seals: u64,
+    /// Pages under them, zero pages included, each as often as it was sent.
+    pub pages: u64,
+}
+
+/// The seals of one stream in their order.
+#[derive(Default)]
+pub struct SealLog {
+    digest: RunningSha256,
+    count: StreamCount,
+}
+
+impl SealLog {
+    /// Adds the next one.
+    pub fn add(&mut self, header: &EntryHeader, tag: &[u8; TAG_SIZE]) {
+        self.digest.update(&header.encode());
+        self.digest.update(tag);
+        self.count.seals += 1;
+        self.count.pages += u64::from(header.count);
+    }
+}
+
+/// How the streams ended.
 #[derive(Clone, Copy, Debug)]
 pub struct StreamEnd {
-    /// Page seals made.
-    pub seals: u64,
     /// Rounds, the last included.
     pub rounds: u32,
     /// The epoch that the source holds.
@@ -177,10 +216,10 @@ impl ContentDigest {
 pub struct Manifest {
     /// Distinct pages.
     pub pages: u64,
-    /// Digest of all page seals in their order.
+    /// Digest over the digests of the streams, each of all its page seals in their order.
     pub seals_sha256: [u8; 32],
-    /// Page seals made.
-    pub seals: u64,
+    /// What each stream carried, the first connection's first.
+    pub streams: Vec<StreamCount>,
     /// Rounds, the last included.
     pub rounds: u32,
     /// The epoch that the source holds.
@@ -265,11 +304,12 @@ mod tests {
     #[test]
     fn every_seal_counts_and_so_does_its_place() {
         let digest = |seals: &[(EntryHeader, u8)]| {
-            let mut table = table();
+            let (mut table, mut log) = (table(), SealLog::default());
             for (header, tag) in seals {
-                table.record(header, &[*tag; 16]).unwrap();
+                table.record(header).unwrap();
+                log.add(header, &[*tag; 16]);
             }
-            (table.seals.digest(), table.present.len())
+            (log.digest.digest(), table.present.len())
         };
         let base = digest(&[(seal(1, 1, 1), 1), (seal(100, 4, 1), 2)]);
         assert_eq!(base.1, 5);
@@ -290,15 +330,39 @@ mod tests {
     #[test]
     fn manifest_covers_pages_state_offer_and_counts() {
         let end = StreamEnd {
-            seals: 3,
             rounds: 2,
             epoch: 5,
             content_sha256: None,
         };
         let mut full = table();
-        full.record(&seal(1, 1, 1), &[1; 16]).unwrap();
+        full.record(&seal(1, 1, 1)).unwrap();
+        let log = |tags: &[u8]| {
+            let mut log = SealLog::default();
+            tags.iter()
+                .for_each(|tag| log.add(&seal(1, 1, 1), &[*tag; 16]));
+            log
+        };
+        let streams = [log(&[1]), log(&[2, 3])];
+        let of = |streams: &[SealLog]| {
+            let manifest = full.manifest(streams, end, b"state", [0; 32]);
+            (manifest.streams.clone(), manifest.root().unwrap())
+        };
+        let two = of(&streams);
+        let counts = [1, 2].map(|n| StreamCount { seals: n, pages: n });
+        assert_eq!(two.0, counts);
+        for other in [
+            vec![log(&[1])],
+            vec![log(&[1]), log(&[2])],
+            vec![log(&[1]), log(&[3, 2])],
+            vec![log(&[2, 3]), log(&[1])],
+            vec![log(&[1, 2]), log(&[3])],
+            vec![log(&[1]), log(&[2, 3]), log(&[])],
+        ] {
+            assert_ne!(two.1, of(&other).1);
+        }
         let root = |table: &PageTable, end, state: &[u8], offer| {
-            table.manifest(end, state, offer).root().unwrap()
+            let manifest = table.manifest(&streams, end, state, offer);
+            manifest.root().unwrap()
         };
         let base = root(&full, end, b"state", [0; 32]);
         assert_eq!(base, root(&full, end, b"state", [0; 32]));
@@ -307,7 +371,7 @@ mod tests {
         assert_ne!(base, root(&full, end, b"state", [1; 32]));
         assert_ne!(
             base,
-            root(&full, StreamEnd { seals: 4, ..end }, b"state", [0; 32])
+            root(&full, StreamEnd { rounds: 4, ..end }, b"state", [0; 32])
         );
         assert_ne!(
             base,
@@ -366,7 +430,7 @@ mod tests {
     #[test]
     fn out_of_range_and_duplicates_are_refused() {
         let mut table = table();
-        let mut record = |page, count, round| table.record(&seal(page, count, round), &[0; 16]);
+        let mut record = |page, count, round| table.record(&seal(page, count, round));
         assert_eq!(record(16, 1, 1), Err(TranscriptError::OutOfRange(16)));
         assert_eq!(record(15, 2, 1), Err(TranscriptError::OutOfRange(15)));
         assert_eq!(record(3, 1, 1), Ok(()));

@@ -139,6 +139,7 @@ fn of_confirmation(target: Target, act: Act) -> Codes {
     let code = match (act, target.way) {
         (Act::Abort, Direction::ToDestination) => return ("STREAM_TRUNCATED", "NOT_TRUE"),
         (Act::Abort, Direction::ToSource) => return ("NOT_TRUE", "STREAM_TRUNCATED"),
+        (Act::Drop | Act::Overtake, Direction::ToSource) => "PEER_TIMEOUT",
         (Act::Twice | Act::Drop | Act::Overtake | Act::Cut, _) => return numbered(target, act),
         (Act::Change | Act::Foreign, _) | (Act::Reflect, Direction::ToSource) => "KEY_CONFIRMATION",
         (Act::Shorten | Act::Lengthen, _) => "FRAME_MALFORMED",
@@ -255,12 +256,26 @@ fn attack(targets: &[Target]) {
     }
 }
 
+/// How long the source and the destination wait for a frame that does not come. Without a confirmation each waits for the
+/// other: the one that the frame was for shall be the first to give up.
+fn patience(target: Target) -> (Duration, Duration) {
+    match (target.kind, target.way) {
+        (FrameKind::Confirm, Direction::ToDestination) => (3 * SHORT, SHORT),
+        (FrameKind::Confirm, Direction::ToSource) => (SHORT, 3 * SHORT),
+        _ => (SHORT, SHORT),
+    }
+}
+
 /// One move in which the relay does that.
 fn play(site: &Site, other: &[(Direction, Frame)], target: Target, act: Act) -> Run {
     let (mut source, mut destination) = (site.source(site.via()), site.destination(site.via()));
     if matches!(act, Act::Drop | Act::Overtake) {
-        for deadlines in [&mut source.deadlines, &mut destination.deadlines] {
-            (deadlines.agree, deadlines.frame, deadlines.finish) = (SHORT, SHORT, SHORT);
+        let (at_source, at_destination) = patience(target);
+        for (deadlines, time) in [
+            (&mut source.deadlines, at_source),
+            (&mut destination.deadlines, at_destination),
+        ] {
+            (deadlines.agree, deadlines.frame, deadlines.finish) = (time, time, time);
         }
     }
     let foreign = target.among(other);

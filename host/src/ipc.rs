@@ -203,7 +203,7 @@ fn own(raw: RawFd) -> OwnedFd {
 /// Largest encoded body, in bytes; larger things travel in shared memory.
 pub const MAX_MESSAGE: usize = 128 * 1024;
 /// Most descriptors beside one message.
-pub const MAX_HANDLES: usize = 32;
+pub const MAX_HANDLES: usize = 48;
 
 #[cfg(test)]
 mod tests {

@@ -10,6 +10,8 @@ pub mod cli;
 pub mod confidential;
 pub mod devices;
 pub mod doctor;
+pub mod formats;
+mod image_file;
 pub mod ipc;
 pub mod machine;
 pub mod mover;

@@ -49,6 +49,30 @@ fn the_memory_that_moves_is_not_counted_as_memory_of_the_engine() {
 }
 
 #[test]
+fn memory_goes_over_several_connections() {
+    for protect in ["none", "tls", "tls+mac"] {
+        let report = report(&["--size", "32M", "--streams", "4", "--protect", protect]);
+        assert_eq!(
+            (&report["streams"], &report["protect"]),
+            (&4.into(), &protect.into())
+        );
+        for field in ["peak_rss_mib_source", "peak_rss_mib_destination"] {
+            let peak = report[field].as_f64().unwrap();
+            assert!((1.0..64.0).contains(&peak), "{field}: {peak}");
+        }
+    }
+    let most = report(&["--size", "64M", "--streams", "16"]);
+    assert!(
+        most["peak_rss_mib_source"].as_f64().unwrap() < 64.0,
+        "{most}"
+    );
+    assert!(
+        most["peak_rss_mib_destination"].as_f64().unwrap() < 64.0,
+        "{most}"
+    );
+}
+
+#[test]
 fn two_machines_meet_by_address_and_a_folder_of_keys() {
     let folder = tempfile::tempdir().unwrap();
     let keys = folder.path().join("keys");

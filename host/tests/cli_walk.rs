@@ -14,7 +14,7 @@ use std::collections::BTreeSet;
 use support::{Host, POLICY, SEV_WITH_SECRET};
 
 /// Commands that ask the agent, with arguments that bring them so far.
-const ASKING: [&str; 55] = [
+const ASKING: [&str; 56] = [
     "cancel vm",
     "evidence retain --keep-from 1",
     "evidence rotate",
@@ -70,6 +70,7 @@ const ASKING: [&str; 55] = [
     "vm start vm",
     "vm stats vm",
     "vm stop vm",
+    "vm upgrade vm",
 ];
 
 /// Commands that ask no agent, and what they touch. What changes something on a host is none of them but a broker's

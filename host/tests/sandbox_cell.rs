@@ -110,6 +110,7 @@ fn agrees_with_proc(child: &RoleProcess, report: &SandboxReport) {
         ("Max core file size", "0"),
         ("Max locked memory", "0"),
         ("Max open files", "256"),
+        ("Max msgqueue size", "0"),
     ] {
         let line = limits.lines().find(|l| l.starts_with(limit)).unwrap();
         assert_eq!(

@@ -16,7 +16,7 @@ use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use serde_json::Value;
-use support::{Host, until};
+use support::{Host, POLICY, until};
 
 #[test]
 fn a_debugger_that_forces_a_forbidden_call_sees_the_vmm_die() {
@@ -80,6 +80,43 @@ fn guest_memory_is_in_no_dump_and_no_child() {
         }
     }
     assert!(found > 0, "{maps}");
+}
+
+/// As many vCPUs, disks, cards and queues as there can be, half of the disks attached while it runs.
+#[test]
+fn the_largest_guest_has_room_for_its_descriptors() {
+    let policy = POLICY.replace("max_vcpus = 2", "max_vcpus = 64");
+    let mut host = Host::with_policy("largest", &policy);
+    host.start();
+    let mut devices =
+        "[vsock]\ncid = 3\n[rng]\n[balloon]\n[console]\n[watchdog]\naction = \"report\"\n[hotplug]\nslots = 4\n"
+            .to_owned();
+    for n in 0..8 {
+        host.write(&format!("large/d{n}.raw"), vec![0; 1 << 20]);
+        if n < 4 {
+            devices += &format!(
+                "[[disk]]\nid = \"d{n}\"\npath = \"d{n}.raw\"\nlimit = {{ operations_per_second = 100 }}\n"
+            );
+        }
+        devices += &format!(
+            "[[net]]\nid = \"n{n}\"\ntap = \"lg{n}-{}\"\nmac = \"52:54:00:00:01:0{n}\"\nqueues = 2\n",
+            std::process::id()
+        );
+    }
+    let path = host.describe("large", "large", &devices);
+    let described = fs::read_to_string(host.path(&path)).unwrap();
+    host.write(&path, described.replace("vcpus = 1", "vcpus = 64"));
+    host.run(&["run", &path]).expect(0);
+    for n in 4..8 {
+        let image = host.path(&format!("large/d{n}.raw")).display().to_string();
+        let id = format!("d{n}");
+        let attach = ["vm", "attach", "large", "--disk", &id, "--path", &image];
+        host.run(&attach).expect(0);
+    }
+    let report = host.json(&["sandbox", "report", "large"]);
+    let open = report["reports"][0]["descriptors"].as_u64().unwrap();
+    // 256 of every role, one for each vCPU, 8 for each pair of queues.
+    assert!((256..=448 - 64).contains(&open), "{open}");
 }
 
 #[test]

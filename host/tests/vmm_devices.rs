@@ -16,6 +16,9 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::time::Duration;
 
+use casemate::agent::tap;
+use casemate::devices::virtio::VirtioDevice;
+use casemate::devices::virtio::net::Net;
 use casemate::machine::plan::devices::{
     BalloonPlan, ConsolePlan, DeviceChange, DeviceName, DeviceStatus, Limits, Rate, RngPlan,
     SmallDevices, WatchdogAction, WatchdogPlan,
@@ -25,6 +28,32 @@ use casemate::vmm::protocol::{
     HandleKind, MachineState, RoleError, VmmEvent, VmmReply, VmmRequest,
 };
 use vmm_support::{Lines, Vmm, bzimage, image_file, kvm, migrate, plan};
+
+#[test]
+fn the_kernel_spreads_frames_over_the_queues_that_the_driver_uses_alone() {
+    let name = format!("mq-{}", std::process::id());
+    let queues = || {
+        let folder = format!("/sys/class/net/{name}/queues");
+        let names = std::fs::read_dir(folder).unwrap();
+        let names = names.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        names.filter(|name| name.starts_with("rx-")).count()
+    };
+    let taps = tap::open_queues(&name, None, 4).unwrap();
+    assert_eq!(queues(), 4);
+    let mac = [0x52, 0x54, 0, 0, 0, 9];
+    let mut card = Net::new(taps, mac, vec![]).unwrap();
+    assert_eq!(queues(), 1, "until a driver asks for more");
+    for in_use in [3, 4, 2] {
+        // As when it arrives from elsewhere; its driver's own asking is tested beside the device.
+        let state = [&[2][..], &mac, &[in_use]].concat();
+        card.restore(&state).unwrap();
+        assert_eq!(queues(), usize::from(in_use));
+    }
+    card.reset();
+    assert_eq!(queues(), 1);
+    let other = tap::open(&name, None).unwrap_err().to_string();
+    assert!(other.contains("multi_queue"), "{other}");
+}
 
 #[test]
 fn devices_are_changed_while_the_guest_runs_and_move_with_it() {

@@ -39,7 +39,7 @@ fn a_machine_with_everything_saves_what_the_golden_file_is_of() {
     };
     let mut state = vec![0u8; length as usize];
     mover.exchange.read_exact_at(&mut state, 0).unwrap();
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/machine-state-3.bin");
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/machine-state-4.bin");
     if std::env::var_os("CASEMATE_GOLDEN").is_some_and(|v| v == "write") {
         fs::write(&path, &state).unwrap();
     }
@@ -78,6 +78,7 @@ fn full() -> MachinePlan {
         nets: vec![NetPlan {
             id: "net0".into(),
             mac: [0x52, 0x54, 0, 0, 0, 1],
+            queues: 1,
             announce: vec![],
             limits: Limits::default(),
         }],
@@ -114,7 +115,7 @@ fn handles(folder: &Path, lines: &Lines, firmware: bool) -> Vec<(HandleKind, Own
         (HandleKind::Kvm, kvm()),
         (HandleKind::Console, lines.handle()),
         (HandleKind::Disk(0), disk.into()),
-        (HandleKind::Tap(0), card),
+        (HandleKind::Tap { card: 0, pair: 0 }, card),
         (HandleKind::VsockListener, listener("vsock.sock")),
         (HandleKind::ConsoleListener, listener("console.sock")),
     ];

@@ -144,6 +144,8 @@ pub enum Action {
     Attach,
     /// Takes one out again.
     Detach,
+    /// Give a running guest the program that is now installed.
+    Upgrade,
     /// Write a guest's memory and state to a sealed file.
     Snapshot,
     /// Destroy the key of a snapshot, whose file nobody opens then.
@@ -214,6 +216,7 @@ impl Action {
             Self::Console => ActionKind::Console,
             Self::Attach => ActionKind::Attach,
             Self::Detach => ActionKind::Detach,
+            Self::Upgrade => ActionKind::Upgrade,
             Self::Snapshot => ActionKind::Snapshot,
             Self::SnapshotErase => ActionKind::SnapshotErase,
             Self::Cancel => ActionKind::Cancel,
@@ -380,6 +383,8 @@ kinds! {
     Attach = "attach",
     /// [`Action::Detach`]
     Detach = "detach",
+    /// [`Action::Upgrade`]
+    Upgrade = "upgrade",
     /// [`Action::Snapshot`]
     Snapshot = "snapshot",
     /// [`Action::SnapshotErase`]

@@ -92,6 +92,7 @@ pub fn check(policy: &HostPolicy, action: &Action) -> Vec<Reason> {
         | Action::Console
         | Action::Attach
         | Action::Detach
+        | Action::Upgrade
         | Action::Snapshot
         | Action::SnapshotErase
         | Action::Cancel

@@ -139,6 +139,11 @@ impl KeySchedule {
         KeyChain::new(provider, self.expand(info)?)
     }
 
+    /// A secret that other keys come of.
+    pub(crate) fn secret(&self, info: &[u8]) -> Result<Zeroizing<[u8; 48]>, CryptoError> {
+        self.expand(info)
+    }
+
     fn expand<const N: usize>(&self, info: &[u8]) -> Result<Zeroizing<[u8; N]>, CryptoError> {
         let mut out = Zeroizing::new([0; N]);
         self.0

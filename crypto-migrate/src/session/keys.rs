@@ -2,7 +2,7 @@
 
 use zeroize::Zeroizing;
 
-use super::{Session, SessionError, encode};
+use super::{Membership, Session, SessionError, encode};
 use crate::channel::STREAM;
 use crate::crypto::{
     self, AeadKey, CryptoError, EphemeralKey, KeyChain, KeySchedule, MacKey, Provider,
@@ -10,6 +10,7 @@ use crate::crypto::{
 use crate::guest::GuestOffer;
 use crate::identity::{HostIdentity, PeerIdentity};
 use crate::page::Binding;
+use crate::preamble::Ticket;
 use crate::tls::{TlsStream, Transport};
 use crate::wire::messages::{PathKind, Signed};
 
@@ -42,49 +43,68 @@ impl Facts<'_> {
         peer: PeerIdentity,
         page_keys: KeyChain,
         evidence: Vec<u8>,
+        further: ForFurther,
     ) -> Session {
-        let (vm_id, epoch) = (self.guest.vm_id, self.guest.epoch);
-        let binding = Binding {
-            session_id: self.session_id,
-            vm_id,
-            epoch,
-            stream: STREAM,
-        };
         Session {
             peer,
             path: self.path,
-            binding,
+            binding: self.binding(),
             page_keys,
             offer_hash: self.offer_hash,
             evidence,
+            streams: further.streams,
+            ticket: further.ticket,
+            membership: further.membership,
+        }
+    }
+
+    /// Of the first connection's stream.
+    pub(super) fn binding(&self) -> Binding {
+        Binding {
+            session_id: self.session_id,
+            vm_id: self.guest.vm_id,
+            epoch: self.guest.epoch,
+            stream: STREAM,
         }
     }
 
     fn info(&self, label: &str, role: Role) -> Vec<u8> {
-        let path: &[u8] = match self.path {
-            PathKind::Direct => b"direct",
-            PathKind::Gateway => b"gateway",
-        };
-        let direction: &[u8] = match role {
-            Role::Source => b"source to destination",
-            Role::Destination => b"destination to source",
-        };
-        let mut info = b"casemate-migrate/1 key".to_vec();
-        let (epoch, stream) = (self.guest.epoch.to_le_bytes(), STREAM.to_le_bytes());
-        let fields: [&[u8]; 7] = [
-            label.as_bytes(),
-            &self.session_id,
-            &self.guest.vm_id,
-            path,
-            direction,
-            &stream,
-            &epoch,
-        ];
-        for field in fields {
-            append(&mut info, field);
-        }
-        info
+        key_info(label, role, &self.binding(), self.path)
     }
+}
+
+/// What an agreement leaves for further connections.
+pub(super) struct ForFurther {
+    pub(super) streams: u16,
+    pub(super) ticket: Ticket,
+    pub(super) membership: Membership,
+}
+
+/// The info of a key: what it is for, and of which stream of which session it is.
+pub(super) fn key_info(label: &str, role: Role, binding: &Binding, path: PathKind) -> Vec<u8> {
+    let path: &[u8] = match path {
+        PathKind::Direct => b"direct",
+        PathKind::Gateway => b"gateway",
+    };
+    let direction: &[u8] = match role {
+        Role::Source => b"source to destination",
+        Role::Destination => b"destination to source",
+    };
+    let mut info = b"casemate-migrate/1 key".to_vec();
+    let (epoch, stream) = (binding.epoch.to_le_bytes(), binding.stream.to_le_bytes());
+    let fields: [&[u8]; 7] = [
+        label.as_bytes(),
+        &binding.session_id,
+        &binding.vm_id,
+        path,
+        direction,
+        &stream,
+        &epoch,
+    ];
+    for field in fields {
+        append(&mut info, field);
+    }
+    info
 }
 
 pub(super) struct Keys {
@@ -93,6 +113,8 @@ pub(super) struct Keys {
     pub(super) control_source: AeadKey,
     pub(super) control_destination: AeadKey,
     pub(super) pages: KeyChain,
+    /// What the keys of further connections come of.
+    pub(super) join: Zeroizing<[u8; 48]>,
 }
 
 impl Keys {
@@ -110,6 +132,7 @@ impl Keys {
             control_source: aead("control", Role::Source)?,
             control_destination: aead("control", Role::Destination)?,
             pages: schedule.chain(provider, &facts.info("page", Role::Source))?,
+            join: schedule.secret(&facts.info("join", Role::Source))?,
         })
     }
 }
@@ -196,7 +219,7 @@ pub(super) fn secret<T: Transport>(
     Ok(secret)
 }
 
-fn append(out: &mut Vec<u8>, field: &[u8]) {
+pub(super) fn append(out: &mut Vec<u8>, field: &[u8]) {
     out.extend_from_slice(&(field.len() as u64).to_le_bytes());
     out.extend_from_slice(field);
 }
@@ -206,7 +229,7 @@ fn append(out: &mut Vec<u8>, field: &[u8]) {
 pub(crate) fn example_keys(
     transcript: &[u8; 48],
     secret: &[u8],
-) -> Result<[(&'static str, Vec<u8>); 5], CryptoError> {
+) -> Result<[(&'static str, Vec<u8>); 6], CryptoError> {
     let guest = GuestOffer {
         vm_id: [2; 16],
         name: "example".to_owned(),
@@ -237,5 +260,6 @@ pub(crate) fn example_keys(
         ("control_source", seal(&keys.control_source)?),
         ("control_destination", seal(&keys.control_destination)?),
         ("pages", pages),
+        ("join", keys.join.to_vec()),
     ])
 }

@@ -20,8 +20,11 @@
 //! clear headers of pages, sizes and times; nothing else.
 
 mod facts;
+mod join;
 mod keys;
 
+#[cfg(test)]
+pub(crate) use self::join::example_join;
 #[cfg(test)]
 pub(crate) use self::keys::example_keys;
 
@@ -31,21 +34,24 @@ use rustls_pki_types::CertificateDer;
 use serde_bytes::ByteBuf;
 
 pub use self::facts::SessionFacts;
+pub(crate) use self::join::{Gate, Membership, Times, join};
+pub use self::join::{JoinError, MAX_STREAMS};
 pub use self::keys::OwnerKey;
-use self::keys::{Facts, Keys, Role, Transcript, secret};
+use self::keys::{Facts, ForFurther, Keys, Role, Transcript, secret};
 use crate::channel::{Channel, ChannelError, ControlKeys};
 use crate::code::Code;
 use crate::crypto::{self, CryptoError, EphemeralKey, KeyChain, MacKey};
 use crate::guest::{Admission, GuestOffer, Refusal};
 use crate::identity::{AllowedPeer, IdentityError, Local, MAX_CHAIN, Path, PeerIdentity, Usage};
 use crate::page::Binding;
+use crate::preamble::Ticket;
 use crate::tls::{TlsError, TlsStream, Transport};
 use crate::transcript::check_memory;
 use crate::wire::messages::{AcceptBody, Confirm, OfferBody, Party, PathKind, Purpose, Signed};
 use crate::wire::{FrameKind, WireError};
 
 /// Version of the session protocol.
-pub const SESSION_VERSION: u16 = 3;
+pub const SESSION_VERSION: u16 = 4;
 /// Bytes of description an offer may carry.
 pub const MAX_DESCRIPTION: usize = 64 * 1024;
 /// Bytes of platform evidence an accept may carry.
@@ -141,6 +147,35 @@ pub(crate) struct Session {
     pub(crate) offer_hash: [u8; 32],
     /// Platform evidence of the destination.
     pub(crate) evidence: Vec<u8>,
+    /// Connections that the move has, this one included.
+    pub(crate) streams: u16,
+    /// What the further ones name.
+    pub(crate) ticket: Ticket,
+    /// What they prove.
+    pub(crate) membership: Membership,
+}
+
+/// What an offer asks for.
+#[derive(Clone, Copy)]
+pub(crate) struct Wanted {
+    pub(crate) purpose: Purpose,
+    /// Connections, the first included.
+    pub(crate) streams: u16,
+}
+
+impl From<Purpose> for Wanted {
+    fn from(purpose: Purpose) -> Self {
+        let streams = 1;
+        Self { purpose, streams }
+    }
+}
+
+/// What the destination gives for further connections.
+#[derive(Clone, Copy)]
+pub(crate) struct Granted {
+    /// Connections at most, the first included.
+    pub(crate) streams: u16,
+    pub(crate) ticket: Ticket,
 }
 
 /// The source's side: offers the guest to the peer that policy calls `peer_name`.
@@ -150,9 +185,10 @@ pub(crate) fn offer<T: Transport>(
     peer_name: &str,
     owner_key: Option<&OwnerKey>,
     guest: &GuestOffer,
-    purpose: Purpose,
+    wanted: impl Into<Wanted>,
     deadline: Instant,
 ) -> Result<Session, SessionError> {
+    let Wanted { purpose, streams } = wanted.into();
     let allowed = local
         .allow
         .by_name(peer_name)
@@ -168,6 +204,7 @@ pub(crate) fn offer<T: Transport>(
         purpose,
         session_id,
         owner_key: owner_key.is_some(),
+        streams,
         guest: guest.clone(),
     };
     let mut transcript = Transcript::default();
@@ -196,6 +233,7 @@ pub(crate) fn offer<T: Transport>(
     if accept.session_id != session_id || accept.evidence.len() > MAX_EVIDENCE {
         return Err(SessionError::Offer("accept"));
     }
+    check_streams(accept.streams, streams)?;
 
     let facts = Facts {
         session_id,
@@ -220,7 +258,12 @@ pub(crate) fn offer<T: Transport>(
         send: keys.control_source,
         receive: keys.control_destination,
     });
-    Ok(facts.session(peer, keys.pages, accept.evidence))
+    let further = ForFurther {
+        streams: accept.streams,
+        ticket: accept.ticket,
+        membership: membership(channel.tls(), &facts, keys.join, &transcript, local),
+    };
+    Ok(facts.session(peer, keys.pages, accept.evidence, further))
 }
 
 /// What [`accept`] leaves behind besides the session.
@@ -236,6 +279,7 @@ pub(crate) fn accept<T: Transport>(
     channel: &mut Channel<T>,
     local: &Local,
     owner_key: Option<&OwnerKey>,
+    granted: Granted,
     deadline: Instant,
     admit: &mut dyn FnMut(Purpose, &GuestOffer, &SessionFacts) -> Result<Admission, Refusal>,
 ) -> Result<Accepted, SessionError> {
@@ -259,6 +303,8 @@ pub(crate) fn accept<T: Transport>(
     let path = path_kind(&allowed.path);
     check_path(channel.tls(), &offer.source, path, allowed)?;
     check_offer(&offer.guest, offer.purpose)?;
+    check_streams(offer.streams, MAX_STREAMS)?;
+    let streams = offer.streams.min(granted.streams.max(1));
     if offer.owner_key != owner_key.is_some() {
         return Err(SessionError::Confirmation);
     }
@@ -274,6 +320,8 @@ pub(crate) fn accept<T: Transport>(
     let body = AcceptBody {
         destination,
         session_id: offer.session_id,
+        streams,
+        ticket: granted.ticket,
         evidence: evidence.clone(),
     };
     let accept = transcript.sign(encode(&body)?, Role::Destination, &local.identity)?;
@@ -303,7 +351,12 @@ pub(crate) fn accept<T: Transport>(
         send: keys.control_destination,
         receive: keys.control_source,
     });
-    let session = facts.session(peer, keys.pages, evidence);
+    let further = ForFurther {
+        streams,
+        ticket: granted.ticket,
+        membership: membership(channel.tls(), &facts, keys.join, &transcript, local),
+    };
+    let session = facts.session(peer, keys.pages, evidence, further);
     Ok(Accepted {
         session,
         guest: offer.guest,
@@ -330,6 +383,30 @@ pub fn check_offer(guest: &GuestOffer, purpose: Purpose) -> Result<(), SessionEr
     match memory {
         true => Ok(()),
         false => Err(SessionError::Offer("guest's memory")),
+    }
+}
+
+fn check_streams(streams: u16, most: u16) -> Result<(), SessionError> {
+    match (1..=most).contains(&streams) {
+        true => Ok(()),
+        false => Err(SessionError::Offer("number of connections")),
+    }
+}
+
+fn membership<T: Transport>(
+    tls: &TlsStream<T>,
+    facts: &Facts<'_>,
+    secret: zeroize::Zeroizing<[u8; 48]>,
+    transcript: &Transcript,
+    local: &Local,
+) -> Membership {
+    Membership {
+        transcript: transcript.hash(),
+        secret,
+        binding: facts.binding(),
+        path: facts.path,
+        provider: local.provider,
+        tls_peer: tls.peer().clone(),
     }
 }
 

@@ -28,6 +28,8 @@ pub struct Assessment {
     pub tls_suite: String,
     /// Direct or through a gateway.
     pub path: PathKind,
+    /// Connections that the move would have; what the way carries was measured over one.
+    pub streams: u16,
     /// How long it took.
     pub total_ms: u64,
 }
@@ -94,6 +96,7 @@ fn run<T: Transport>(
         forecast: Forecast::of(&measured, config.limits, config.controls.bandwidth()),
         tls_suite: channel.tls().suite(),
         path: session.path,
+        streams: session.streams,
         total_ms: millis(started.elapsed()),
     })
 }

@@ -6,6 +6,8 @@
 //! [`SourceError::InDoubt`], and the host must ask the destination who owns the guest ([`settle`](crate::settlement::settle)).
 
 mod assess;
+mod lane;
+mod spread;
 mod stream;
 
 use std::sync::Arc;
@@ -15,20 +17,24 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 pub use self::assess::{Assessment, assess};
+use self::lane::Lane;
 use self::stream::{EndOfStream, Stream, Totals, at, on};
 use crate::channel::{Channel, ChannelError};
 use crate::code::Code;
 use crate::control::{Controls, Pacer};
+use crate::crypto::KeyChain;
 use crate::guest::{GuestError, GuestOffer, Refusal, SourceGuest};
 use crate::identity::Local;
-use crate::page::{PageError, PageSealer};
+use crate::page::{Binding, PageError};
+use crate::preamble::Ticket;
 use crate::precopy::{Convergence, Limits};
 use crate::progress::{Phase, Progress};
-use crate::session::{self, OwnerKey, Session, SessionError, SessionFacts};
+use crate::session::{
+    self, JoinError, OwnerKey, Session, SessionError, SessionFacts, Times, Wanted,
+};
 use crate::tls::{self, TlsError, Transport};
-use crate::transcript::{Manifest, PageTable, TranscriptError};
+use crate::transcript::{Manifest, PageTable, StreamCount, TranscriptError};
 use crate::wire::FrameKind;
-use crate::wire::batch::BatchBuilder;
 use crate::wire::messages::{Begin, PathKind, Purpose};
 
 /// How long each wait may last, at either end.
@@ -75,6 +81,8 @@ pub struct SourceConfig {
     pub controls: Arc<Controls>,
     /// Whether both ends read all memory anew, the guest paused, and compare it, besides the seals.
     pub read_back: bool,
+    /// Connections to ask for, the first included, 1 to [`MAX_STREAMS`](session::MAX_STREAMS); the destination may grant fewer.
+    pub streams: u16,
 }
 
 impl SourceConfig {
@@ -89,6 +97,7 @@ impl SourceConfig {
             cancel: Arc::default(),
             controls: Arc::default(),
             read_back: false,
+            streams: 1,
         }
     }
 
@@ -155,6 +164,8 @@ pub struct Verification {
     pub content_sha256: Option<String>,
     /// Of how many network cards the destination has announced the addresses.
     pub announced: u32,
+    /// What each connection carried.
+    pub streams: Vec<StreamCount>,
 }
 
 impl Verification {
@@ -165,6 +176,7 @@ impl Verification {
             state_sha256: hex::encode(manifest.state_sha256),
             content_sha256: manifest.content_sha256.map(hex::encode),
             announced,
+            streams: manifest.streams.clone(),
         }
     }
 }
@@ -178,6 +190,9 @@ pub enum SourceError {
     /// The agreement.
     #[error("agreeing with the destination: {0}")]
     Agree(#[source] SessionError),
+    /// A further connection.
+    #[error("joining the session: {0}")]
+    Join(#[source] JoinError),
     /// Local policy refuses the session that was agreed on.
     #[error("session refused: {0}")]
     Refused(#[source] Refusal),
@@ -258,6 +273,7 @@ impl SourceError {
         match self {
             SourceError::Connect(error) => error.code().as_str(),
             SourceError::Agree(error) => error.code(),
+            SourceError::Join(error) => error.code(),
             SourceError::Refused(refusal) => &refusal.code,
             SourceError::Stream { error, .. } => error.code(),
             SourceError::Guest { .. } | SourceError::Destroy(_) => Code::GuestFailed.as_str(),
@@ -280,6 +296,9 @@ impl SourceError {
     }
 }
 
+/// Makes a further connection for a move: the preamble of this ticket is its first bytes.
+pub type Dial<'a, T> = dyn FnMut(&Ticket) -> std::io::Result<T> + 'a;
+
 /// Moves the guest over one connection. On any error for which [`SourceError::guest_runs_here`] holds, the
 /// guest runs on here.
 pub fn migrate<T: Transport>(
@@ -289,10 +308,33 @@ pub fn migrate<T: Transport>(
     guest: &mut dyn SourceGuest,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<SourceOutcome, SourceError> {
+    let mut none = |_: &Ticket| Err(std::io::ErrorKind::Unsupported.into());
+    migrate_over(transport, &mut none, config, offer, guest, progress)
+}
+
+/// Moves the guest over as many connections as the configuration asks for and the destination grants; `dial` makes the
+/// further ones. One of them that fails ends the move, as the first one would.
+pub fn migrate_over<T: Transport>(
+    transport: T,
+    dial: &mut Dial<'_, T>,
+    config: &SourceConfig,
+    offer: &GuestOffer,
+    guest: &mut dyn SourceGuest,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<SourceOutcome, SourceError> {
     let started = Instant::now();
     let mut channel =
         connect(transport, config, progress, started).map_err(|error| resume(guest, error))?;
-    match run(&mut channel, config, offer, guest, progress, started) {
+    // Closed last: what the first connection says explains why.
+    let mut further = Vec::new();
+    let mut move_on = Move {
+        channel: &mut channel,
+        further: &mut further,
+        config,
+        offer,
+        started,
+    };
+    match move_on.run(dial, guest, progress) {
         Ok(outcome) => {
             channel.close(CLOSE_TIME);
             Ok(outcome)
@@ -319,10 +361,14 @@ pub(crate) fn connect<T: Transport>(
     progress(Progress::new(Phase::Connect, started));
     let tls = tls::connect(transport, &config.local, config.deadlines.connect)
         .map_err(SourceError::Connect)?;
+    let cancelled = cancelled(config, started);
+    Ok(Channel::new(tls, config.deadlines.frame, cancelled))
+}
+
+fn cancelled(config: &SourceConfig, started: Instant) -> Box<dyn Fn() -> bool + Send> {
     let (cancel, limit) = (config.cancel.clone(), config.limits.total);
     let late = move || limit.is_some_and(|limit| started.elapsed() > limit);
-    let cancelled = Box::new(move || cancel.load(Ordering::Relaxed) || late());
-    Ok(Channel::new(tls, config.deadlines.frame, cancelled))
+    Box::new(move || cancel.load(Ordering::Relaxed) || late())
 }
 
 /// Tells the peer why, unless it knows.
@@ -344,13 +390,17 @@ pub(crate) fn agree<T: Transport>(
     agreed: &mut dyn FnMut(&SessionFacts) -> Result<(), Refusal>,
     purpose: Purpose,
 ) -> Result<Session, SourceError> {
+    let wanted = Wanted {
+        purpose,
+        streams: config.streams,
+    };
     let session = session::offer(
         channel,
         &config.local,
         &config.peer,
         config.owner_key.as_ref(),
         offer,
-        purpose,
+        wanted,
         Instant::now() + config.deadlines.agree,
     )
     .map_err(SourceError::Agree)?;
@@ -365,42 +415,81 @@ pub(crate) fn agree<T: Transport>(
     Ok(session)
 }
 
-fn run<T: Transport>(
-    channel: &mut Channel<T>,
-    config: &SourceConfig,
-    offer: &GuestOffer,
-    guest: &mut dyn SourceGuest,
-    progress: &mut dyn FnMut(Progress),
+/// A move that has its first connection.
+struct Move<'a, T> {
+    channel: &'a mut Channel<T>,
+    further: &'a mut Vec<Channel<T>>,
+    config: &'a SourceConfig,
+    offer: &'a GuestOffer,
     started: Instant,
-) -> Result<SourceOutcome, SourceError> {
-    progress(Progress::new(Phase::Agree, started));
-    let agreed = &mut |facts: &_| guest.agreed(facts);
-    let session = agree(channel, config, offer, agreed, Purpose::Move)?;
-    progress(Progress::new(Phase::Begin, started));
-    let start = guest.begin(&session.evidence).map_err(at(Phase::Begin))?;
-    channel.send(&Begin { start }).map_err(on(Phase::Begin))?;
-    let table = PageTable::new(&offer.memory)?;
-    let sealer = PageSealer::new(session.page_keys, session.binding);
-    let mut stream = Stream {
-        channel,
-        config,
-        guest,
-        progress,
-        started,
-        sealer,
-        table,
-        batch: BatchBuilder::new(),
-        round: 0,
-        totals: Totals::default(),
-        polled: started,
-        pacer: Pacer::default(),
-    };
-    let copied = stream.copy_rounds()?;
-    let end = EndOfStream {
-        epoch: offer.epoch,
-        offer_hash: session.offer_hash,
-    };
-    stream.finish(copied, end, session.path)
+}
+
+impl<T: Transport> Move<'_, T> {
+    fn run(
+        &mut self,
+        dial: &mut Dial<'_, T>,
+        guest: &mut dyn SourceGuest,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<SourceOutcome, SourceError> {
+        let (config, offer, started) = (self.config, self.offer, self.started);
+        progress(Progress::new(Phase::Agree, started));
+        let agreed = &mut |facts: &_| guest.agreed(facts);
+        let session = agree(self.channel, config, offer, agreed, Purpose::Move)?;
+        let keys = self.join(dial, &session).map_err(SourceError::Join)?;
+        progress(Progress::new(Phase::Begin, started));
+        let start = guest.begin(&session.evidence).map_err(at(Phase::Begin))?;
+        let first = &mut *self.channel;
+        first.send(&Begin { start }).map_err(on(Phase::Begin))?;
+        let further = self.further.iter_mut().zip(keys);
+        let further = further.map(|(channel, (keys, binding))| Lane::new(channel, keys, binding));
+        let mut stream = Stream {
+            further: further.collect(),
+            first: Lane::new(first, session.page_keys, session.binding),
+            config,
+            guest,
+            progress,
+            started,
+            table: PageTable::new(&offer.memory)?,
+            round: 0,
+            totals: Totals::default(),
+            polled: started,
+            pacer: Pacer::default(),
+        };
+        let copied = stream.copy_rounds()?;
+        let end = EndOfStream {
+            epoch: offer.epoch,
+            offer_hash: session.offer_hash,
+        };
+        stream.finish(copied, end, session.path)
+    }
+
+    /// Every further connection that was granted.
+    fn join(
+        &mut self,
+        dial: &mut Dial<'_, T>,
+        session: &Session,
+    ) -> Result<Vec<(KeyChain, Binding)>, JoinError> {
+        let times = Times {
+            connect: self.config.deadlines.connect,
+            frame: self.config.deadlines.frame,
+            agree: self.config.deadlines.agree,
+        };
+        let mut keys = Vec::new();
+        for stream in 1..session.streams {
+            let transport = dial(&session.ticket).map_err(JoinError::Dial)?;
+            let joined = session::join(
+                transport,
+                &self.config.local,
+                &session.membership,
+                stream,
+                times,
+                cancelled(self.config, self.started),
+            )?;
+            self.further.push(joined.channel);
+            keys.push((joined.page_keys, joined.binding));
+        }
+        Ok(keys)
+    }
 }
 
 pub(crate) const CLOSE_TIME: Duration = Duration::from_secs(1);
@@ -417,6 +506,16 @@ fn better_cause<T: Transport>(channel: &mut Channel<T>, error: SourceError) -> S
                 phase,
                 error: TlsError::Truncated.into(),
             },
+        },
+        SourceError::Join(
+            JoinError::Channel(ChannelError::Tls(TlsError::Cancelled))
+            | JoinError::Connect(TlsError::Cancelled),
+        ) => SourceError::Cancelled,
+        SourceError::Join(
+            error @ (JoinError::Channel(ChannelError::Tls(_)) | JoinError::Connect(_)),
+        ) => match channel.last_words() {
+            Some(error) => on(Phase::Agree)(error),
+            None => SourceError::Join(error),
         },
         SourceError::Stream {
             error: ChannelError::Tls(TlsError::Cancelled),

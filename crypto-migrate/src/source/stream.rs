@@ -1,31 +1,31 @@
 //! The running stream of the source: phases `Rounds` to `Done`.
 
+use std::iter::once;
 use std::time::{Duration, Instant};
 
+use super::lane::Lane;
 use super::{SourceConfig, SourceError, SourceOutcome, Verification};
-use crate::channel::{Channel, ChannelError};
+use crate::channel::ChannelError;
 use crate::control::Pacer;
 use crate::guest::{Gpn, GuestError, PAGE_SIZE, PageContent, SourceGuest};
-use crate::page::PageSealer;
 use crate::pages::PageSet;
 use crate::precopy::{Convergence, Estimator, Next, Round};
 use crate::progress::{Phase, Progress, millis};
 use crate::tls::Transport;
 use crate::transcript::{Manifest, PageTable, StreamEnd};
-use crate::wire::batch::{BatchBuilder, MAX_ENTRIES, MAX_RUN};
-use crate::wire::messages::{Commit, PathKind, RoundAck, RoundEnd, Running, State, Verified};
+use crate::wire::batch::{MAX_ENTRIES, MAX_RUN};
+use crate::wire::messages::{Commit, PathKind, RoundAck, Running, State, Verified};
 use crate::wire::{MAX_STATE, STATE_CHUNK, WireError};
 
 /// The running stream: phases `Rounds` to `Done`.
 pub(super) struct Stream<'a, T> {
-    pub(super) channel: &'a mut Channel<T>,
+    pub(super) first: Lane<'a, T>,
+    pub(super) further: Vec<Lane<'a, T>>,
     pub(super) config: &'a SourceConfig,
     pub(super) guest: &'a mut dyn SourceGuest,
     pub(super) progress: &'a mut dyn FnMut(Progress),
     pub(super) started: Instant,
-    pub(super) sealer: PageSealer,
     pub(super) table: PageTable,
-    pub(super) batch: BatchBuilder,
     pub(super) round: u32,
     pub(super) totals: Totals,
     pub(super) polled: Instant,
@@ -34,9 +34,9 @@ pub(super) struct Stream<'a, T> {
 
 #[derive(Default)]
 pub(super) struct Totals {
-    pages: u64,
-    zero_pages: u64,
-    firmware_pages: u64,
+    pub(super) pages: u64,
+    pub(super) zero_pages: u64,
+    pub(super) firmware_pages: u64,
     stream_time: Duration,
 }
 
@@ -59,16 +59,15 @@ impl<T: Transport> Stream<'_, T> {
         let mut estimator = Estimator::new(self.config.limits);
         loop {
             self.round += 1;
-            let (begun, bytes) = (Instant::now(), self.channel.bytes());
-            let (sent, unsent) = self.send_pages(Phase::Rounds, &pages, &estimator)?;
+            let (begun, bytes) = (Instant::now(), self.bytes());
+            let (sent, unsent) = self.send_round(Phase::Rounds, &pages, &estimator)?;
             let ended = Instant::now();
-            self.end_round(sent, Phase::Rounds)?;
             self.await_ack(sent)?;
             let acknowledged_after = ended.elapsed();
             let mut dirty = self.guest.take_dirty().map_err(at(Phase::Rounds))?;
             let duration = begun.elapsed();
             self.totals.stream_time += duration;
-            let bytes = self.channel.bytes().saturating_sub(bytes);
+            let bytes = self.bytes().saturating_sub(bytes);
             let throttled = estimator.throttle();
             let mut next = estimator.finish(Round {
                 bytes,
@@ -124,12 +123,14 @@ impl<T: Transport> Stream<'_, T> {
 
         self.report(Phase::Manifest, &estimator);
         let stream_end = StreamEnd {
-            seals: self.sealer.next_sequence(),
             rounds: self.round,
             epoch: end.epoch,
             content_sha256: self.read_back()?,
         };
-        let manifest = self.table.manifest(stream_end, &state, end.offer_hash);
+        let logs = once(&self.first).chain(&self.further).map(|lane| &lane.log);
+        let manifest = self
+            .table
+            .manifest(logs, stream_end, &state, end.offer_hash);
         let root = self.agree_on(&manifest)?;
         self.check_cancelled()?;
 
@@ -150,16 +151,16 @@ impl<T: Transport> Stream<'_, T> {
             pages: self.totals.pages,
             zero_pages: self.totals.zero_pages,
             firmware_pages: self.totals.firmware_pages,
-            wire_bytes: self.channel.bytes(),
+            wire_bytes: self.bytes(),
             downtime_ms,
             estimated_downtime_ms,
             forecast_error_ms: downtime_ms - estimated_downtime_ms,
             throttle_percent: estimator.throttle(),
             verified: Verification::of(&manifest, announced),
             total_ms: millis(self.started.elapsed()),
-            throughput: self.channel.bytes() as f64 / stream_seconds,
+            throughput: self.bytes() as f64 / stream_seconds,
             convergence,
-            tls_suite: self.channel.tls().suite(),
+            tls_suite: self.first.channel.tls().suite(),
             path,
             manifest_root: hex::encode(root),
             epoch,
@@ -174,8 +175,7 @@ impl<T: Transport> Stream<'_, T> {
     ) -> Result<Vec<u8>, SourceError> {
         left.merge(&self.guest.take_dirty().map_err(at(Phase::Final))?);
         self.round += 1;
-        let (sent, _) = self.send_pages(Phase::Final, &left, estimator)?;
-        self.end_round(sent, Phase::Final)?;
+        self.send_round(Phase::Final, &left, estimator)?;
         let state = self.guest.state().map_err(at(Phase::Final))?;
         let total = match u32::try_from(state.len()) {
             Ok(total) if state.len() <= MAX_STATE => total,
@@ -192,7 +192,7 @@ impl<T: Transport> Stream<'_, T> {
                 offset,
                 bytes: chunk.to_vec(),
             };
-            self.channel.send(&piece).map_err(on(Phase::Final))?;
+            self.first.channel.send(&piece).map_err(on(Phase::Final))?;
             offset = offset.saturating_add(u32::try_from(chunk.len()).unwrap_or(u32::MAX));
         }
         Ok(state)
@@ -210,9 +210,10 @@ impl<T: Transport> Stream<'_, T> {
     fn agree_on(&mut self, manifest: &Manifest) -> Result<[u8; 48], SourceError> {
         let phase = Phase::Manifest;
         let root = manifest.root().map_err(wire(phase))?;
-        self.channel.send(manifest).map_err(on(phase))?;
+        self.first.channel.send(manifest).map_err(on(phase))?;
         let deadline = Instant::now() + self.config.deadlines.finish;
         let verified: Verified = self
+            .first
             .channel
             .receive_message("Verified", deadline)
             .map_err(on(phase))?;
@@ -224,11 +225,14 @@ impl<T: Transport> Stream<'_, T> {
 
     /// From the first byte of the commit on, this side no longer decides.
     fn commit(&mut self, epoch: u64) -> Result<Running, SourceError> {
-        self.channel.ignore_cancel();
-        let sent = self.channel.send(&Commit { epoch });
+        self.first.channel.ignore_cancel();
+        let sent = self.first.channel.send(&Commit { epoch });
         let deadline = Instant::now() + self.config.deadlines.finish;
-        let answer =
-            sent.and_then(|()| self.channel.receive_message::<Running>("Running", deadline));
+        let answer = sent.and_then(|()| {
+            self.first
+                .channel
+                .receive_message::<Running>("Running", deadline)
+        });
         match answer {
             Ok(running) if running.epoch == epoch => Ok(running),
             Ok(_) => Err(SourceError::InDoubt {
@@ -244,13 +248,37 @@ impl<T: Transport> Stream<'_, T> {
         }
     }
 
-    /// Sends pages; how many, and those that it did not because the operator wants to switch now.
-    fn send_pages(
+    /// Sends a round's pages and ends the round on every stream; how many were sent, and those that were not because the
+    /// operator wants to switch now.
+    fn send_round(
         &mut self,
         phase: Phase,
         pages: &PageSet,
         estimator: &Estimator,
     ) -> Result<(u64, PageSet), SourceError> {
+        let (sent, left) = match self.further.is_empty() {
+            true => {
+                let sent = self.send_pages(phase, pages, estimator)?;
+                self.first.end_round(self.round, phase).map_err(on(phase))?;
+                sent
+            }
+            false => self.spread_pages(phase, pages, estimator)?,
+        };
+        self.totals.pages += sent;
+        let mut unsent = PageSet::empty(&self.guest.memory());
+        left.into_iter().for_each(|page| {
+            unsent.insert(page);
+        });
+        Ok((sent, unsent))
+    }
+
+    /// Sends pages over the only connection.
+    fn send_pages(
+        &mut self,
+        phase: Phase,
+        pages: &PageSet,
+        estimator: &Estimator,
+    ) -> Result<(u64, Vec<Gpn>), SourceError> {
         let step = self.guest.batch_pages().clamp(1, MAX_ENTRIES / 2);
         let mut sent = 0u64;
         let mut zero = ZeroRun::default();
@@ -267,17 +295,15 @@ impl<T: Transport> Stream<'_, T> {
             }
             self.check_cancelled()?;
             self.poll_abort(phase)?;
-            let bytes = self.batch.payload_length() as u64 + self.channel.bytes();
+            let bytes = self.first.queued();
             self.seal_chunk(phase, &chunk, &mut zero)?;
-            let bytes = (self.batch.payload_length() as u64 + self.channel.bytes()) - bytes;
+            let bytes = self.first.queued() - bytes;
             sent += chunk.len() as u64;
             // Room for another chunk and the pending run must remain.
-            if self.batch.payload_length() >= BATCH_TARGET
-                || self.batch.entries() + step + 1 > MAX_ENTRIES
+            if self.first.batch.payload_length() >= BATCH_TARGET
+                || self.first.batch.entries() + step + 1 > MAX_ENTRIES
             {
-                self.channel
-                    .send_batch(&mut self.batch)
-                    .map_err(on(phase))?;
+                self.first.send_batch().map_err(on(phase))?;
             }
             if phase == Phase::Rounds {
                 self.keep_pace(bytes);
@@ -291,15 +317,8 @@ impl<T: Transport> Stream<'_, T> {
             }
         }
         self.seal_run(&mut zero)?;
-        self.channel
-            .send_batch(&mut self.batch)
-            .map_err(on(phase))?;
-        self.totals.pages += sent;
-        let mut unsent = PageSet::empty(&self.guest.memory());
-        for page in next {
-            unsent.insert(page);
-        }
-        Ok((sent, unsent))
+        self.first.send_batch().map_err(on(phase))?;
+        Ok((sent, next.collect()))
     }
 
     /// Keeps within the bandwidth; the operator is heard meanwhile.
@@ -326,9 +345,8 @@ impl<T: Transport> Stream<'_, T> {
     ) -> Result<(), SourceError> {
         let Self {
             guest,
-            sealer,
+            first,
             table,
-            batch,
             totals,
             round,
             ..
@@ -348,14 +366,14 @@ impl<T: Transport> Stream<'_, T> {
                 PageContent::Zero => {
                     totals.zero_pages += 1;
                     zero.extend(page).map_or(Ok(()), |run| {
-                        seal(sealer, table, batch, *round, run, PageContent::Zero)
+                        seal(first, table, *round, run, PageContent::Zero)
                     })
                 }
                 content => {
                     totals.firmware_pages +=
                         u64::from(matches!(content, PageContent::Firmware { .. }));
                     let count = u32::try_from(count).unwrap_or(u32::MAX);
-                    seal(sealer, table, batch, *round, (page, count), content)
+                    seal(first, table, *round, (page, count), content)
                 }
             };
             failed = sealed.err();
@@ -376,29 +394,18 @@ impl<T: Transport> Stream<'_, T> {
             return Ok(());
         };
         seal(
-            &mut self.sealer,
+            &mut self.first,
             &mut self.table,
-            &mut self.batch,
             self.round,
             run,
             PageContent::Zero,
         )
     }
 
-    fn end_round(&mut self, pages: u64, phase: Phase) -> Result<(), SourceError> {
-        let last = phase == Phase::Final;
-        let end = RoundEnd {
-            round: self.round,
-            pages,
-            next_sequence: self.sealer.next_sequence(),
-            last,
-        };
-        self.channel.send(&end).map_err(on(phase))
-    }
-
     fn await_ack(&mut self, pages: u64) -> Result<(), SourceError> {
         let deadline = Instant::now() + self.config.deadlines.frame;
         let ack: RoundAck = self
+            .first
             .channel
             .receive_message("RoundAck", deadline)
             .map_err(on(Phase::Rounds))?;
@@ -416,7 +423,7 @@ impl<T: Transport> Stream<'_, T> {
     fn poll_abort(&mut self, phase: Phase) -> Result<(), SourceError> {
         if self.polled.elapsed() >= POLL_EVERY {
             self.polled = Instant::now();
-            self.channel.check_abort().map_err(on(phase))?;
+            self.first.channel.check_abort().map_err(on(phase))?;
         }
         Ok(())
     }
@@ -425,16 +432,22 @@ impl<T: Transport> Stream<'_, T> {
         self.config.check_given_up(self.started)
     }
 
+    /// Bytes of frames in both directions, before TLS, over all connections.
+    fn bytes(&self) -> u64 {
+        let lanes = once(&self.first).chain(&self.further);
+        lanes.map(|lane| lane.channel.bytes()).sum()
+    }
+
     fn report(&mut self, phase: Phase, estimator: &Estimator) {
         let event = self.event(phase, estimator);
         (self.progress)(event);
     }
 
-    fn event(&self, phase: Phase, estimator: &Estimator) -> Progress {
+    pub(super) fn event(&self, phase: Phase, estimator: &Estimator) -> Progress {
         Progress {
             round: self.round,
             zero_pages: self.totals.zero_pages,
-            bytes: self.channel.bytes(),
+            bytes: self.bytes(),
             dirty_rate: estimator.dirty_rate(),
             throughput: estimator.throughput(),
             estimated_downtime_ms: estimator
@@ -448,11 +461,11 @@ impl<T: Transport> Stream<'_, T> {
 
 /// Zero pages that follow one another become one entry.
 #[derive(Default)]
-struct ZeroRun(Option<(Gpn, u32)>);
+pub(super) struct ZeroRun(Option<(Gpn, u32)>);
 
 impl ZeroRun {
     /// Adds a page; returns the run that it does not continue.
-    fn extend(&mut self, page: Gpn) -> Option<(Gpn, u32)> {
+    pub(super) fn extend(&mut self, page: Gpn) -> Option<(Gpn, u32)> {
         match &mut self.0 {
             Some((start, count))
                 if start.0.checked_add(u64::from(*count)) == Some(page.0) && *count < MAX_RUN =>
@@ -464,25 +477,24 @@ impl ZeroRun {
         }
     }
 
-    fn take(&mut self) -> Option<(Gpn, u32)> {
+    pub(super) fn take(&mut self) -> Option<(Gpn, u32)> {
         self.0.take()
     }
 }
 
-const BATCH_TARGET: usize = 256 * 1024;
-const REPORT_EVERY: Duration = Duration::from_millis(500);
-const POLL_EVERY: Duration = Duration::from_millis(20);
+pub(super) const BATCH_TARGET: usize = 256 * 1024;
+pub(super) const REPORT_EVERY: Duration = Duration::from_millis(500);
+pub(super) const POLL_EVERY: Duration = Duration::from_millis(20);
 
-fn seal(
-    sealer: &mut PageSealer,
+fn seal<T: Transport>(
+    first: &mut Lane<'_, T>,
     table: &mut PageTable,
-    batch: &mut BatchBuilder,
     round: u32,
     (page, count): (Gpn, u32),
     content: PageContent<'_>,
 ) -> Result<(), SourceError> {
-    let (header, tag) = sealer.seal(batch, round, page, count, content)?;
-    Ok(table.record(&header, &tag)?)
+    let header = first.seal(round, page, count, content)?;
+    Ok(table.record(&header)?)
 }
 
 pub(super) fn at(phase: Phase) -> impl Fn(GuestError) -> SourceError {

@@ -250,6 +250,8 @@ impl<T: Transport> TlsStream<T> {
         // A peer that dribbles bytes makes progress, but not for longer than the deadline.
         if Instant::now() >= deadline {
             Err(TlsError::Timeout)
+        } else if cancelled() {
+            Err(TlsError::Cancelled)
         } else {
             Ok(())
         }

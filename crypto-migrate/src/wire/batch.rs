@@ -311,7 +311,7 @@ impl Default for BatchBuilder {
     }
 }
 
-const COUNT_SIZE: usize = 4;
+pub(crate) const COUNT_SIZE: usize = 4;
 
 fn take<const N: usize>(rest: &mut &[u8]) -> Result<[u8; N], WireError> {
     let (head, tail) = rest

@@ -4,13 +4,14 @@ use ring::hkdf;
 
 use super::batch::{EntryHeader, MAX_ENTRIES, PageKind};
 use super::messages::{
-    Abort, Begin, Commit, Confirm, Message, Probe, ProbeAck, RoundAck, RoundEnd, Running, State,
-    Verified,
+    Abort, Begin, Commit, Confirm, Joined, Message, Probe, ProbeAck, RoundAck, RoundEnd, Running,
+    State, Verified,
 };
 use super::{FrameKind, Header, MAX_STATE, STATE_CHUNK, VERSION};
 use crate::code::Code;
 use crate::crypto::SEALS_PER_KEY;
-use crate::transcript::Manifest;
+use crate::preamble::{PREAMBLE_SIZE, Ticket};
+use crate::transcript::{Manifest, StreamCount};
 
 const DOCUMENT: &str = include_str!("../../WIRE.md");
 
@@ -48,7 +49,13 @@ fn messages() {
     let manifest = Manifest {
         pages: 5,
         seals_sha256: [1; 32],
-        seals: 6,
+        streams: vec![
+            StreamCount { seals: 6, pages: 5 },
+            StreamCount {
+                seals: 1,
+                pages: 300,
+            },
+        ],
         rounds: 2,
         epoch: 7,
         state_length: 300,
@@ -84,8 +91,11 @@ fn messages() {
         last: true,
         bytes: vec![1, 2],
     };
+    let (join, ..) = crate::session::example_join(&[]);
     let encoded = [
         ("Confirm", Confirm { mac: [7; 32] }.encode()),
+        ("Join", join.encode()),
+        ("Joined", Joined { mac: [7; 32] }.encode()),
         ("Probe", probe.encode()),
         ("ProbeAck", ProbeAck { bytes: 300 }.encode()),
         ("Begin", Begin { start }.encode()),
@@ -217,6 +227,7 @@ fn keys() {
                 let keys = [okm, next].map(|s| chain(&s, b"casemate-migrate/1 page key", 32));
                 keys.iter().flat_map(|key| seal(key)).collect()
             }
+            "join" => okm,
             _ => seal(&okm),
         };
         assert_eq!(&due, tag, "{name}");
@@ -224,6 +235,68 @@ fn keys() {
     assert_eq!(rows.len(), session.len());
     assert!(DOCUMENT.contains(&format!("Every key makes {SEALS_PER_KEY} seals")));
     assert!(DOCUMENT.contains(&format!("more than {} seals", 1u64 << 32)));
+}
+
+/// What a further connection proves, and its keys, as the document tells them.
+#[test]
+fn further_connections() {
+    let preamble = rows("Preamble");
+    let bytes = Ticket([7; 16]).encode();
+    check_rows(
+        &preamble,
+        &bytes,
+        &[("magic", b"CMJOIN/1"), ("ticket", &[7; 16])],
+    );
+    assert_eq!(bytes.len(), PREAMBLE_SIZE);
+    assert!(DOCUMENT.contains(&format!("1 to {} connections", crate::session::MAX_STREAMS)));
+
+    let with_length = |out: &mut Vec<u8>, field: &[u8]| {
+        out.extend((field.len() as u64).to_le_bytes());
+        out.extend(field);
+    };
+    let exporter = [4; 32];
+    let (_, claimed, [join, joined, control, pages]) = crate::session::example_join(&exporter);
+    let mut due = b"casemate-migrate/1 join".to_vec();
+    for field in [&[1; 16][..], &[2, 0], &[5; 16], &[6; 32]] {
+        with_length(&mut due, field);
+    }
+    assert_eq!(claimed, due);
+
+    let mut secret = Vec::new();
+    with_length(&mut secret, &[8; 48]);
+    with_length(&mut secret, &exporter);
+    let secret = hkdf::Salt::new(hkdf::HKDF_SHA384, &[9; 48]).extract(&secret);
+    let okm = |label: &[u8], direction: &[u8], length| {
+        let mut info = b"casemate-migrate/1 key".to_vec();
+        let epoch = 3u64.to_le_bytes();
+        let fields: [&[u8]; 7] = [
+            label,
+            &[1; 16],
+            &[2; 16],
+            b"direct",
+            direction,
+            &[2, 0],
+            &epoch,
+        ];
+        for field in fields {
+            with_length(&mut info, field);
+        }
+        expand(&secret, &info, length)
+    };
+    let (there, back): (&[u8], &[u8]) = (b"source to destination", b"destination to source");
+    let mac = |okm: &[u8]| {
+        let key = ring::hmac::Key::new(ring::hmac::HMAC_SHA256, okm);
+        ring::hmac::sign(&key, b"probe").as_ref().to_vec()
+    };
+    assert_eq!(join, mac(&okm(b"confirm", there, 32)));
+    assert_eq!(joined, mac(&okm(b"confirm", back, 32)));
+    let both = [there, back].map(|way| seal(&okm(b"control", way, 32)));
+    assert_eq!(control, both.concat());
+    let chain = hkdf::Prk::new_less_safe(hkdf::HKDF_SHA384, &okm(b"page", there, 48));
+    assert_eq!(
+        pages,
+        seal(&expand(&chain, b"casemate-migrate/1 page key", 32))
+    );
 }
 
 #[test]

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{FrameKind, WireError};
 use crate::guest::GuestOffer;
+use crate::preamble::Ticket;
 
 /// A message and the frame that carries it.
 pub trait Message: Serialize + for<'de> Deserialize<'de> {
@@ -82,6 +83,8 @@ pub struct OfferBody {
     pub session_id: [u8; 16],
     /// Whether an owner key is part of the keys.
     pub owner_key: bool,
+    /// Connections that the move would like to have, the first included.
+    pub streams: u16,
     /// The guest.
     pub guest: GuestOffer,
 }
@@ -93,6 +96,10 @@ pub struct AcceptBody {
     pub destination: Party,
     /// As offered.
     pub session_id: [u8; 16],
+    /// Connections that it shall have, at most as many as offered.
+    pub streams: u16,
+    /// What further connections name to whoever accepts them; no secret.
+    pub ticket: Ticket,
     /// Platform evidence for the source's firmware.
     #[serde(with = "serde_bytes")]
     pub evidence: Vec<u8>,
@@ -102,6 +109,28 @@ pub struct AcceptBody {
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Confirm {
     /// MAC over the transcript.
+    pub mac: [u8; 32],
+}
+
+/// A further connection belongs to this session.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Join {
+    /// The session.
+    pub session_id: [u8; 16],
+    /// Its number in it, from 1.
+    pub stream: u16,
+    /// Fresh for every join.
+    pub nonce: [u8; 16],
+    /// On a direct path: hash of this connection's TLS channel binding (RFC 9266).
+    pub channel_binding: Option<[u8; 32]>,
+    /// MAC over all that, under a key of this session, stream and (on a direct path) TLS connection.
+    pub mac: [u8; 32],
+}
+
+/// The destination has seen that it does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Joined {
+    /// MAC over what was joined, under the destination's key.
     pub mac: [u8; 32],
 }
 
@@ -221,6 +250,8 @@ macro_rules! kinds {
 
 kinds! {
     Confirm: Confirm,
+    Join: Join,
+    Joined: Joined,
     Probe: Probe,
     ProbeAck: ProbeAck,
     Begin: Begin,
@@ -253,6 +284,7 @@ mod tests {
             let _ = postcard::from_bytes::<OfferBody>(&bytes);
             let _ = postcard::from_bytes::<AcceptBody>(&bytes);
             let _ = State::decode(&bytes);
+            let _ = Join::decode(&bytes);
             if let Ok(abort) = Abort::decode(&bytes) {
                 prop_assert!(abort.bounded().encode().unwrap().len() + 16 <= FrameKind::Abort.max_length());
             }

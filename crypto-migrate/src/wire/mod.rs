@@ -9,7 +9,7 @@
 //! | --- | --- | --- |
 //! | 0 | version | [`VERSION`] |
 //! | 1 | type | [`FrameKind`] |
-//! | 2..4 | stream | little endian, 0 today |
+//! | 2..4 | stream | little endian; 0 is the first connection |
 //! | 4..8 | length | of the payload, little endian, at most [`FrameKind::max_length`] |
 //! | 8..16 | sequence | per direction, from 0, little endian |
 //!
@@ -94,6 +94,10 @@ pub enum FrameKind {
     Probe = 0x05,
     /// ← all of them came.
     ProbeAck = 0x06,
+    /// → a further connection belongs to this session: number and proof, in clear.
+    Join = 0x07,
+    /// ← it does; proof of the destination, in clear.
+    Joined = 0x08,
     /// → the firmware's send context.
     Begin = 0x10,
     /// → sealed pages.
@@ -125,6 +129,8 @@ impl FrameKind {
         FrameKind::Confirm,
         FrameKind::Probe,
         FrameKind::ProbeAck,
+        FrameKind::Join,
+        FrameKind::Joined,
         FrameKind::Begin,
         FrameKind::PageBatch,
         FrameKind::RoundEnd,
@@ -145,11 +151,13 @@ impl FrameKind {
             FrameKind::PageBatch => batch::MAX_PAYLOAD,
             FrameKind::State | FrameKind::Probe => STATE_CHUNK + 64,
             FrameKind::Refuse | FrameKind::Abort => 4096,
+            FrameKind::Manifest => 1024,
             FrameKind::Confirm
             | FrameKind::ProbeAck
+            | FrameKind::Join
+            | FrameKind::Joined
             | FrameKind::RoundEnd
             | FrameKind::RoundAck
-            | FrameKind::Manifest
             | FrameKind::Verified
             | FrameKind::Commit
             | FrameKind::Running => 512,

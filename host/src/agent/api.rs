@@ -22,6 +22,7 @@ pub use crate::agent::platform_api::{
 };
 pub use crate::agent::restore::MemoryMode;
 pub use crate::agent::snapshot::SnapshotInfo;
+pub use crate::agent::upgrade::UpgradeInfo;
 use crate::machine::cpu::CpuModel;
 pub use crate::machine::plan::devices::{
     ConsolePlan, DeviceChange, DeviceName, DeviceStatus, Limits, Rate,
@@ -172,6 +173,9 @@ pub enum Request {
         /// Whether both ends read all memory anew, the guest paused, and compare it; for a plain guest.
         #[serde(default)]
         read_back: bool,
+        /// Connections to carry memory over, 1 to 16; one if absent. The peer may grant fewer.
+        #[serde(default)]
+        streams: Option<u16>,
         /// Disks that move along, by their names in the description; the others are the same storage at both hosts.
         #[serde(default)]
         copy_disks: Vec<String>,
@@ -191,6 +195,9 @@ pub enum Request {
         /// Whether its vCPUs might not be throttled.
         #[serde(default)]
         unthrottled: bool,
+        /// Connections to carry memory over, 1 to 16; one if absent. The peer may grant fewer.
+        #[serde(default)]
+        streams: Option<u16>,
         /// Disks that would move along.
         #[serde(default)]
         copy_disks: Vec<String>,
@@ -211,6 +218,11 @@ pub enum Request {
         name: String,
         /// MiB a second that may be sent while the guest runs; 0 for all there is.
         bandwidth_mib: u32,
+    },
+    /// Gives a running guest a VMM of the program that is installed now. No page is copied.
+    Upgrade {
+        /// Its name.
+        name: String,
     },
     /// Writes a guest's memory and state to a sealed file.
     Snapshot {
@@ -411,6 +423,8 @@ pub enum Answer {
     Assessed(moves::MovePlan),
     /// What became of a migration whose commit was not answered.
     Settled(moves::Settled),
+    /// A guest has another VMM.
+    Upgraded(UpgradeInfo),
     /// A snapshot was written.
     Snapshotted(SnapshotInfo),
     /// Results of a probe, a process each.
@@ -512,6 +526,9 @@ pub struct GuestInfo {
     pub epoch: u64,
     /// Process id of the VMM as this host sees it.
     pub pid: u32,
+    /// Version of the program that this is a process of.
+    #[serde(default)]
+    pub vmm_version: String,
     /// The serial console's output.
     pub console: PathBuf,
     /// Unix socket to the guest's vsock ports.
@@ -552,6 +569,8 @@ pub struct CardInfo {
     pub id: String,
     /// Its address, `52:54:00:00:00:01`; the guest can send from no other.
     pub mac: String,
+    /// Pairs of queues that the guest can use.
+    pub queues: u8,
 }
 
 /// A description that is kept.

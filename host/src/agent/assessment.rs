@@ -121,6 +121,7 @@ fn plan_of(
         total_ms: report.total_ms,
         downtime_ms: report.downtime_ms,
         downtime_limit_ms: departure.downtime_limit_ms,
+        streams: report.streams,
         convergence: report.convergence.clone(),
         throttle_percent: report.throttle_percent,
     }

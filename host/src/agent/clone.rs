@@ -8,13 +8,11 @@ use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, fcntl};
-use nix::libc;
-use nix::unistd::{Whence, lseek};
 
 use crate::agent::api::Failure;
 use crate::agent::guest::Local;
 use crate::agent::{files, launch};
+use crate::image_file::{Hold, hold, next_data};
 use crate::machine::plan::MachinePlan;
 
 /// A plan's own copy: name, identity, addresses and context id are another guest's. `taken` are the context ids of the
@@ -144,28 +142,10 @@ fn copy(from: &Path, mut to: &File) -> io::Result<()> {
     to.sync_all()
 }
 
-/// The next bytes that hold anything, from `at` on.
-fn next_data(file: &File, at: u64) -> io::Result<Option<(u64, u64)>> {
-    let at = i64::try_from(at).map_err(io::Error::other)?;
-    let start = match lseek(file, at, Whence::SeekData) {
-        Err(Errno::ENXIO) => return Ok(None),
-        found => found?,
-    };
-    let end = lseek(file, start, Whence::SeekHole)?;
-    Ok(Some((start.unsigned_abs(), end.unsigned_abs())))
-}
-
 /// As a VMM locks a disk that it only reads: whoever writes holds another lock.
 fn lock(file: &File) -> io::Result<()> {
-    let whole = libc::flock {
-        l_type: libc::F_RDLCK as i16,
-        l_whence: libc::SEEK_SET as i16,
-        l_start: 0,
-        l_len: 0,
-        l_pid: 0,
-    };
-    match fcntl(file, FcntlArg::F_OFD_SETLK(&whole)) {
-        Ok(_) => Ok(()),
+    match hold(file, Hold::Shared) {
+        Ok(()) => Ok(()),
         Err(Errno::EAGAIN | Errno::EACCES) => Err(io::Error::new(
             io::ErrorKind::ResourceBusy,
             "a guest that runs writes to it; stop that guest first",
@@ -228,14 +208,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let from = folder.path().canonicalize().unwrap().join("from");
         let disk = File::create(&from).unwrap();
-        let whole = libc::flock {
-            l_type: libc::F_WRLCK as i16,
-            l_whence: libc::SEEK_SET as i16,
-            l_start: 0,
-            l_len: 0,
-            l_pid: 0,
-        };
-        fcntl(&disk, FcntlArg::F_OFD_SETLK(&whole)).unwrap();
+        hold(&disk, Hold::Alone).unwrap();
         let to = new_image(&from.with_file_name("to")).unwrap();
         let error = copy(&from, &to).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ResourceBusy);

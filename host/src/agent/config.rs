@@ -39,6 +39,8 @@ pub struct AgentConfig {
     pub chip_certificate: Option<PathBuf>,
     /// What the keys of snapshots lie under; without it there are no snapshots.
     pub snapshots: Option<SnapshotConfig>,
+    /// The installed program, to which guests are upgraded; by default where the agent was started from.
+    pub program: Option<PathBuf>,
     /// First of the user ids given to roles.
     #[serde(default = "default_uid_base")]
     pub uid_base: u32,
@@ -133,7 +135,7 @@ impl AgentConfig {
         let snapshots = config.snapshots.iter_mut().flat_map(|snapshots| {
             std::iter::once(&mut snapshots.key).chain(&mut snapshots.previous_key)
         });
-        let paths = paths.chain(snapshots);
+        let paths = paths.chain(snapshots).chain(config.program.iter_mut());
         let paths = paths.chain(config.rego.iter_mut().map(|rego| &mut rego.policy));
         for path in paths.chain(identity).chain(api).chain(published) {
             *path = folder.join(&*path);

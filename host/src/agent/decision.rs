@@ -95,6 +95,7 @@ impl Request {
             Self::Detach { name, .. } => Asked::Whole(Action::Detach, name),
             Self::Pause { name } => Asked::Whole(Action::Pause, name),
             Self::Resume { name } => Asked::Whole(Action::Resume, name),
+            Self::Upgrade { name } => Asked::Whole(Action::Upgrade, name),
             Self::Snapshot { name, .. } => Asked::Whole(Action::Snapshot, name),
             Self::Restore { .. } => Asked::First(ActionKind::Launch, None),
             Self::Clone { name, .. } => Asked::First(ActionKind::Clone, Some(name)),

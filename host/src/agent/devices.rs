@@ -2,10 +2,10 @@
 
 use casemate_policy::ledger::{Entry, Outcome};
 
-use crate::agent::Agent;
 use crate::agent::api::{Answer, DeviceChange, DeviceName, Failure};
 use crate::agent::authority::Caller;
 use crate::agent::vmm_process::lock;
+use crate::agent::{Agent, plug};
 use crate::vmm::protocol::{VmmReply, VmmRequest};
 
 impl Agent {
@@ -27,6 +27,11 @@ impl Agent {
             let text = "a limit is 1 to 2^40 a second, with a burst likewise";
             return Err(Failure::new("BAD_REQUEST", text));
         }
+        // What the VMM knows of a device and what we do are never apart for who takes it along.
+        let mover = change.is_some().then(|| lock(&guest.mover));
+        if mover.as_ref().is_some_and(|mover| mover.is_some()) {
+            return Err(plug::moving(name));
+        }
         let request = VmmRequest::Device {
             device: device.clone(),
             change,
@@ -37,6 +42,7 @@ impl Agent {
         if let Some(change) = change {
             // A move and a snapshot take it along.
             lock(&guest.changed).note_change(device, &change);
+            drop(mover);
             let what = serde_json::json!({ "device": device, "change": change });
             let entry = Entry::new(caller.name(), "resize", name, Outcome::Done)
                 .emulated(guest.plan.technology.emulated())

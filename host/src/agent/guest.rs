@@ -119,6 +119,7 @@ impl Guest {
             memory_mib: self.plan.memory_bytes >> 20,
             epoch: *lock(&self.epoch),
             pid: self.vmm.pid(),
+            vmm_version: self.vmm.version(),
             console: self.console.clone(),
             vsock: self.vsock.clone(),
             vsock_cid: self.plan.vsock_cid,
@@ -210,10 +211,11 @@ impl Resources {
                 file.map_err(|e| unusable(path, &e))?.into(),
             ));
         }
-        for (number, choice) in (0u8..).zip(taps) {
-            let device = tap::open(&choice.tap, choice.bridge.as_deref())
+        for (card, (choice, net)) in (0u8..).zip(taps.iter().zip(&plan.nets)) {
+            let queues = tap::open_queues(&choice.tap, choice.bridge.as_deref(), net.queues)
                 .map_err(|e| Failure::new("TAP", e.to_string()))?;
-            handles.push((HandleKind::Tap(number), device));
+            let pairs = (0..).zip(queues);
+            handles.extend(pairs.map(|(pair, queue)| (HandleKind::Tap { card, pair }, queue)));
         }
         let vsock = plan.vsock_cid.map(|_| folder.join("vsock.sock"));
         if let Some(path) = &vsock {
@@ -289,6 +291,8 @@ impl Resources {
         let VmmReply::Prepared { tsc_khz } = vmm.call(&request, &fds)? else {
             return Err(Failure::new("VMM_GONE", "the VMM answered something else"));
         };
+        drop(fds);
+        vmm.hold_all(self.handles.into_iter().filter(|h| goes_on(h.0)).collect());
         // From here on the guest's clock is part of what another host must have.
         if let Some(baseline) = plan.cpu.baseline.as_mut().filter(|b| b.tsc_khz == 0) {
             baseline.tsc_khz = tsc_khz;
@@ -313,10 +317,24 @@ impl Resources {
     }
 }
 
+/// Whether another VMM of the guest would need it.
+fn goes_on(kind: HandleKind) -> bool {
+    matches!(
+        kind,
+        HandleKind::Console
+            | HandleKind::ConsoleInput
+            | HandleKind::Disk(_)
+            | HandleKind::Tap { .. }
+            | HandleKind::VsockListener
+            | HandleKind::ConsoleListener
+    )
+}
+
 fn card(net: &NetPlan) -> CardInfo {
     CardInfo {
         id: net.id.clone(),
         mac: net.mac.map(|byte| format!("{byte:02x}")).join(":"),
+        queues: net.queues,
     }
 }
 
@@ -330,7 +348,7 @@ pub fn cpu_baseline(model: CpuModel) -> Result<CpuBaseline, Failure> {
     model::baseline(model, &supported).map_err(|e| Failure::new("CPU_UNSUPPORTED", e.to_string()))
 }
 
-fn open_kvm() -> Result<OwnedFd, Failure> {
+pub(super) fn open_kvm() -> Result<OwnedFd, Failure> {
     match OpenOptions::new().read(true).write(true).open("/dev/kvm") {
         Ok(file) => Ok(file.into()),
         Err(e) => {

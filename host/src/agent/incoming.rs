@@ -56,9 +56,11 @@ impl Agent {
             .map_err(unusable)?;
         let mover = self.spawn_mover(self.policy().limits.max_memory_mib.get() << 20)?;
         let mover = Arc::new(mover);
+        let route = self.routes.open(&mover)?;
         let start = DestinationStart {
             credentials: self.credentials()?.credentials.clone(),
             peers: peer_entries(&self.policy()),
+            ticket: route.ticket(),
             provider: provider_name(&self.policy()),
             limits: MoveLimits::default(),
         };
@@ -87,6 +89,7 @@ impl Agent {
                 }
             },
         );
+        drop(route);
         let name = arrival
             .guest
             .as_ref()
@@ -322,10 +325,7 @@ impl Agent {
                 format!("a guest {name} runs on this host"),
             ));
         }
-        let record = self
-            .records
-            .read(name)
-            .map_err(|e| Failure::new("RECORD", format!("record of {name}: {e}")))?;
+        let record = self.ownership(name)?;
         let in_doubt = |r: &Ownership| {
             r.state == OwnershipState::HandingOver && r.peer.as_deref() != Some(peer)
         };

@@ -20,6 +20,7 @@ pub struct Metrics {
     refusals: Mutex<BTreeMap<&'static str, u64>>,
     moves: Mutex<Moves>,
     arrivals: [AtomicU64; 2],
+    turned_away: AtomicU64,
     connections: [AtomicU64; 2],
     unfed: AtomicU64,
 }
@@ -57,6 +58,11 @@ impl Metrics {
     /// A guest arrived, or did not.
     pub fn arrived(&self, well: bool) {
         count(&self.arrivals, well);
+    }
+
+    /// A connection to the port where guests arrive was closed before it was worth a process.
+    pub fn turned_away(&self) {
+        self.turned_away.fetch_add(1, Ordering::Relaxed);
     }
 
     /// A guest did not feed its watchdog.
@@ -178,6 +184,12 @@ impl Page {
             "Migrations to this host, by outcome.",
         );
         self.pair("outcome", ["failed", "done"], &metrics.arrivals);
+        self.one(
+            "casemate_arrivals_turned_away_total",
+            "counter",
+            "Connections to the port where guests arrive that said nothing, or were too many of one address.",
+        );
+        self.plain(metrics.turned_away.load(Ordering::Relaxed));
         self.one(
             "casemate_api_connections_total",
             "counter",

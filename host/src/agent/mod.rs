@@ -15,6 +15,7 @@ mod definitions;
 mod devices;
 pub mod evidence;
 mod files;
+mod further;
 mod guest;
 mod guest_events;
 mod incoming;
@@ -29,6 +30,7 @@ mod platform;
 pub mod platform_api;
 mod plug;
 mod processor;
+mod program;
 mod record;
 pub mod restore;
 mod roles;
@@ -44,6 +46,7 @@ mod snapshot_keys;
 pub mod tap;
 mod tasks;
 mod transfer;
+pub mod upgrade;
 mod upkeep;
 mod vmm_process;
 
@@ -63,6 +66,7 @@ use crate::agent::authority::{Authority, Caller};
 use crate::agent::config::AgentConfig;
 use crate::agent::decision::Gated;
 use crate::agent::evidence::Evidence;
+use crate::agent::further::Routes;
 use crate::agent::guest::Guest;
 use crate::agent::metrics::Metrics;
 use crate::agent::outgoing::Wish;
@@ -117,6 +121,7 @@ pub struct Agent {
     guests: Mutex<BTreeMap<String, Arc<Guest>>>,
     starting: Mutex<BTreeSet<String>>,
     arrivals: Arrivals,
+    routes: Routes,
     tasks: Tasks,
     metrics: Arc<Metrics>,
     next_role: AtomicU32,
@@ -156,6 +161,7 @@ impl Agent {
             guests: Mutex::new(BTreeMap::new()),
             starting: Mutex::new(BTreeSet::new()),
             arrivals: Arrivals::default(),
+            routes: Routes::default(),
             tasks: Tasks::default(),
             metrics: Arc::default(),
             next_role: AtomicU32::new(0),
@@ -272,6 +278,7 @@ impl Agent {
                 bandwidth_mib,
                 unthrottled,
                 read_back,
+                streams,
                 copy_disks,
             } => {
                 let wish = Wish {
@@ -282,6 +289,7 @@ impl Agent {
                     bandwidth_mib,
                     unthrottled,
                     read_back,
+                    streams,
                     copy_disks: &copy_disks,
                 };
                 self.migrate(caller, &name, &wish, progress)
@@ -292,6 +300,7 @@ impl Agent {
                 downtime_limit_ms,
                 bandwidth_mib,
                 unthrottled,
+                streams,
                 copy_disks,
             } => {
                 let wish = Wish {
@@ -300,6 +309,7 @@ impl Agent {
                     downtime_limit_ms,
                     bandwidth_mib,
                     unthrottled,
+                    streams,
                     copy_disks: &copy_disks,
                     ..Wish::default()
                 };
@@ -311,6 +321,7 @@ impl Agent {
                 name,
                 bandwidth_mib,
             } => self.migrate_set(caller, &name, bandwidth_mib),
+            Request::Upgrade { name } => self.upgrade(caller, &name, progress),
             Request::Snapshot {
                 name,
                 file,
@@ -521,10 +532,7 @@ impl Agent {
     }
 
     fn must_own(&self, name: &str) -> Result<(), Failure> {
-        let record = self
-            .records
-            .read(name)
-            .map_err(|e| Failure::new("RECORD", e.to_string()))?;
+        let record = self.ownership(name)?;
         if record.is_none_or(|r| r.state != OwnershipState::Owner) {
             return Err(Failure::new(
                 "NOT_OWNER",
@@ -550,10 +558,7 @@ impl Agent {
             agent: self,
             name: name.to_owned(),
         };
-        let record = self
-            .records
-            .read(name)
-            .map_err(|e| Failure::new("RECORD", format!("record of {name}: {e}")))?;
+        let record = self.ownership(name)?;
         match record.map(|r| r.state) {
             Some(
                 OwnershipState::HandingOver
@@ -567,6 +572,12 @@ impl Agent {
             )),
             _ => Ok(reserved),
         }
+    }
+
+    /// What this host knows of who owns a guest.
+    fn ownership(&self, name: &str) -> Result<Option<Ownership>, Failure> {
+        let record = self.records.read(name);
+        record.map_err(|e| Failure::new("RECORD", format!("record of {name}: {e}")))
     }
 
     fn record_ownership(&self, name: &str, record: &Ownership) -> Result<(), Failure> {

@@ -190,11 +190,19 @@ fn verified(entry: Entry, verified: &MoveVerification) -> Entry {
         .with("pages", verified.pages)
         .with("seals_sha256", verified.seals_sha256.as_str())
         .with("state_sha256", verified.state_sha256.as_str())
-        .with("announced", verified.announced);
+        .with("announced", verified.announced)
+        .with("streams", verified.streams.len() as u64)
+        .with("stream_pages", stream_pages(verified));
     match &verified.content_sha256 {
         Some(digest) => entry.with("content_sha256", digest.as_str()),
         None => entry,
     }
+}
+
+/// Pages that each connection carried, the first one's first.
+fn stream_pages(verified: &MoveVerification) -> String {
+    let pages = verified.streams.iter().map(|count| count.pages.to_string());
+    pages.collect::<Vec<_>>().join(" ")
 }
 
 /// A session with its hash in hex.

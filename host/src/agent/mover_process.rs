@@ -80,6 +80,11 @@ impl MoverProcess {
         self.channel.send(order).map_err(|e| gone(&e))
     }
 
+    /// Hands it a further connection of its move.
+    pub fn further(&self, socket: BorrowedFd<'_>) -> Result<(), Failure> {
+        self.start(&MoverCommand::Further, &[socket])
+    }
+
     /// State of its sandbox.
     pub fn sandbox_report(&self) -> Result<SandboxReport, Failure> {
         self.reports.ask(|| {

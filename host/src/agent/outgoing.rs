@@ -3,9 +3,11 @@
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
+use casemate_crypto_migrate::preamble::Ticket;
+use casemate_crypto_migrate::session::MAX_STREAMS;
 use casemate_policy::Action;
 use casemate_policy::ledger::{Entry, Outcome};
 
@@ -45,6 +47,8 @@ pub(super) struct Wish<'a> {
     pub unthrottled: bool,
     /// Whether both ends read all memory anew and compare it.
     pub read_back: bool,
+    /// Connections to ask for; one if absent.
+    pub streams: Option<u16>,
     /// Disks that move along.
     pub copy_disks: &'a [String],
 }
@@ -57,6 +61,8 @@ pub(super) struct Departure<'a> {
     caller: &'a Caller,
     pub records: MoveRecords<'a>,
     mover: Arc<MoverProcess>,
+    /// Further connections that its mover has been given.
+    dialed: AtomicU16,
     /// The longest pause that is asked for.
     pub downtime_limit_ms: u64,
 }
@@ -133,6 +139,7 @@ impl Agent {
             caller,
             records: MoveRecords::leaving(self, name, wish.to, emulated),
             mover,
+            dialed: AtomicU16::new(0),
             downtime_limit_ms,
         })
     }
@@ -245,6 +252,7 @@ impl Agent {
                 bandwidth: u64::from(wish.bandwidth_mib.unwrap_or(0)) << 20,
                 unthrottled: wish.unthrottled,
                 read_back: wish.read_back,
+                streams: streams(wish)?,
             },
             disks,
         };
@@ -314,11 +322,32 @@ impl Agent {
             }
             MoverRequestToAgent::Sign { message } => self.host_sign(&message)?,
             MoverRequestToAgent::Record(step) => self.record_departure(guest, to, step)?,
+            MoverRequestToAgent::Dial { ticket } => {
+                let socket = self.dial(departure, &ticket);
+                let socket = socket.map_err(|e| role_error(&e.code, e.error))?;
+                return Ok((AgentAnswer::Dialed, vec![socket]));
+            }
             _ => {
                 return Err(role_error("ROLE_PROTOCOL", "a source admits nobody"));
             }
         };
         Ok((answer, Vec::new()))
+    }
+
+    /// A further connection to where the first one goes; the peer knows by the ticket whose it is.
+    fn dial(&self, departure: &Departure<'_>, ticket: &Ticket) -> Result<OwnedFd, Failure> {
+        if departure.dialed.fetch_add(1, Ordering::Relaxed) >= MAX_STREAMS - 1 {
+            return Err(Failure::new(
+                "ROLE_PROTOCOL",
+                "a move has at most 16 connections",
+            ));
+        }
+        let to = departure.to;
+        let mut socket = connect(to, self.config.peers.get(to).copied())?;
+        ticket
+            .write(&mut socket)
+            .map_err(|e| Failure::new("PEER_UNREACHABLE", e.to_string()))?;
+        Ok(socket.into())
     }
 
     fn record_departure(
@@ -464,6 +493,17 @@ pub(super) fn fate(here: GuestHere) -> &'static str {
         }
         GuestHere::Elsewhere => "yet the peer runs it",
         GuestHere::Absent => "nothing of it stayed",
+    }
+}
+
+/// How many connections are asked for.
+fn streams(wish: &Wish<'_>) -> Result<u16, Failure> {
+    match wish.streams.unwrap_or(1) {
+        streams if (1..=MAX_STREAMS).contains(&streams) => Ok(streams),
+        streams => Err(Failure::new(
+            "STREAMS",
+            format!("{streams} connections; a move has 1 to {MAX_STREAMS}"),
+        )),
     }
 }
 

@@ -17,7 +17,7 @@ use crate::agent::vmm_process::lock;
 use crate::agent::{files, tap};
 use crate::machine::plan::{Attachment, DiskIo, DiskPlan, MAX_DISK_ID, NetPlan, is_name};
 use crate::machine::spec::{is_interface, parse_mac};
-use crate::vmm::protocol::VmmRequest;
+use crate::vmm::protocol::{HandleKind, VmmRequest};
 
 /// A device of this host, opened.
 struct Opened {
@@ -66,10 +66,21 @@ impl Agent {
         guest.vmm.call(&request, &[opened.descriptor.as_fd()])?;
         {
             let mut local = lock(&guest.local);
-            match opened.resource {
-                Resource::Image(path) => local.disks.push(path),
-                Resource::Tap(choice) => local.taps.push(choice),
-            }
+            let number = |count: usize| u8::try_from(count).unwrap_or(u8::MAX);
+            let kind = match opened.resource {
+                Resource::Image(path) => {
+                    local.disks.push(path);
+                    HandleKind::Disk(number(local.disks.len() - 1))
+                }
+                Resource::Tap(choice) => {
+                    local.taps.push(choice);
+                    HandleKind::Tap {
+                        card: number(local.taps.len() - 1),
+                        pair: 0,
+                    }
+                }
+            };
+            guest.vmm.hold(kind, opened.descriptor);
         }
         *lock(&guest.changed) = plan;
         drop(mover);
@@ -112,6 +123,14 @@ impl Agent {
         let stood = lock(&guest.changed).unplug(device);
         if let Some(stood) = stood {
             let mut local = lock(&guest.local);
+            let number = u8::try_from(stood).unwrap_or(u8::MAX);
+            guest.vmm.let_go(match device {
+                DeviceName::Disk(_) => HandleKind::Disk(number),
+                _ => HandleKind::Tap {
+                    card: number,
+                    pair: 0,
+                },
+            });
             match device {
                 DeviceName::Disk(_) if stood < local.disks.len() => {
                     local.disks.remove(stood);
@@ -161,6 +180,7 @@ impl Agent {
             attachment: Attachment::Net(NetPlan {
                 id: net.id,
                 mac,
+                queues: 1,
                 announce: net.announce,
                 limits: net.limits,
             }),
@@ -247,7 +267,7 @@ pub(super) fn detaching(name: &str) -> Failure {
     Failure::new("DETACHING", text)
 }
 
-fn moving(name: &str) -> Failure {
+pub(super) fn moving(name: &str) -> Failure {
     let text = format!("{name} is being moved or snapshot; wait for that, or cancel it first");
     Failure::new("ALREADY_MOVING", text)
 }

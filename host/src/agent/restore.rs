@@ -313,11 +313,7 @@ impl Restoring<'_> {
 
     /// Above every epoch that this host has seen of the guest, and the one that it had.
     fn next_epoch(&self, name: &str, had: u64) -> Result<u64, Failure> {
-        let record = self
-            .agent
-            .records
-            .read(name)
-            .map_err(|e| Failure::new("RECORD", format!("record of {name}: {e}")))?;
+        let record = self.agent.ownership(name)?;
         Ok(record.map_or(0, |r| r.epoch).max(had) + 1)
     }
 

@@ -5,13 +5,15 @@ use std::sync::atomic::Ordering;
 use crate::agent::api::Failure;
 use crate::agent::guest_events::GuestEvents;
 use crate::agent::mover_process::MoverProcess;
+use crate::agent::program::Program;
 use crate::agent::vmm_process::{VmmProcess, lock};
 use crate::agent::{Agent, sev};
+use crate::formats::Formats;
 use crate::ipc::Channel;
 use crate::machine::plan::MachinePlan;
 use crate::sandbox::Role;
 use crate::sandbox::io_limit::IoShare;
-use crate::sandbox::jail::{CpuShare, JailSpec, RoleProcess, spawn_role};
+use crate::sandbox::jail::{CpuShare, JailSpec, RoleProcess, Spawn};
 
 impl Agent {
     /// The VMM of a guest that is about to be made.
@@ -20,17 +22,29 @@ impl Agent {
         plan: &MachinePlan,
         share: VmmShare,
     ) -> Result<VmmProcess, Failure> {
+        self.spawn_vmm_of(plan, share, None)
+    }
+
+    /// The same, of the installed program; without one, of this agent's own.
+    pub(super) fn spawn_vmm_of(
+        &self,
+        plan: &MachinePlan,
+        share: VmmShare,
+        program: Option<&Program>,
+    ) -> Result<VmmProcess, Failure> {
         let bounds = Bounds {
-            cpu: share.cpu,
-            io: share.io,
+            cpu: share.cpu.clone(),
+            io: share.io.clone(),
             memory: Some(plan.mapped_bytes().saturating_add(share.held)),
             vcpus: plan.vcpus.into(),
+            pairs: plan.nets.iter().map(|net| u32::from(net.queues)).sum(),
             locked: sev::locked_memory(plan) + plan.rings() * RING_MEMORY,
         };
-        let (process, channel) = self.spawn(Role::Vmm, bounds)?;
+        let (process, channel) = self.spawn_of(Role::Vmm, bounds, program)?;
         let mut events = GuestEvents::of(plan, &self.evidence, &self.metrics);
         let on_event = move |event| events.hear(event);
-        VmmProcess::new(process, channel, on_event)
+        let version = program.map_or_else(Formats::here, |program| program.formats.clone());
+        VmmProcess::new(process, channel, (version.version, share), on_event)
             .map_err(|e| Failure::new("INTERNAL", e.to_string()))
     }
 
@@ -50,6 +64,15 @@ impl Agent {
         role: Role,
         bounds: Bounds,
     ) -> Result<(RoleProcess, Channel), Failure> {
+        self.spawn_of(role, bounds, None)
+    }
+
+    fn spawn_of(
+        &self,
+        role: Role,
+        bounds: Bounds,
+        program: Option<&Program>,
+    ) -> Result<(RoleProcess, Channel), Failure> {
         let number = self.next_role.fetch_add(1, Ordering::Relaxed) % MAX_ROLES;
         let name = group_name(&self.config.name, role.name(), number);
         // Held until the group is there, so that the end of the agent finds it.
@@ -65,20 +88,26 @@ impl Agent {
         spec.memory_max = bounds.memory.map(|bytes| bytes + ROLE_OVERHEAD);
         spec.memlock_max = bounds.locked;
         spec.pids_max += bounds.vcpus;
+        spec.nofile += bounds.vcpus + PAIR * bounds.pairs;
         spec.cpu = bounds.cpu;
         spec.io = bounds.io;
         spec.landlock_min = self.policy().sandbox.landlock_min_abi.get();
         let (ours, theirs) =
             Channel::pair().map_err(|e| Failure::new("INTERNAL", e.to_string()))?;
-        let process =
-            spawn_role(role, theirs, spec).map_err(|e| Failure::new("SANDBOX", e.to_string()))?;
+        let mut spawn = Spawn::new(role, spec);
+        if let Some(program) = program {
+            spawn = spawn.program(program.path());
+        }
+        let process = spawn
+            .start(theirs)
+            .map_err(|e| Failure::new("SANDBOX", e.to_string()))?;
         Ok((process, ours))
     }
 }
 
 /// What the VMM of a guest gets beside what its plan says.
-#[derive(Default)]
-pub(super) struct VmmShare {
+#[derive(Clone, Default)]
+pub struct VmmShare {
     /// What it keeps beside the guest's memory, in bytes.
     pub(super) held: u64,
     /// Processors.
@@ -98,9 +127,14 @@ pub(super) struct Bounds {
     memory: Option<u64>,
     /// vCPUs.
     vcpus: u32,
+    /// Pairs of queues of its network cards.
+    pairs: u32,
     /// Bytes that it may lock.
     locked: u64,
 }
+
+/// Descriptors of a pair of queues: the tap's, two events and two interrupts, and some to spare.
+const PAIR: u32 = 8;
 
 /// Name of the cgroup of a role.
 fn group_name(host: &str, role: &str, number: u32) -> String {

@@ -3,6 +3,7 @@
 //! Whoever connects is not believed: the kernel or TLS says who it is, and only root, the agent's own user and those
 //! whom the policy names as people may ask.
 
+mod arrivals;
 mod connection;
 mod patient;
 mod tls;
@@ -55,7 +56,7 @@ pub async fn serve(agent: Arc<Agent>, ended: impl Future<Output = ()>) -> Result
         () = ended => {}
         () = accept_users(&shared, api) => {}
         () = accept_remote(&shared, remote) => {}
-        () = accept_arrivals(&agent, arrivals) => {}
+        () = arrivals::accept(&agent, arrivals) => {}
         () = settle_doubts(&agent) => {}
     }
     // Best effort: a socket that stays behind is replaced at the next start.
@@ -197,29 +198,6 @@ async fn bind_remote(files: &ApiFiles) -> Result<(TcpListener, TlsAcceptor), Fai
     Ok((listener, TlsAcceptor::from(config)))
 }
 
-/// One connection a move, [`MAX_ARRIVALS`] at a time; not a byte of it is read here.
-async fn accept_arrivals(agent: &Arc<Agent>, listener: Option<TcpListener>) {
-    let Some(listener) = listener else {
-        return std::future::pending().await;
-    };
-    let places = Arc::new(Semaphore::new(MAX_ARRIVALS));
-    while let Ok(place) = Arc::clone(&places).acquire_owned().await {
-        let Some(stream) = accepted(listener.accept().await.and_then(|(s, _)| s.into_std())).await
-        else {
-            continue;
-        };
-        let agent = Arc::clone(agent);
-        tokio::task::spawn_blocking(move || {
-            let received = agent.receive(stream);
-            agent.metrics.arrived(received.is_ok());
-            if let Err(failure) = received {
-                tracing::warn!(code = failure.code, "arrival refused: {}", failure.error);
-            }
-            drop(place);
-        });
-    }
-}
-
 /// Guests of this host whose commit was not answered do not wait for somebody to ask.
 async fn settle_doubts(agent: &Arc<Agent>) {
     loop {
@@ -253,8 +231,6 @@ const MAX_STRANGERS: usize = 8;
 const STRANGERS_TIME: Duration = Duration::from_secs(1);
 /// Most requests in work at a time.
 const WORKERS: usize = 32;
-/// Most arrivals at a time.
-const MAX_ARRIVALS: usize = 4;
 /// Between two questions about guests in doubt.
 const DOUBT_PAUSE: Duration = Duration::from_secs(30);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);

@@ -90,8 +90,7 @@ impl Agent {
     }
 
     fn doubt(&self, name: &str) -> Result<Doubt, Failure> {
-        let read = self.records.read(name);
-        let record = read.map_err(|e| Failure::new("RECORD", format!("record of {name}: {e}")))?;
+        let record = self.ownership(name)?;
         let settled = || {
             let text =
                 format!("{name} is not in doubt: no commit of this host waits for its answer");
@@ -219,9 +218,7 @@ impl Agent {
         records.is(&question.name, &asker, false);
         let name = &question.name;
         self.arrivals.end_for(name, &asker)?;
-        let record = self.records.read(name);
-        let record =
-            record.map_err(|e| Failure::new("RECORD", format!("record of {name}: {e}")))?;
+        let record = self.ownership(name)?;
         let answer = judge(record.as_ref(), question);
         let entry = |outcome| {
             let entry = Entry::new(&asker, "settle-in", name, outcome);

@@ -67,12 +67,11 @@ pub(super) struct Description {
     pub(super) template: bool,
 }
 
-/// A snapshot's description. Version 1 had neither tag nor number, and knew no templates; it holds a plan of
-/// [`crate::machine::saved::PLAN`]'s version.
+/// A snapshot's description. Version 1 had neither tag nor number, and knew no templates (2); the plan in it changed (3).
 const DESCRIPTION: Format = Format {
     name: "snapshot's description",
     tag: *b"CSMT-SDN",
-    version: 2,
+    version: 3,
     max: 256 << 10,
 };
 
@@ -367,7 +366,7 @@ mod tests {
     fn a_description_is_as_its_golden_file_has_it() {
         let plan = std::fs::read(concat!(
             env!("CARGO_MANIFEST_DIR"),
-            "/tests/golden/machine-plan-2.bin"
+            "/tests/golden/machine-plan-3.bin"
         ));
         let plan = MachinePlan {
             technology: Technology::None,
@@ -390,7 +389,7 @@ mod tests {
             template: true,
         };
         let bytes = DESCRIPTION.encode(&description).unwrap();
-        let golden = saved::golden("snapshot-description-2.bin", &bytes);
+        let golden = saved::golden("snapshot-description-3.bin", &bytes);
         assert!(parse(&golden).unwrap() == description);
         assert!(
             bytes == golden,

@@ -13,13 +13,25 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 /// Opens (and if need be makes) a tap device, sets it up, and puts it on `bridge`. It goes away with the descriptor
 /// unless it was persistent.
 pub fn open(name: &str, bridge: Option<&str>) -> Result<OwnedFd, TapError> {
-    let failed = |step: &'static str| {
-        move |source: io::Error| TapError {
-            name: name.to_owned(),
-            step,
-            source,
-        }
-    };
+    let tap = attached(name, 0)?;
+    bring_up(name, bridge)?;
+    Ok(tap)
+}
+
+/// The same with `count` queues, a descriptor for each; of one queue it is no different.
+pub fn open_queues(name: &str, bridge: Option<&str>, count: u8) -> Result<Vec<OwnedFd>, TapError> {
+    if count <= 1 {
+        return Ok(vec![open(name, bridge)?]);
+    }
+    let queues = (0..count).map(|_| attached(name, libc::IFF_MULTI_QUEUE));
+    let queues = queues.collect::<Result<_, _>>()?;
+    bring_up(name, bridge)?;
+    Ok(queues)
+}
+
+/// A descriptor that is a queue of the tap `name`, which is made with the first.
+fn attached(name: &str, queues: libc::c_int) -> Result<OwnedFd, TapError> {
+    let failed = |step| TapError::at(name, step);
     let device = OpenOptions::new()
         .read(true)
         .write(true)
@@ -29,11 +41,24 @@ pub fn open(name: &str, bridge: Option<&str>) -> Result<OwnedFd, TapError> {
             "open /dev/net/tun (load the module tun, run as root)",
         ))?;
     let mut request = interface(name);
-    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | queues;
     request.ifr_ifru.ifru_flags = i16::try_from(flags).unwrap_or_default();
     // SAFETY: the descriptor is /dev/net/tun and the argument a live ifreq.
     check(unsafe { libc::ioctl(device.as_raw_fd(), libc::TUNSETIFF, &raw mut request) })
-        .map_err(failed("create it (is another guest using it?)"))?;
+        .map_err(|e| {
+            let text = match e.raw_os_error() {
+                Some(libc::EINVAL) => {
+                    "create it (is it there already, made with or without `multi_queue` where this wants the other?)"
+                }
+                _ => "create it (is another guest using it?)",
+            };
+            failed(text)(e)
+        })?;
+    Ok(device.into())
+}
+
+fn bring_up(name: &str, bridge: Option<&str>) -> Result<(), TapError> {
+    let failed = |step| TapError::at(name, step);
     let control = socket(
         AddressFamily::Inet,
         SockType::Datagram,
@@ -46,8 +71,7 @@ pub fn open(name: &str, bridge: Option<&str>) -> Result<OwnedFd, TapError> {
         enslave(&control, bridge, name)
             .map_err(failed("put it on its bridge (does the bridge exist?)"))?;
     }
-    set_up(&control, name).map_err(failed("set it up"))?;
-    Ok(device.into())
+    set_up(&control, name).map_err(failed("set it up"))
 }
 
 /// A tap device that cannot be used.
@@ -57,6 +81,13 @@ pub struct TapError {
     name: String,
     step: &'static str,
     source: io::Error,
+}
+
+impl TapError {
+    fn at(name: &str, step: &'static str) -> impl FnOnce(io::Error) -> Self {
+        let name = name.to_owned();
+        move |source| Self { name, step, source }
+    }
 }
 
 fn enslave(control: &OwnedFd, bridge: &str, port: &str) -> io::Result<()> {

@@ -242,9 +242,10 @@ impl Request {
     /// The guest that a task is about, where the request names it.
     pub(super) fn guest(&self) -> Option<&str> {
         match self {
-            Self::Migrate { name, .. } | Self::Assess { name, .. } | Self::Start { name, .. } => {
-                Some(name)
-            }
+            Self::Migrate { name, .. }
+            | Self::Assess { name, .. }
+            | Self::Start { name, .. }
+            | Self::Upgrade { name } => Some(name),
             _ => None,
         }
     }

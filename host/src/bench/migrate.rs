@@ -1,10 +1,10 @@
 //! Moves memory between two processes and says how fast, at what cost to each.
 //!
 //! The destination listens. The first connection is the conversation (a line of JSON each way: what to do, ready,
-//! what it cost), the next one carries the memory. In one command both ends are processes of this machine.
+//! what it cost), the next ones carry the memory. In one command both ends are processes of this machine.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -20,8 +20,10 @@ use casemate_crypto_migrate::identity::Local;
 use casemate_crypto_migrate::identity::{
     self, AllowList, AllowedPeer, HostIdentity, LocalSigner, Pinned, TrustAnchors,
 };
+use casemate_crypto_migrate::preamble::Ticket;
+use casemate_crypto_migrate::session::MAX_STREAMS;
 use casemate_crypto_migrate::source::{self, SourceConfig};
-use casemate_crypto_migrate::tls;
+use casemate_crypto_migrate::tls::{self, TlsError, TlsStream};
 use nix::sys::signal::Signal;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -57,11 +59,24 @@ pub struct Plan {
     pub protect: Protect,
     /// Who does the cryptography, by name.
     pub provider: String,
+    /// Connections that carry memory.
+    pub streams: u16,
 }
 
 impl Plan {
     fn provider(&self) -> Result<Provider, BenchError> {
         self.provider.parse().map_err(BenchError::Usage)
+    }
+
+    /// Also of what the other end asks for.
+    fn check_streams(&self) -> Result<(), BenchError> {
+        match (1..=MAX_STREAMS).contains(&self.streams) {
+            true => Ok(()),
+            false => Err(BenchError::Usage(format!(
+                "{} connections are not 1 to {MAX_STREAMS}",
+                self.streams
+            ))),
+        }
     }
 }
 
@@ -134,19 +149,20 @@ pub fn listen(address: SocketAddr, keys: &Path, with_parent: bool) -> Result<(),
         .map_err(BenchError::system("the address"))?;
     let mut talk = Talk::new(accept(&listener)?)?;
     let plan: Plan = talk.hear()?;
+    plan.check_streams()?;
     let keys = Keys::read(keys, Side::Destination, plan.provider()?)?;
     let memory = BenchMemory::populated(plan.size)?;
     talk.say(&Ready {})?;
     let data = accept(&listener)?;
     let usage = Usage::start()?;
     match plan.protect {
-        Protect::None => unprotected::receive(&mut Pipe::Clear(data), &memory)?,
-        Protect::Tls => unprotected::receive(&mut keys.accept_tls(data)?, &memory)?,
-        Protect::TlsMac => {
-            let config = DestinationConfig::new(keys.local);
-            destination::receive(data, &config, &mut Arriving(&memory), &mut |_| {})
-                .map_err(|e| BenchError::Engine(format!("{}: {e}", e.code())))?;
+        Protect::None | Protect::Tls => {
+            let further = (1..plan.streams).map(|_| accept(&listener));
+            let all = std::iter::once(Ok(data)).chain(further);
+            let pipes = all.map(|data| keys.pipe(data?, plan.protect, tls::accept));
+            unprotected::receive(pipes.collect::<Result<_, _>>()?, &memory)?;
         }
+        Protect::TlsMac => receive(data, &listener, keys.local, &memory)?,
     }
     talk.say(&Cost {
         cpu_s: usage.cpu_seconds()?,
@@ -158,20 +174,31 @@ pub fn listen(address: SocketAddr, keys: &Path, with_parent: bool) -> Result<(),
 /// The source: moves the memory to a destination that listens.
 pub fn connect(address: SocketAddr, keys: &Path, plan: Plan) -> Result<Report, BenchError> {
     let provider = plan.provider()?;
+    plan.check_streams()?;
     let keys = Keys::read(keys, Side::Source, provider)?;
     let memory = BenchMemory::random(plan.size)?;
     let connect = || TcpStream::connect(address).map_err(BenchError::system("connect"));
     let mut talk = Talk::new(connect()?)?;
     talk.say(&plan)?;
     let Ready {} = talk.hear()?;
-    let data = connect()?;
-    data.set_nodelay(true)
-        .map_err(BenchError::system("TCP_NODELAY"))?;
+    let dial = || {
+        let data = TcpStream::connect(address)?;
+        data.set_nodelay(true)?;
+        Ok(data)
+    };
+    let data = dial().map_err(BenchError::system("connect"))?;
     let (usage, begun) = (Usage::start()?, Instant::now());
     let switch = match plan.protect {
-        Protect::None => unprotected::send(&mut Pipe::Clear(data), &memory)?,
-        Protect::Tls => unprotected::send(&mut keys.connect_tls(data)?, &memory)?,
-        Protect::TlsMac => migrate(data, keys.local, &memory)?,
+        Protect::None | Protect::Tls => {
+            let further = (1..plan.streams).map(|_| dial());
+            let all = std::iter::once(Ok(data)).chain(further);
+            let pipes = all.map(|data| {
+                let data = data.map_err(BenchError::system("connect"))?;
+                keys.pipe(data, plan.protect, tls::connect)
+            });
+            unprotected::send(pipes.collect::<Result<_, _>>()?, &memory)?
+        }
+        Protect::TlsMac => migrate(data, &dial, plan.streams, keys.local, &memory)?,
     };
     let seconds = begun.elapsed().as_secs_f64();
     let (cpu_s, peak_rss_mib_source) = (usage.cpu_seconds()?, usage.peak_rss_mib()?);
@@ -192,7 +219,7 @@ pub fn connect(address: SocketAddr, keys: &Path, plan: Plan) -> Result<Report, B
     Ok(Report {
         size: plan.size,
         protect: plan.protect,
-        streams: 1,
+        streams: plan.streams,
         provider,
         seconds,
         gib_per_s: plan.size as f64 / f64::from(1 << 30) / seconds,
@@ -205,8 +232,59 @@ pub fn connect(address: SocketAddr, keys: &Path, plan: Plan) -> Result<Report, B
     })
 }
 
-fn migrate(data: TcpStream, local: Local, memory: &BenchMemory) -> Result<Duration, BenchError> {
+/// Takes the memory in by the engine; the further connections come to the same listener.
+fn receive(
+    data: TcpStream,
+    listener: &TcpListener,
+    local: Local,
+    memory: &BenchMemory,
+) -> Result<(), BenchError> {
+    let mut config = DestinationConfig::new(local);
+    config.ticket = Ticket::random().map_err(|e| BenchError::Engine(e.to_string()))?;
+    let ticket = config.ticket;
+    listener
+        .set_nonblocking(true)
+        .map_err(BenchError::system("FIONBIO"))?;
+    let mut arrive = |wait: Duration| {
+        let mut stream = match listener.accept() {
+            Ok((stream, _)) => stream,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                std::thread::sleep(wait.min(ACCEPT_STEP));
+                return Ok(None);
+            }
+            Err(error) => return Err(error),
+        };
+        stream.set_nonblocking(false)?;
+        stream.set_nodelay(true)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        // There is but one move here: another ticket is somebody else's.
+        Ok((Ticket::read(&mut stream)? == ticket).then_some(stream))
+    };
+    destination::serve_over(
+        data,
+        &mut arrive,
+        &config,
+        &mut Arriving(memory),
+        &mut |_| {},
+    )
+    .map(drop)
+    .map_err(|e| BenchError::Engine(format!("{}: {e}", e.code())))
+}
+
+fn migrate(
+    data: TcpStream,
+    dial: &dyn Fn() -> std::io::Result<TcpStream>,
+    streams: u16,
+    local: Local,
+    memory: &BenchMemory,
+) -> Result<Duration, BenchError> {
     let mut config = SourceConfig::new(local, Side::Destination.name());
+    config.streams = streams;
+    let mut dial = |ticket: &Ticket| {
+        let mut stream = dial()?;
+        ticket.write(&mut stream)?;
+        Ok(stream)
+    };
     config.deadlines.finish = PATIENCE;
     let offer = GuestOffer {
         vm_id: [1; 16],
@@ -215,7 +293,8 @@ fn migrate(data: TcpStream, local: Local, memory: &BenchMemory) -> Result<Durati
         memory: memory.ranges(),
         description: Vec::new(),
     };
-    let outcome = source::migrate(data, &config, &offer, &mut Leaving(memory), &mut |_| {})
+    let guest = &mut Leaving(memory);
+    let outcome = source::migrate_over(data, &mut dial, &config, &offer, guest, &mut |_| {})
         .map_err(|e| BenchError::Engine(format!("{}: {e}", e.code())))?;
     Ok(Duration::from_secs_f64(outcome.downtime_ms / 1e3))
 }
@@ -388,14 +467,17 @@ impl Keys {
         })
     }
 
-    fn connect_tls(&self, stream: TcpStream) -> Result<Pipe, BenchError> {
-        let tls = tls::connect(stream, &self.local, PATIENCE)?;
-        Ok(Pipe::Tls(Box::new(tls)))
-    }
-
-    fn accept_tls(&self, stream: TcpStream) -> Result<Pipe, BenchError> {
-        let tls = tls::accept(stream, &self.local, PATIENCE)?;
-        Ok(Pipe::Tls(Box::new(tls)))
+    /// One connection without page seals.
+    fn pipe(
+        &self,
+        stream: TcpStream,
+        protect: Protect,
+        shake: fn(TcpStream, &Local, Duration) -> Result<TlsStream<TcpStream>, TlsError>,
+    ) -> Result<Pipe, BenchError> {
+        Ok(match protect {
+            Protect::None => Pipe::Clear(stream),
+            _ => Pipe::Tls(Box::new(shake(stream, &self.local, PATIENCE)?)),
+        })
     }
 }
 
@@ -420,5 +502,6 @@ fn read_file(path: &Path) -> Result<String, BenchError> {
 
 const AUTHORITY: &str = "authority.crt";
 const MAX_LINE: u64 = 4096;
+const ACCEPT_STEP: Duration = Duration::from_millis(1);
 /// Filling a destination's memory takes its time.
 const PATIENCE: Duration = Duration::from_secs(120);

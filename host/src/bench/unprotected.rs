@@ -4,6 +4,7 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use casemate_crypto_migrate::tls::TlsStream;
@@ -38,24 +39,66 @@ impl Pipe {
     }
 }
 
-/// Sends all memory; returns the time from the last piece to the other end's word that it is placed.
-pub fn send(pipe: &mut Pipe, memory: &BenchMemory) -> Result<Duration, BenchError> {
+/// Sends all memory, each piece over whichever pipe is free; returns the time from the last piece to the other end's word
+/// that all is placed.
+pub fn send(pipes: Vec<Pipe>, memory: &BenchMemory) -> Result<Duration, BenchError> {
+    let next = AtomicU64::new(0);
+    let sent = each(pipes, |pipe| send_some(pipe, &next, memory))?;
+    Ok(sent
+        .into_iter()
+        .max()
+        .map_or(Duration::ZERO, |sent| sent.elapsed()))
+}
+
+/// Places all that is sent over all of them.
+pub fn receive(pipes: Vec<Pipe>, memory: &BenchMemory) -> Result<(), BenchError> {
+    each(pipes, |pipe| receive_some(pipe, memory)).map(drop)
+}
+
+/// A thread for each pipe; one alone needs none.
+fn each<R: Send>(
+    mut pipes: Vec<Pipe>,
+    work: impl Fn(&mut Pipe) -> Result<R, BenchError> + Sync,
+) -> Result<Vec<R>, BenchError> {
+    if let [pipe] = pipes.as_mut_slice() {
+        return Ok(vec![work(pipe)?]);
+    }
+    let work = &work;
+    std::thread::scope(|scope| {
+        let pipes = pipes.iter_mut();
+        let threads: Vec<_> = pipes.map(|pipe| scope.spawn(move || work(pipe))).collect();
+        let failed = |_| BenchError::Engine("a connection's thread has failed".to_owned());
+        let joined = threads.into_iter().map(|thread| thread.join());
+        joined.map(|result| result.map_err(failed)?).collect()
+    })
+}
+
+fn send_some(
+    pipe: &mut Pipe,
+    next: &AtomicU64,
+    memory: &BenchMemory,
+) -> Result<Instant, BenchError> {
     let mut piece = Vec::with_capacity(HEADER + CHUNK + 1);
-    memory.each_chunk(|at, length| {
+    loop {
+        let at = next.fetch_add(CHUNK as u64, Ordering::Relaxed);
+        let left = memory.size().saturating_sub(at);
+        let length = usize::try_from(left).map_or(CHUNK, |left| left.min(CHUNK));
+        if length == 0 {
+            break;
+        }
         piece.resize(HEADER + length, 0);
         let (header, body) = piece.split_at_mut(HEADER);
         put_header(header, at, length);
         memory.guest.read(at, body)?;
-        pipe.send(&mut piece)
-    })?;
+        pipe.send(&mut piece)?;
+    }
     let sent = Instant::now();
     pipe.send(&mut vec![0; HEADER])?;
     pipe.receive(&mut [0])?;
-    Ok(sent.elapsed())
+    Ok(sent)
 }
 
-/// Places all that is sent.
-pub fn receive(pipe: &mut Pipe, memory: &BenchMemory) -> Result<(), BenchError> {
+fn receive_some(pipe: &mut Pipe, memory: &BenchMemory) -> Result<(), BenchError> {
     let mut body = vec![0; CHUNK];
     loop {
         let mut header = [0; HEADER];

@@ -248,6 +248,10 @@ pub enum Command {
         /// With the guest paused, read all its memory anew at both ends and compare it; for a plain guest.
         #[arg(long)]
         read_back: bool,
+        /// Connections to carry memory over, 1 to 16; the peer may grant fewer. Each has its own TLS and seals; useful where
+        /// one connection, or one processor, does not fill the way.
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=16))]
+        streams: Option<u16>,
         /// A disk that moves along, by its name in the description (repeat for more); the others are the same storage.
         #[arg(long, value_name = "DISK")]
         copy_disk: Vec<String>,
@@ -474,4 +478,6 @@ pub enum Role {
     Mover,
     /// The software secure processor.
     Psp,
+    /// No role: says what this program reads and writes.
+    Formats,
 }

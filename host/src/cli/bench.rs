@@ -34,6 +34,9 @@ pub struct MigrateArgs {
     /// Who does the cryptography, at both ends.
     #[arg(long, default_value_t)]
     provider: Provider,
+    /// Connections that carry memory, 1 to 16.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=16))]
+    streams: u16,
     /// Be the destination, on this address; size and protection are the source's.
     #[arg(
         long,
@@ -60,6 +63,7 @@ pub fn run(command: BenchCommand, json: bool) -> Result<u8, Failure> {
         size: args.size,
         protect: args.protect,
         provider: args.provider.to_string(),
+        streams: args.streams,
     };
     let keys = args.keys.unwrap_or_default();
     let report = match (args.listen, args.connect) {
@@ -87,6 +91,7 @@ fn table(report: &Report) -> String {
     };
     format!(
         "  protection                    {protect}, by {}\n\
+         \x20 connections            {:7}\n\
          \x20 memory moved           {:10.2} GiB in {:.2} s\n\
          \x20 throughput             {:10.2} GiB/s\n\
          \x20 processor, source      {:10.2} s/GB\n\
@@ -96,6 +101,7 @@ fn table(report: &Report) -> String {
          \x20 switch                 {:10.2} ms\n\
          \x20 of its parts' sum      {:10.2} x processor, {:.2} x time\n",
         report.provider,
+        report.streams,
         report.size as f64 / f64::from(1 << 30),
         report.seconds,
         report.gib_per_s,

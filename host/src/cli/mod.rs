@@ -92,6 +92,7 @@ fn run(cli: Cli) -> Result<u8, Failure> {
             downtime_limit,
             bandwidth,
             no_throttle,
+            streams,
             copy_disk,
             ..
         } => {
@@ -101,6 +102,7 @@ fn run(cli: Cli) -> Result<u8, Failure> {
                 downtime_limit_ms: downtime_limit,
                 bandwidth_mib: bandwidth,
                 unthrottled: no_throttle,
+                streams,
                 copy_disks: copy_disk,
             };
             show(agent, &request, json)
@@ -114,6 +116,7 @@ fn run(cli: Cli) -> Result<u8, Failure> {
             bandwidth,
             no_throttle,
             read_back,
+            streams,
             copy_disk,
         } => migrate::run(
             agent,
@@ -125,6 +128,7 @@ fn run(cli: Cli) -> Result<u8, Failure> {
                 bandwidth_mib: bandwidth,
                 unthrottled: no_throttle,
                 read_back,
+                streams,
                 copy_disks: copy_disk,
             },
             json,

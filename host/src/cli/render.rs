@@ -43,6 +43,14 @@ pub fn answer(answer: &Answer) -> String {
             "policy version {version} is in force\n  sha256    {digest}\n  signers   {}\n",
             signers.join(", ")
         ),
+        Answer::Upgraded(info) => format!(
+            "{}: from casemate {} to {} (pid {}), stood still for {:.1} ms\n",
+            info.name,
+            info.from_version,
+            info.version,
+            info.pid,
+            info.pause_us as f64 / 1000.0
+        ),
         Answer::Snapshotted(info) => format!(
             "snapshot {} of generation {}: {} MiB in {}, {:.0} ms{}\n",
             info.snapshot_id,
@@ -265,14 +273,15 @@ fn plan_text(plan: &MovePlan) -> String {
     );
     let _ = writeln!(
         text,
-        "  {:<16} {} rounds, {:.0} ms, paused for {:.0} ms ({} asked for), {}, throttled to {} %",
+        "  {:<16} {} rounds, {:.0} ms, paused for {:.0} ms ({} asked for), {}, throttled to {} %, {} connections",
         "forecast",
         plan.rounds,
         plan.total_ms,
         plan.downtime_ms,
         plan.downtime_limit_ms,
         plan.convergence,
-        plan.throttle_percent
+        plan.throttle_percent,
+        plan.streams
     );
     text
 }
@@ -297,6 +306,11 @@ fn one_guest(guest: &GuestInfo) -> String {
         guest.memory_mib
     );
     let _ = writeln!(text, "  identity    {} epoch {}", guest.vm_id, guest.epoch);
+    let _ = writeln!(
+        text,
+        "  vmm         casemate {}, pid {}",
+        guest.vmm_version, guest.pid
+    );
     let _ = writeln!(text, "  console     {}", guest.console.display());
     for one in &guest.attached {
         let (kind, id) = match &one.device {

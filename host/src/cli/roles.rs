@@ -6,6 +6,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::agent::api::Failure;
 use crate::cli::args::Role;
+use crate::formats::FORMATS;
 use crate::sandbox;
 
 /// `casemate agent`.
@@ -21,6 +22,7 @@ pub fn internal(role: Role) -> Result<u8, Failure> {
         Role::Vmm => vmm().map_err(|e| Failure::new("ROLE_FAILED", format!("vmm: {e}")))?,
         Role::Mover => crate::mover::main()?,
         Role::Psp => crate::confidential::processor_role::main()?,
+        Role::Formats => return super::print_bytes(format!("{FORMATS}\n").as_bytes()),
     }
     Ok(0)
 }

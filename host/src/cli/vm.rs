@@ -63,6 +63,11 @@ pub enum VmCommand {
         #[arg(long)]
         force: bool,
     },
+    /// Give a running guest a VMM of the casemate that is installed now; it stands still for some milliseconds.
+    Upgrade {
+        /// Its name.
+        name: String,
+    },
     /// Write a guest's memory and state to a sealed file, as `casemate snapshot` does.
     Snapshot(SnapshotArgs),
     /// Make a guest from a sealed file, as `casemate restore` does.
@@ -149,6 +154,7 @@ pub fn run(agent: &Agent, command: VmCommand, json: bool) -> Result<u8, Failure>
             timeout_s: timeout,
             force,
         },
+        VmCommand::Upgrade { name } => Request::Upgrade { name },
         VmCommand::Snapshot(args) => args.request()?,
         VmCommand::Restore(args) => args.request()?,
         VmCommand::Clone(args) => args.request()?,

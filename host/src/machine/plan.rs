@@ -104,6 +104,18 @@ impl MachinePlan {
                 "a network card with an unusable name or a multicast address",
             ),
             (
+                self.nets
+                    .iter()
+                    .all(|n| (1..=MAX_PAIRS).contains(&n.queues))
+                    && self
+                        .nets
+                        .iter()
+                        .map(|n| usize::from(n.queues))
+                        .sum::<usize>()
+                        <= MAX_PAIRS_OF_ALL,
+                "network cards with no queue, more than 8 pairs of queues, or more than 16 together",
+            ),
+            (
                 self.nets.iter().all(|n| n.announce.len() <= MAX_ANNOUNCE),
                 "more than 8 addresses of a card",
             ),
@@ -493,6 +505,8 @@ pub struct NetPlan {
     pub id: String,
     /// MAC address.
     pub mac: [u8; 6],
+    /// Pairs of a receive and a transmit queue: 1 to [`MAX_PAIRS`].
+    pub queues: u8,
     /// Addresses announced by gratuitous ARP after a move (RARP for the MAC is always sent).
     pub announce: Vec<Ipv4Addr>,
     /// How much it may send and receive.
@@ -522,6 +536,10 @@ pub const MAX_CMDLINE: usize = 1600;
 pub const MAX_DISK_ID: usize = 20;
 /// Most disks and most network cards.
 pub const MAX_DEVICES: usize = 8;
+/// Most pairs of queues of a card.
+pub const MAX_PAIRS: u8 = 8;
+/// Most pairs of queues of all cards together: each is a descriptor, three events and two interrupts.
+pub const MAX_PAIRS_OF_ALL: usize = 16;
 /// Most slots for hot-plug.
 pub const MAX_SLOTS: u8 = 8;
 /// Slots of a plain guest whose description does not say.
@@ -555,6 +573,7 @@ mod tests {
             nets: vec![NetPlan {
                 id: "net0".into(),
                 mac: [0x52, 0, 0, 0, 0, 1],
+                queues: 1,
                 announce: vec![],
                 limits: Limits::default(),
             }],
@@ -643,7 +662,7 @@ mod tests {
     fn what_a_peer_may_not_ask_for_is_refused() {
         plan().check().unwrap();
         type Spoil = fn(&mut MachinePlan);
-        let spoil: [(&str, Spoil); 20] = [
+        let spoil: [(&str, Spoil); 24] = [
             ("hot-plug", |p| p.hotplug.slots = 9),
             ("hot-plug", |p| plugged(p, 1, &[(0, "nobody")])),
             ("hot-plug", |p| plugged(p, 1, &[(1, "data")])),
@@ -692,6 +711,20 @@ mod tests {
             ("command line", |p| p.cmdline = "a\nb".into()),
             ("disk whose name", |p| p.disks[0].id = String::new()),
             ("multicast", |p| p.nets[0].mac = [1; 6]),
+            ("no queue", |p| p.nets[0].queues = 0),
+            ("more than 8 pairs", |p| p.nets[0].queues = 9),
+            ("more than 16 together", |p| {
+                let card = |n: u8| NetPlan {
+                    queues: 6,
+                    id: format!("n{n}"),
+                    ..p.nets[0].clone()
+                };
+                p.nets = (0..3).map(card).collect();
+            }),
+            ("more than 8 disks", |p| {
+                p.nets[0].queues = 8;
+                p.nets = vec![p.nets[0].clone(); 1000];
+            }),
             ("more than 8 disks", |p| {
                 p.disks = vec![p.disks[0].clone(); 9]
             }),

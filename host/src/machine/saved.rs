@@ -21,19 +21,19 @@ pub struct Format {
     pub max: usize,
 }
 
-/// A machine's state. Version 1 knew neither watchdog (2) nor board (3).
+/// A machine's state. Version 1 knew neither watchdog (2) nor board (3) nor cards with several queues (4).
 pub const MACHINE_STATE: Format = Format {
     name: "machine state",
     tag: *b"CSMT-MST",
-    version: 3,
+    version: 4,
     max: crate::vmm::protocol::MAX_STATE,
 };
 
-/// A plan on its way to another host. Version 1 had neither tag nor number.
+/// A plan on its way to another host. Version 1 had neither tag nor number (2), nor how many queues a card has (3).
 pub const PLAN: Format = Format {
     name: "machine plan",
     tag: *b"CSMT-PLN",
-    version: 2,
+    version: 3,
     max: MAX_PLAN,
 };
 
@@ -210,7 +210,7 @@ mod tests {
     #[test]
     fn a_plan_is_as_its_golden_file_has_it() {
         let bytes = encode_plan(&full()).unwrap();
-        let golden = golden("machine-plan-2.bin", &bytes);
+        let golden = golden("machine-plan-3.bin", &bytes);
         assert_eq!(decode_plan(&golden).unwrap(), full());
         assert!(bytes == golden, "a change of a plan is a new version");
     }
@@ -221,7 +221,7 @@ mod tests {
         let error = decode_plan(&newer).unwrap_err();
         let text = error.to_string();
         assert!(
-            error.is_version() && text.contains("machine state of version 4"),
+            error.is_version() && text.contains("machine state of version 5"),
             "{text}"
         );
         let error = decode_plan(&postcard::to_stdvec(&full()).unwrap()).unwrap_err();
@@ -278,6 +278,7 @@ mod tests {
             nets: vec![NetPlan {
                 id: "net0".into(),
                 mac: [0x52, 0x54, 0, 0, 0, 1],
+                queues: 2,
                 announce: vec![[192, 0, 2, 10].into()],
                 limits,
             }],

@@ -10,11 +10,11 @@ mod document;
 mod resources;
 
 use std::fmt;
-use std::fs::File;
+use std::fs::{File, FileType};
 use std::io::Read;
 use std::net::Ipv4Addr;
 use std::ops::Range;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use toml::Spanned;
@@ -27,7 +27,7 @@ use crate::machine::cpu::{CpuModel, CpuPlan, Topology};
 use crate::machine::plan::devices::{HotPlugPlan, Limits, SmallDevices};
 use crate::machine::plan::{
     DiskFormat, DiskIo, DiskPlan, MAX_ANNOUNCE, MAX_CMDLINE, MAX_DEVICES, MAX_DISK_ID,
-    MAX_LOW_MEMORY, MAX_MEMORY, MAX_VCPUS, MIN_MEMORY, MachinePlan, NetPlan, is_name,
+    MAX_LOW_MEMORY, MAX_MEMORY, MAX_PAIRS, MAX_VCPUS, MIN_MEMORY, MachinePlan, NetPlan, is_name,
 };
 use crate::sandbox::io_limit::IoLimits;
 use crate::sandbox::jail::CpuShare;
@@ -93,6 +93,8 @@ pub struct NetSpec {
     pub bridge: Option<String>,
     /// MAC address.
     pub mac: [u8; 6],
+    /// Pairs of queues.
+    pub queues: u8,
     /// Addresses to announce after a move.
     pub announce: Vec<Ipv4Addr>,
     /// How much it may send and receive.
@@ -182,6 +184,7 @@ impl MachineSpec {
                 .map(|n| NetPlan {
                     id: n.id.clone(),
                     mac: n.mac,
+                    queues: n.queues,
                     announce: n.announce.clone(),
                     limits: n.limits,
                 })
@@ -409,7 +412,7 @@ impl Reader<'_> {
                 format!("`disk.id` is {id:?}; want at most {MAX_DISK_ID} characters"),
             ));
         }
-        let path = self.file("disk.path", value.path)?;
+        let path = self.image("disk.path", value.path)?;
         if let Some(io) = &value.io
             && *io.get_ref() == DiskIo::IoUring
             && value.format != DiskFormat::Raw
@@ -444,6 +447,17 @@ impl Reader<'_> {
                 );
                 self.at(value.mac.span(), problem)
             })?;
+        let queues = match &value.queues {
+            Some(queues) if !(1..=MAX_PAIRS).contains(queues.get_ref()) => {
+                let problem = format!(
+                    "`net.queues` is {}; want 1 to {MAX_PAIRS} pairs of queues",
+                    queues.get_ref()
+                );
+                return Err(self.at(queues.span(), problem));
+            }
+            Some(queues) => *queues.get_ref(),
+            None => 1,
+        };
         if value.announce.len() > MAX_ANNOUNCE {
             return Err(self.at(
                 value.mac.span(),
@@ -455,6 +469,7 @@ impl Reader<'_> {
             tap,
             bridge,
             mac,
+            queues,
             announce: value.announce,
             limits: self.limits("net", value.limit)?,
         })
@@ -483,14 +498,30 @@ impl Reader<'_> {
 
     /// A regular file, where it really is.
     fn file(&self, key: &str, value: Spanned<PathBuf>) -> Result<PathBuf, SpecError> {
+        self.found(key, value, "a regular file", FileType::is_file)
+    }
+
+    /// A regular file or a block device.
+    fn image(&self, key: &str, value: Spanned<PathBuf>) -> Result<PathBuf, SpecError> {
+        let fits = |kind: &FileType| kind.is_file() || kind.is_block_device();
+        self.found(key, value, "a regular file or a block device", fits)
+    }
+
+    fn found(
+        &self,
+        key: &str,
+        value: Spanned<PathBuf>,
+        wanted: &str,
+        fits: impl Fn(&FileType) -> bool,
+    ) -> Result<PathBuf, SpecError> {
         let path = self.beside(&value);
         let real = path.canonicalize();
         match real.and_then(|real| Ok((std::fs::metadata(&real)?, real))) {
-            Ok((meta, real)) if meta.is_file() => Ok(real),
+            Ok((meta, real)) if fits(&meta.file_type()) => Ok(real),
             Ok(_) => Err(self.at(
                 value.span(),
                 format!(
-                    "`{key}` names {}, which is not a regular file; {FILE_WANTED}",
+                    "`{key}` names {}, which is not {wanted}; {FILE_WANTED}",
                     path.display()
                 ),
             )),

@@ -1,5 +1,6 @@
 //! The mover's channel to its agent: requests that need an answer, events, and the wish to cancel.
 
+use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -8,9 +9,11 @@ use std::time::{Duration, Instant};
 use casemate_crypto_migrate::control::Controls;
 use casemate_crypto_migrate::guest::Refusal;
 use casemate_crypto_migrate::identity::{HostSigner, IdentityError};
-use casemate_crypto_migrate::session::SessionFacts;
+use casemate_crypto_migrate::preamble::Ticket;
+use casemate_crypto_migrate::session::{MAX_STREAMS, SessionFacts};
 
 use crate::ipc::{Channel, IpcError, Received};
+use crate::mover::engine::take;
 use crate::mover::protocol::{
     AgentAnswer, MoverCommand, MoverEvent, MoverMessage, MoverRequestToAgent, OwnershipStep,
     SessionText,
@@ -24,6 +27,8 @@ pub struct AgentLink {
     cancelled: Arc<AtomicBool>,
     controls: Arc<Controls>,
     deadline: OnceLock<Instant>,
+    /// Further connections that nobody has taken yet.
+    arrived: Mutex<VecDeque<OwnedFd>>,
 }
 
 struct Inner {
@@ -39,6 +44,7 @@ impl AgentLink {
             cancelled: Arc::default(),
             controls: Arc::default(),
             deadline: OnceLock::new(),
+            arrived: Mutex::default(),
         }
     }
 
@@ -71,9 +77,35 @@ impl AgentLink {
             let Received { body, handles } = inner.channel.recv::<MoverCommand>(deadline)?;
             match inner.serve(body)? {
                 Some(MoverCommand::Answer(answer)) => return Ok((answer?, handles)),
-                Some(order) => self.obey(order)?,
+                Some(order) => self.obey(order, handles)?,
                 None => {}
             }
+        }
+    }
+
+    /// Source: a further connection to the peer.
+    pub fn dial(&self, ticket: &Ticket) -> Result<OwnedFd, RoleError> {
+        let request = MoverRequestToAgent::Dial { ticket: *ticket };
+        match self.ask(request)? {
+            (AgentAnswer::Dialed, handles) => {
+                let [socket] = take(handles)?;
+                Ok(socket)
+            }
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// Destination: the next further connection; waits so long for it.
+    pub fn arrived(&self, wait: Duration) -> Option<OwnedFd> {
+        let deadline = Instant::now() + wait;
+        loop {
+            self.poll();
+            let next = self.arrived.lock().ok()?.pop_front();
+            let left = deadline.saturating_duration_since(Instant::now());
+            if next.is_some() || left.is_zero() || self.cancelled() {
+                return next;
+            }
+            std::thread::sleep(left.min(ARRIVAL_STEP));
         }
     }
 
@@ -155,7 +187,7 @@ impl AgentLink {
             match inner.channel.recv::<MoverCommand>(Some(Duration::ZERO)) {
                 Ok(received) => {
                     if let Some(order) = inner.serve(received.body)? {
-                        self.obey(order)?;
+                        self.obey(order, received.handles)?;
                     }
                 }
                 Err(IpcError::Deadline(_)) => return Ok(()),
@@ -165,20 +197,29 @@ impl AgentLink {
     }
 
     /// What the operator wants of a move under way; nothing else has a place then.
-    fn obey(&self, order: MoverCommand) -> Result<(), RoleError> {
+    fn obey(&self, order: MoverCommand, handles: Vec<OwnedFd>) -> Result<(), RoleError> {
         match order {
             MoverCommand::Cancel => self.cancelled.store(true, Ordering::Relaxed),
             MoverCommand::Proceed => self.controls.proceed(),
             MoverCommand::Bandwidth(limit) => self.controls.set_bandwidth(limit),
+            MoverCommand::Further => self.keep(handles)?,
             _ => return Err(unexpected()),
         }
         Ok(())
     }
 
+    /// Late ones are closed: the engine takes none after the agreement.
+    fn keep(&self, handles: Vec<OwnedFd>) -> Result<(), RoleError> {
+        let [socket] = take(handles)?;
+        let mut arrived = self.arrived.lock().map_err(|_| thread_failed())?;
+        if arrived.len() < usize::from(MAX_STREAMS) {
+            arrived.push_back(socket);
+        }
+        Ok(())
+    }
+
     fn lock(&self) -> Result<std::sync::MutexGuard<'_, Inner>, RoleError> {
-        self.inner
-            .lock()
-            .map_err(|_| RoleError::new("INTERNAL", "a thread of the mover has failed"))
+        self.inner.lock().map_err(|_| thread_failed())
     }
 }
 
@@ -226,9 +267,14 @@ impl From<IpcError> for RoleError {
     }
 }
 
+fn thread_failed() -> RoleError {
+    RoleError::new("INTERNAL", "a thread of the mover has failed")
+}
+
 fn unexpected() -> RoleError {
     RoleError::new("ROLE_PROTOCOL", "the agent's message has no place here")
 }
 
 /// How long the agent may take for an answer; admission builds a VMM.
 const AGENT_DEADLINE: Duration = Duration::from_secs(60);
+const ARRIVAL_STEP: Duration = Duration::from_millis(2);

@@ -8,16 +8,17 @@ use std::time::{Duration, Instant};
 
 use casemate_crypto_migrate::Provider;
 use casemate_crypto_migrate::destination::{
-    DestinationConfig, DestinationOutcome, Received, serve,
+    DestinationConfig, DestinationOutcome, Received, serve_over,
 };
 use casemate_crypto_migrate::guest::{GuestOffer, SourceGuest};
 use casemate_crypto_migrate::identity::Local;
 use casemate_crypto_migrate::identity::{
     AllowList, AllowedPeer, HostIdentity, IdentityError, Path, Pinned, TrustAnchors,
 };
+use casemate_crypto_migrate::preamble::Ticket;
 use casemate_crypto_migrate::progress::Progress;
 use casemate_crypto_migrate::source::{
-    Assessment, SourceConfig, SourceError, SourceOutcome, Verification, assess, migrate,
+    Assessment, SourceConfig, SourceError, SourceOutcome, Verification, assess, migrate_over,
 };
 use casemate_crypto_migrate::tls::Transport;
 use serde::Serialize;
@@ -46,7 +47,11 @@ pub fn run_source(
         start,
         handles,
         |socket, config, offer, guest, progress| {
-            let moved = migrate(socket, config, offer, guest, progress)?;
+            let mut dial = |ticket: &Ticket| {
+                let socket = agent.dial(ticket).map_err(io::Error::other)?;
+                Ok(WatchedSocket::new(socket, agent.clone()))
+            };
+            let moved = migrate_over(socket, &mut dial, config, offer, guest, progress)?;
             Ok(MoveOutcome::Moved(source_report(moved)))
         },
     )
@@ -115,7 +120,11 @@ pub fn run_destination(
         Ok((config, socket)) => {
             let mut machine = DestinationMachine::new(agent.clone());
             let mut progress = |event| agent.tell(MoverEvent::Progress(translate(event)));
-            match serve(socket, &config, &mut machine, &mut progress) {
+            let mut arrive = |wait| {
+                let socket = agent.arrived(wait);
+                Ok(socket.map(|socket| WatchedSocket::new(socket, agent.clone())))
+            };
+            match serve_over(socket, &mut arrive, &config, &mut machine, &mut progress) {
                 Ok(Received::Moved(outcome)) => MoveOutcome::Moved(destination_report(*outcome)),
                 Ok(Received::Settled(settlement)) => MoveOutcome::Settled(settlement),
                 Ok(Received::Assessed) => MoveOutcome::Assessed(AssessReport::default()),
@@ -158,6 +167,7 @@ fn prepare_source(
         config.limits.throttle = 0;
     }
     config.read_back = start.limits.read_back;
+    config.streams = start.limits.streams.max(1);
     config.cancel = agent.cancel_flag();
     config.controls = agent.controls();
     config.controls.set_bandwidth(start.limits.bandwidth);
@@ -179,6 +189,7 @@ fn prepare_destination(
         start.provider.as_deref(),
     )?);
     config.cancel = agent.cancel_flag();
+    config.ticket = start.ticket;
     Ok((config, WatchedSocket::new(socket, agent.clone())))
 }
 
@@ -319,6 +330,7 @@ fn verification(verified: Verification) -> MoveVerification {
         state_sha256: verified.state_sha256,
         content_sha256: verified.content_sha256,
         announced: verified.announced,
+        streams: verified.streams,
     }
 }
 
@@ -337,6 +349,7 @@ fn assess_report(assessment: Assessment) -> AssessReport {
         throttle_percent: forecast.throttle_percent,
         path: word(&assessment.path),
         tls_suite: assessment.tls_suite,
+        streams: assessment.streams,
     }
 }
 

@@ -7,8 +7,10 @@ use serde::{Deserialize, Serialize};
 
 use casemate_crypto_migrate::guest::GuestOffer;
 use casemate_crypto_migrate::identity::PeerIdentity;
+use casemate_crypto_migrate::preamble::Ticket;
 use casemate_crypto_migrate::session::SessionFacts;
 use casemate_crypto_migrate::settlement::Settlement;
+use casemate_crypto_migrate::transcript::StreamCount;
 
 use crate::sandbox::report::{ProbeReport, SandboxReport};
 use crate::vmm::protocol::RoleError;
@@ -37,6 +39,9 @@ pub enum MoverCommand {
     Proceed,
     /// Keep within this many bytes a second; 0 lifts the limit.
     Bandwidth(u64),
+    /// Destination: a further connection named this move's ticket. Descriptor beside it: the accepted socket, its preamble
+    /// read.
+    Further,
     /// State of the sandbox.
     SandboxReport,
     /// Tries from inside what must be refused.
@@ -76,6 +81,11 @@ pub enum MoverRequestToAgent {
     },
     /// A step of ownership, to be durable before the answer.
     Record(OwnershipStep),
+    /// Source: a further connection to the peer, its preamble written.
+    Dial {
+        /// As the peer named it.
+        ticket: Ticket,
+    },
     /// Destination: the peer asks who has the guest that it had under the question's epoch.
     Settle {
         /// As it was signed.
@@ -132,6 +142,8 @@ pub enum AgentAnswer {
     },
     /// Durable.
     Recorded,
+    /// Descriptor beside it: the connected socket.
+    Dialed,
     /// Who has the guest; for the peer.
     Settled(Settlement),
     /// What a snapshot keeps of the guest's description.
@@ -285,6 +297,8 @@ pub struct MoveLimits {
     pub unthrottled: bool,
     /// Whether both ends read all memory anew, the guest paused, and compare it.
     pub read_back: bool,
+    /// Connections to ask for; 0 as 1.
+    pub streams: u16,
 }
 
 /// Start of a move away.
@@ -337,6 +351,8 @@ pub struct DestinationStart {
     pub credentials: Credentials,
     /// Who may come.
     pub peers: Vec<PeerEntry>,
+    /// By what the agent knows further connections of this move.
+    pub ticket: Ticket,
     /// Who does the bulk cryptography, by name; `None`: the engine's default.
     pub provider: Option<String>,
     /// Bounds.
@@ -501,6 +517,8 @@ pub struct MoveVerification {
     pub content_sha256: Option<String>,
     /// Of how many network cards the destination announced the addresses.
     pub announced: u32,
+    /// What each connection carried, the first one's first.
+    pub streams: Vec<StreamCount>,
 }
 
 /// What a move would be like.
@@ -530,6 +548,8 @@ pub struct AssessReport {
     pub path: String,
     /// TLS cipher suite.
     pub tls_suite: String,
+    /// Connections that the move would have.
+    pub streams: u16,
 }
 
 /// Whether the host's key may sign this for a mover: a TLS 1.3 CertificateVerify input or a session

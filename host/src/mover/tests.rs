@@ -13,6 +13,7 @@ use casemate_crypto_migrate::guest::{
     DestinationGuest, Gpn, GuestOffer, PAGE_SIZE, PageContent, PageRange,
 };
 use casemate_crypto_migrate::identity::{HostSigner, LocalSigner};
+use casemate_crypto_migrate::preamble::Ticket;
 
 use super::agent_link::AgentLink;
 use super::destination::DestinationMachine;
@@ -402,6 +403,7 @@ impl Sites {
         MoverCommand::Destination(Box::new(DestinationStart {
             credentials: self.credentials(&self.b),
             peers: vec![entry("site-a", &self.a)],
+            ticket: Ticket([9; 16]),
             provider: None,
             limits: MoveLimits::default(),
         }))

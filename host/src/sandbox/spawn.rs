@@ -50,6 +50,12 @@ impl Spawn {
         }
     }
 
+    /// Another program than this one; a path that the new process finds.
+    pub fn program(mut self, program: impl Into<OsString>) -> Self {
+        self.program = program.into();
+        self
+    }
+
     /// Other arguments than `internal <role>`.
     pub fn arguments<I: IntoIterator<Item = S>, S: Into<OsString>>(mut self, arguments: I) -> Self {
         self.arguments = arguments.into_iter().map(Into::into).collect();

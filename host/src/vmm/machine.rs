@@ -29,7 +29,7 @@ use super::memory::{ExchangeMemory, GuestMemory};
 use super::page_sharing::PageSharing;
 use super::pci::{PciBus, PciFunction};
 use super::protocol::{HandleKind, RoleError};
-use super::state::MachineStateV3;
+use super::state::MachineStateV4;
 use super::vcpu::entry::power_on_msrs;
 use super::vcpu::model;
 use super::vcpu::state::StateContext;
@@ -84,11 +84,17 @@ impl Machine {
         hooks: &Hooks,
     ) -> Result<Self, MachineError> {
         check_plan(&plan)?;
-        let mut memory = GuestMemory::of(&plan)?;
+        let mut memory = match handles.take(HandleKind::Memory) {
+            Some(file) => GuestMemory::handed_over(&plan, file.into())?,
+            None => GuestMemory::of(&plan)?,
+        };
         let reader = (hooks.reopen_read_only)(memory.file()).map_err(MachineError::Confine)?;
         memory.set_reader(reader);
         let memory = Arc::new(memory);
-        let exchange = ExchangeMemory::new()?;
+        let exchange = match handles.take(HandleKind::Exchange) {
+            Some(file) => ExchangeMemory::handed_over(file.into())?,
+            None => ExchangeMemory::new()?,
+        };
         let faults = match handles.take(HandleKind::Userfault) {
             Some(device) => Some(register_faults(device, &memory)?),
             None => None,
@@ -257,7 +263,7 @@ impl Machine {
             let context = Arc::clone(&self.context);
             vcpus.push(vcpu.call(move |fd| context.save(id, fd))??);
         }
-        let state = MachineStateV3 {
+        let state = MachineStateV4 {
             vcpus,
             vm: self.vm.save()?,
             serial: self.console.save(),
@@ -272,7 +278,7 @@ impl Machine {
     /// Puts a state into a machine that has not run; its memory is already there. For a `copy` it is the state of another
     /// guest, whose addresses it does not take over.
     pub fn restore(&self, bytes: &[u8], copy: bool) -> Result<(), MachineError> {
-        let state = MachineStateV3::decode(bytes)?;
+        let state = MachineStateV4::decode(bytes)?;
         let functions = self.all();
         if state.vcpus.len() != self.vcpus.len()
             || state.functions.len() != functions.len()
@@ -327,6 +333,33 @@ impl Machine {
             }
         }
         Ok(())
+    }
+
+    /// Another process goes on with the same descriptors: what only this one knows of a disk is written to its image.
+    pub fn hand_on(&self) -> Result<(), MachineError> {
+        for (index, function) in self.all().iter().enumerate() {
+            function
+                .hand_on()
+                .map_err(|e| MachineError::Lock(index, e))?;
+        }
+        Ok(())
+    }
+
+    /// Whatever of [`Machine::acquire`] could fail, and nothing that the guest would notice.
+    pub fn take_up(&self) -> Result<(), MachineError> {
+        for (index, function) in self.all().iter().enumerate() {
+            function
+                .take_up()
+                .map_err(|e| MachineError::Lock(index, e))?;
+        }
+        Ok(())
+    }
+
+    /// Nobody else goes on after all. What was handed on is taken up again: the other process may have let go of locks,
+    /// which are the descriptors'.
+    pub fn keep_devices(&self, handed_on: bool) -> Result<(), MachineError> {
+        self.all().iter().for_each(|function| function.kept());
+        if handed_on { self.take_up() } else { Ok(()) }
     }
 
     /// Gives up the locks of all devices.

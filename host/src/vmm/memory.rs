@@ -15,13 +15,13 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MmapAdvise, madvise};
-use nix::unistd::{Whence, lseek};
 use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestRegionMmap, MmapRegion, VolatileMemory};
 
 use super::layout::{FIRMWARE_END, HIGH_MEMORY, MAX_MEMORY, MIN_MEMORY, PAGE_SIZE, low_memory};
 use crate::devices::virtio::GuestRam;
+use crate::image_file::next_data;
 use crate::machine::plan::MachinePlan;
 
 /// All memory of a guest in one memfd: RAM from address 0, firmware's place in front of 4 GiB if it has one, and from
@@ -44,22 +44,21 @@ struct Run {
 impl GuestMemory {
     /// Makes memory of `size` bytes, a multiple of 2 MiB within the bounds of the layout.
     pub fn new(size: u64) -> Result<Self, MemoryError> {
-        if !(MIN_MEMORY..=MAX_MEMORY).contains(&size) || !size.is_multiple_of(2 << 20) {
-            return Err(MemoryError::Size(size));
-        }
+        check_size(size)?;
         Self::with_size(size)
     }
 
     /// Makes the memory of a plan that has been checked.
     pub fn of(plan: &MachinePlan) -> Result<Self, MemoryError> {
-        let Some(firmware) = plan.firmware else {
-            return Self::new(plan.memory_bytes);
-        };
-        let size = plan.memory_bytes;
-        if !(MIN_MEMORY..=MAX_MEMORY).contains(&size) || !size.is_multiple_of(2 << 20) {
-            return Err(MemoryError::Size(size));
-        }
-        Self::laid_out(size, plan.low_memory(), firmware.rom_bytes)
+        check_size(plan.memory_bytes)?;
+        Self::laid_out(plan.memory_bytes, plan.low_memory(), rom_bytes(plan))
+    }
+
+    /// The memory of a guest that another VMM has had until now. Whoever made the file is not believed: it must be of this
+    /// plan's size, and stay so.
+    pub fn handed_over(plan: &MachinePlan, file: File) -> Result<Self, MemoryError> {
+        check_handed(&file, plan.mapped_bytes())?;
+        Self::mapped(file, plan.memory_bytes, plan.low_memory(), rom_bytes(plan))
     }
 
     /// Makes memory of any number of pages; for small freestanding guests.
@@ -69,7 +68,10 @@ impl GuestMemory {
 
     fn laid_out(size: u64, low: u64, rom: u64) -> Result<Self, MemoryError> {
         let whole = size.checked_add(rom).ok_or(MemoryError::Size(size))?;
-        let file = sealed_memfd(c"guest-memory", whole)?;
+        Self::mapped(sealed_memfd(c"guest-memory", whole)?, size, low, rom)
+    }
+
+    fn mapped(file: File, size: u64, low: u64, rom: u64) -> Result<Self, MemoryError> {
         let mut runs = vec![Run::map(&file, 0, 0, low)?];
         if rom > 0 {
             let place = FIRMWARE_END.checked_sub(rom);
@@ -229,18 +231,13 @@ impl GuestMemory {
 
     /// Pages that hold anything at all, one bit a page: what the memory file has storage for.
     pub fn populated(&self) -> Result<Vec<u64>, MemoryError> {
-        let size = i64::try_from(self.size()).unwrap_or(i64::MAX);
         let mut bitmap = vec![0u64; self.pages().div_ceil(64) as usize];
         let mut offset = 0;
-        while offset < size {
-            let start = match lseek(&self.file, offset, Whence::SeekData) {
-                Ok(start) => start,
-                Err(Errno::ENXIO) => break,
-                Err(e) => return Err(e.into()),
+        while offset < self.size() {
+            let Some((start, end)) = next_data(&self.file, offset)? else {
+                break;
             };
-            let end = lseek(&self.file, start, Whence::SeekHole)?;
-            let first = start.unsigned_abs() / PAGE_SIZE;
-            for page in first..end.unsigned_abs().div_ceil(PAGE_SIZE).min(self.pages()) {
+            for page in start / PAGE_SIZE..end.div_ceil(PAGE_SIZE).min(self.pages()) {
                 if let Some(word) = bitmap.get_mut((page / 64) as usize) {
                     *word |= 1 << (page % 64);
                 }
@@ -285,7 +282,17 @@ impl ExchangeMemory {
     /// Makes the exchange memory.
     pub fn new() -> Result<Self, MemoryError> {
         let size = super::protocol::EXCHANGE_SIZE;
-        let file = sealed_memfd(c"exchange", size as u64)?;
+        Self::over(sealed_memfd(c"exchange", size as u64)?)
+    }
+
+    /// The exchange memory that another VMM of the same guest has had until now.
+    pub fn handed_over(file: File) -> Result<Self, MemoryError> {
+        check_handed(&file, super::protocol::EXCHANGE_SIZE as u64)?;
+        Self::over(file)
+    }
+
+    fn over(file: File) -> Result<Self, MemoryError> {
+        let size = super::protocol::EXCHANGE_SIZE;
         let mapping = MmapRegion::from_file(FileOffset::new(file.try_clone()?, 0), size)?;
         Ok(Self { mapping, file })
     }
@@ -340,6 +347,35 @@ pub enum MemoryError {
     /// Longer than the exchange memory.
     #[error("{0} bytes do not fit the exchange memory")]
     Exchange(usize),
+    /// What another VMM handed over is not what it should be.
+    #[error("memory that was handed over: {0}")]
+    Handed(&'static str),
+}
+
+/// What firmware takes beside the RAM.
+fn rom_bytes(plan: &MachinePlan) -> u64 {
+    plan.firmware.map_or(0, |firmware| firmware.rom_bytes)
+}
+
+fn check_size(size: u64) -> Result<(), MemoryError> {
+    if (MIN_MEMORY..=MAX_MEMORY).contains(&size) && size.is_multiple_of(2 << 20) {
+        return Ok(());
+    }
+    Err(MemoryError::Size(size))
+}
+
+/// Of this size, and of a size that nobody can change: a file that shrinks would end whoever has it mapped.
+fn check_handed(file: &File, size: u64) -> Result<(), MemoryError> {
+    if file.metadata()?.len() != size {
+        return Err(MemoryError::Handed("its size is not the plan's"));
+    }
+    let seals = fcntl(file, FcntlArg::F_GET_SEALS)
+        .map(SealFlag::from_bits_retain)
+        .map_err(|_| MemoryError::Handed("it is no memory file"))?;
+    if !seals.contains(SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW) {
+        return Err(MemoryError::Handed("its size is not sealed"));
+    }
+    Ok(())
 }
 
 fn sealed_memfd(name: &std::ffi::CStr, size: u64) -> Result<File, MemoryError> {
@@ -459,6 +495,45 @@ mod tests {
         );
         assert!(nix::unistd::write(&reader, b"x").is_err());
         assert!(memory.file.set_len(2 << 20).is_err());
+    }
+
+    #[test]
+    fn memory_is_taken_over_as_it_is_and_only_if_nobody_can_cut_it() {
+        let plan = MachinePlan {
+            name: "memory".into(),
+            vm_id: [1; 16],
+            vcpus: 1,
+            cpu: Default::default(),
+            memory_bytes: 64 << 20,
+            firmware: None,
+            cmdline: String::new(),
+            technology: crate::machine::plan::Technology::None,
+            disks: vec![],
+            nets: vec![],
+            vsock_cid: None,
+            small: Default::default(),
+            hotplug: Default::default(),
+        };
+        let first = GuestMemory::of(&plan).unwrap();
+        first.write(5 * 4096, b"there").unwrap();
+        let second = |file| GuestMemory::handed_over(&plan, file);
+        let taken = second(first.file.try_clone().unwrap()).unwrap();
+        let mut bytes = [0; 5];
+        taken.read(5 * 4096, &mut bytes).unwrap();
+        assert_eq!((&bytes, taken.runs()), (b"there", first.runs()));
+        taken.write(0, b"one memory").unwrap();
+        let mut same = [0; 10];
+        first.read(0, &mut same).unwrap();
+        assert_eq!(&same, b"one memory");
+        let unsealed = memfd_create(c"m", MFdFlags::MFD_ALLOW_SEALING).unwrap();
+        let unsealed = File::from(unsealed);
+        unsealed.set_len(64 << 20).unwrap();
+        let short = sealed_memfd(c"m", 62 << 20).unwrap();
+        let plain = tempfile::tempfile().unwrap();
+        plain.set_len(64 << 20).unwrap();
+        for wrong in [unsealed, short, plain] {
+            assert!(matches!(second(wrong), Err(MemoryError::Handed(_))));
+        }
     }
 
     #[test]

@@ -31,9 +31,10 @@ pub fn from_plan(plan: &MachinePlan, handles: &mut Handles) -> Result<Models, Ro
         let block = served(block.with_limits(disk.limits), disk)?;
         models.push(Box::new(block));
     }
-    for (net, index) in plan.nets.iter().zip(0u8..) {
-        let tap = handles.require(HandleKind::Tap(index))?;
-        let card = Net::new(tap, net.mac, net.announce.clone())
+    for (net, card) in plan.nets.iter().zip(0u8..) {
+        let taps = (0..net.queues).map(|pair| handles.require(HandleKind::Tap { card, pair }));
+        let taps = taps.collect::<Result<_, _>>()?;
+        let card = Net::new(taps, net.mac, net.announce.clone())
             .map_err(|e| failed("network card", &net.id, &e))?;
         models.push(Box::new(card.with_limits(net.limits)));
     }

@@ -25,8 +25,13 @@ pub enum HandleKind {
     Firmware,
     /// Disk `n` of the plan.
     Disk(u8),
-    /// Tap device of card `n` of the plan, with `IFF_VNET_HDR`.
-    Tap(u8),
+    /// A queue of the tap of card `n` of the plan, with `IFF_VNET_HDR`; one for each of the card's pairs, in order.
+    Tap {
+        /// Which card.
+        card: u8,
+        /// Which of its pairs of queues.
+        pair: u8,
+    },
     /// Listening Unix stream socket of the vsock device (host to guest, `CONNECT <port>\n`).
     VsockListener,
     /// Listening Unix stream socket of the virtio console.
@@ -42,6 +47,10 @@ pub enum HandleKind {
     Userfault,
     /// ASK ‖ ARK of the processor behind `/dev/sev`, as AMD publishes them.
     AmdCertificates,
+    /// The guest's memory, which another VMM of this host has had until now.
+    Memory,
+    /// That VMM's exchange memory.
+    Exchange,
 }
 
 /// Agent to VMM.
@@ -120,6 +129,24 @@ pub enum VmmRequest {
     SandboxReport,
     /// Ends the process.
     Shutdown,
+    /// Another VMM of this host is to take the guest over: lends it memory and exchange memory. The guest runs on;
+    /// until [`VmmRequest::KeepOn`] nothing of the machine is changed.
+    HandOver,
+    /// After [`VmmRequest::HandOver`]: stops the guest; its state lies in the exchange memory then.
+    Yield,
+    /// The guest stays with this VMM after all, and goes on as it was.
+    KeepOn,
+    /// The VMM that takes over, prepared with the other's memory: puts the state in. Nothing runs yet, and nothing of the
+    /// guest is changed: the other one can still go on.
+    TakeOver {
+        /// Length of the state in the exchange memory, in bytes, at most [`MAX_STATE`].
+        length: u64,
+    },
+    /// After [`VmmRequest::TakeOver`]: the guest is this VMM's from here on.
+    GoOn {
+        /// Whether it runs; one that stood still goes on standing still.
+        run: bool,
+    },
 }
 
 /// What binds a launch to the guest's owner and to the host's own choice.
@@ -202,6 +229,15 @@ pub enum VmmReply {
     Probe(crate::sandbox::report::ProbeReport),
     /// State of the sandbox.
     Report(crate::sandbox::report::SandboxReport),
+    /// Two descriptors beside it: guest memory, exchange memory.
+    HandedOver,
+    /// The guest stands still, its state is in the exchange memory.
+    Yielded {
+        /// Length of the state in bytes.
+        length: u64,
+        /// Whether it ran until now.
+        ran: bool,
+    },
 }
 
 /// A request that failed.
@@ -410,6 +446,9 @@ pub enum MoverReply {
     },
 }
 
+/// Number of what agent and VMM say to each other, the cell's description included. Raised with each change of it, of a
+/// plan, or of what they contain: an agent starts no VMM of another number.
+pub const VMM_PROTOCOL: u16 = 1;
 /// vCPUs that do not run at all never come to their pause.
 pub const MAX_THROTTLE: u8 = 99;
 /// Most pages in one exchange.
@@ -420,3 +459,48 @@ pub const PACKET_STRIDE: usize = 64 + 4096;
 pub const EXCHANGE_SIZE: usize = 4 << 20;
 /// Largest machine state in bytes.
 pub const MAX_STATE: usize = EXCHANGE_SIZE;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What an agent may say to a VMM of another program. Whoever adds a request puts it behind the others; whoever moves
+    /// one, or changes what it holds, raises [`VMM_PROTOCOL`].
+    #[test]
+    fn requests_are_numbered_as_in_protocol_1() {
+        assert_eq!(VMM_PROTOCOL, 1);
+        let first = |request: &VmmRequest| postcard::to_stdvec(request).unwrap();
+        let said = [
+            (VmmRequest::Run, vec![4]),
+            (VmmRequest::Pause, vec![5]),
+            (VmmRequest::Resume, vec![6]),
+            (VmmRequest::AttachMover, vec![8]),
+            (VmmRequest::Status, vec![11]),
+            (VmmRequest::SandboxProbe, vec![16]),
+            (VmmRequest::SandboxReport, vec![17]),
+            (VmmRequest::Shutdown, vec![18]),
+            (VmmRequest::HandOver, vec![19]),
+            (VmmRequest::Yield, vec![20]),
+            (VmmRequest::KeepOn, vec![21]),
+            (VmmRequest::TakeOver { length: 300 }, vec![22, 0xac, 2]),
+            (VmmRequest::GoOn { run: true }, vec![23, 1]),
+        ];
+        for (request, bytes) in said {
+            assert_eq!(first(&request), bytes, "{request:?}");
+        }
+        for (kind, number) in [
+            (HandleKind::Kvm, 0),
+            (HandleKind::ConsoleListener, 9),
+            (HandleKind::Memory, 15),
+            (HandleKind::Exchange, 16),
+        ] {
+            assert_eq!(postcard::to_stdvec(&kind).unwrap(), [number], "{kind:?}");
+        }
+        let yielded = VmmReply::Yielded {
+            length: 1,
+            ran: true,
+        };
+        let bytes = postcard::to_stdvec(&VmmMessage::Reply(Ok(yielded))).unwrap();
+        assert_eq!(bytes, [0, 0, 9, 1, 1]);
+    }
+}

@@ -14,7 +14,7 @@ use crate::machine::saved::{FormatError, MACHINE_STATE};
 
 /// Everything of a machine but its memory, version 3.
 #[derive(Serialize, Deserialize)]
-pub struct MachineStateV3 {
+pub struct MachineStateV4 {
     /// vCPUs in order.
     pub vcpus: Vec<VcpuStateV1>,
     /// Interrupt controllers, timer, clock.
@@ -31,13 +31,13 @@ pub struct MachineStateV3 {
     pub chipset: Option<ChipsetStateV1>,
 }
 
-impl MachineStateV3 {
+impl MachineStateV4 {
     /// As [`MACHINE_STATE`] says.
     pub fn encode(&self) -> Result<Vec<u8>, FormatError> {
         MACHINE_STATE.encode(self)
     }
 
-    /// Reads what [`MachineStateV3::encode`] wrote; nothing may follow.
+    /// Reads what [`MachineStateV4::encode`] wrote; nothing may follow.
     pub fn decode(bytes: &[u8]) -> Result<Self, FormatError> {
         MACHINE_STATE.decode(bytes)
     }
@@ -50,7 +50,7 @@ mod tests {
     #[test]
     fn the_golden_file_is_read_and_written_again_as_it_is() {
         let golden = golden();
-        let state = MachineStateV3::decode(&golden).unwrap();
+        let state = MachineStateV4::decode(&golden).unwrap();
         assert!(
             state.vcpus.len() == 2
                 && state.functions.len() == 6
@@ -64,23 +64,23 @@ mod tests {
     #[test]
     fn states_of_other_versions_are_refused_with_what_to_do() {
         let golden = golden();
-        for (version, remedy) in [(1, "the casemate that wrote it"), (4, "update")] {
+        for (version, remedy) in [(1, "the casemate that wrote it"), (5, "update")] {
             let mut other = golden.clone();
             other[8] = version;
-            let error = MachineStateV3::decode(&other).err().unwrap();
+            let error = MachineStateV4::decode(&other).err().unwrap();
             assert!(
                 error.is_version() && error.to_string().contains(remedy),
                 "{error}"
             );
         }
-        assert!(MachineStateV3::decode(&golden[..golden.len() - 1]).is_err());
+        assert!(MachineStateV4::decode(&golden[..golden.len() - 1]).is_err());
     }
 
     /// Of a machine that has every device; `host/tests/vmm_state.rs` writes it.
     fn golden() -> Vec<u8> {
         let path = concat!(
             env!("CARGO_MANIFEST_DIR"),
-            "/tests/golden/machine-state-3.bin"
+            "/tests/golden/machine-state-4.bin"
         );
         std::fs::read(path).unwrap()
     }

@@ -187,6 +187,7 @@ impl Role {
             | Kind::Console
             | Kind::Attach
             | Kind::Detach
+            | Kind::Upgrade
             | Kind::Snapshot
             | Kind::SnapshotErase
             | Kind::MigrateOut

@@ -1,9 +1,5 @@
 //! A disk with its own boot loader starts Linux through Debian's OVMF, 12's and 13's; the guest goes on after a snapshot.
-#![expect(
-    clippy::unwrap_used,
-    clippy::panic,
-    reason = "a test fails by panicking"
-)]
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;
 
@@ -20,20 +16,7 @@ use common::*;
 fn a_disk_boots_through_ovmf_and_goes_on_after_a_snapshot() {
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let world = world("firmware", Extent::Direct);
-    let description = describe(&world, "LAB_FIRMWARE");
-    let info: GuestInfo = world
-        .site_a
-        .ask(&["run", &description.display().to_string()])
-        .unwrap();
-    let mut watch = GuestWatch::new(&info.console);
-    watch
-        .wait("the guest's `ready`", BOOT, |w| w.ready)
-        .unwrap();
-    watch.wait_ticks(10, BOOT).unwrap();
-    let console = std::fs::read_to_string(&info.console).unwrap();
-    let started = console.contains("BdsDxe: starting Boot");
-    assert!(started, "firmware starts no boot loader:\n{console}");
-    assert_intact(&world, Host::A, "firmware");
+    let mut watch = booted(&world, "LAB_FIRMWARE");
 
     let file = world.folder.join("firmware.snap").display().to_string();
     world
@@ -52,7 +35,15 @@ fn a_disk_boots_through_ovmf_and_goes_on_after_a_snapshot() {
 fn the_same_disk_boots_through_debian_13s_ovmf() {
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let world = world("trixie", Extent::Direct);
-    let description = describe(&world, "LAB_FIRMWARE_TRIXIE");
+    let watch = booted(&world, "LAB_FIRMWARE_TRIXIE");
+    assert_eq!(watch.problems, Vec::<String>::new());
+    world.site_a.done(&["stop", "firmware"]).unwrap();
+    assert_ends_clean(world);
+}
+
+/// A guest that this firmware started from the disk, at work.
+fn booted(world: &World, firmware: &str) -> GuestWatch {
+    let description = describe(world, firmware);
     let info: GuestInfo = world
         .site_a
         .ask(&["run", &description.display().to_string()])
@@ -65,10 +56,8 @@ fn the_same_disk_boots_through_debian_13s_ovmf() {
     let console = std::fs::read_to_string(&info.console).unwrap();
     let started = console.contains("BdsDxe: starting Boot");
     assert!(started, "firmware starts no boot loader:\n{console}");
-    assert_intact(&world, Host::A, "firmware");
-    assert_eq!(watch.problems, Vec::<String>::new());
-    world.site_a.done(&["stop", "firmware"]).unwrap();
-    assert_ends_clean(world);
+    assert_intact(world, Host::A, "firmware");
+    watch
 }
 
 /// The guest's work is on the first disk; firmware has to find the second, at which nothing can be written.
@@ -84,13 +73,6 @@ fn describe(world: &World, firmware: &str) -> PathBuf {
     let path = world.folder.join("firmware.toml");
     std::fs::write(&path, described).unwrap();
     path
-}
-
-/// What the lab's runner ships where `lab boot-disk` has made it.
-fn shipped(name: &str) -> PathBuf {
-    let path = std::env::var_os(name);
-    path.unwrap_or_else(|| panic!("{name} is not set; run this through `cargo verify`"))
-        .into()
 }
 
 /// Each counts what its world leaves behind, and two guests would be slower than one.

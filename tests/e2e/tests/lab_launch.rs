@@ -117,7 +117,7 @@ fn rubbish_is_refused_in_time(world: &World) {
         waited > Duration::from_secs(1),
         "silence is given some time: {waited:?}"
     );
-    assert_logged(&world.site_a, "PEER_TIMEOUT");
+    assert_logged(&world.site_a, "a connection was closed");
 }
 
 fn an_agent_that_is_killed_leaves_no_process(world: &mut World) {

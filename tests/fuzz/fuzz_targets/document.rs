@@ -26,10 +26,18 @@ fuzz_target!(|bytes: &[u8]| {
         return;
     };
     let ask = |action: Action| {
-        let actors = [Actor::Host, Actor::Local { uid: 0 }, Actor::Local { uid: 1000 }];
+        let actors = [
+            Actor::Host,
+            Actor::Local { uid: 0 },
+            Actor::Local { uid: 1000 },
+        ];
         actors.into_iter().any(|actor| {
             let clock = Timestamp::from_unix(1_780_272_000);
-            decide(&policy, &Inquiry::new(actor, "bank-1", action.clone(), clock)).allowed
+            decide(
+                &policy,
+                &Inquiry::new(actor, "bank-1", action.clone(), clock),
+            )
+            .allowed
         })
     };
     let launch = |emulated, policy_bits| Action::Launch {

@@ -94,8 +94,8 @@ struct Rig {
     ram: GuestRam,
     function: VirtioPci,
     image: File,
-    /// The other end of what stands for the tap.
-    wire: OwnedFd,
+    /// The other ends of what stands for the tap's queues.
+    wires: Vec<OwnedFd>,
     queues: u64,
 }
 
@@ -109,14 +109,8 @@ impl Rig {
         );
         let ram = GuestRam::from_ranges_with_files([range]).expect("memory");
         let image = memory_file(IMAGE);
-        let (tap, wire) = socketpair(
-            AddressFamily::Unix,
-            SockType::SeqPacket,
-            None,
-            SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
-        )
-        .expect("sockets");
-        let device = device(kind, &image, tap);
+        let (taps, wires) = tap();
+        let device = device(kind, &image, taps);
         let queues = device.queue_sizes().len() as u64;
         let function = function(device, &ram);
         function.acquire().expect("nobody else has it");
@@ -125,7 +119,7 @@ impl Rig {
             ram,
             function,
             image,
-            wire,
+            wires,
             queues,
         }
     }
@@ -147,7 +141,10 @@ impl Rig {
             11 => self.request(program),
             12 => {
                 let frame = [&[0; 12][..], &[0xff; 6], &[2; 6], &[8, 6, 0, 1, 8, 0, 6, 4]].concat();
-                let _ = send(raw(&self.wire), &frame, MsgFlags::MSG_DONTWAIT);
+                let wire = program.small() as usize % self.wires.len();
+                if let Some(wire) = self.wires.get(wire) {
+                    let _ = send(raw(wire), &frame, MsgFlags::MSG_DONTWAIT);
+                }
                 self.function.fd_event(program.small() as u32 % 4);
             }
             13 => self.change(program),
@@ -233,6 +230,7 @@ impl Rig {
                 &program.small().to_le_bytes(),
             ]
             .concat(),
+            1 if program.small() < 32 => vec![4, 0, program.small() as u8 % 4, 0],
             1 => [
                 &[
                     program.small() as u8 % 2,
@@ -314,19 +312,13 @@ impl Rig {
     fn go_elsewhere(&mut self) {
         self.function.release().expect("given up");
         let state = self.function.save();
-        let (tap, wire) = socketpair(
-            AddressFamily::Unix,
-            SockType::SeqPacket,
-            None,
-            SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
-        )
-        .expect("sockets");
-        let fresh = function(device(self.kind, &self.image, tap), &self.ram);
+        let (taps, wires) = tap();
+        let fresh = function(device(self.kind, &self.image, taps), &self.ram);
         // A guest whose rings are nonsense need not arrive; then it stays.
         if fresh.restore(state).is_ok() {
             self.check();
             self.function = fresh;
-            self.wire = wire;
+            self.wires = wires;
             self.function.rouse();
         }
         self.function.acquire().expect("free again");
@@ -336,17 +328,33 @@ impl Rig {
         let length = self.image.metadata().expect("a file").len();
         assert_eq!(length, IMAGE, "the image's length");
         let mut frame = vec![0; 70_000];
-        while let Ok(count @ 1..) = recv(raw(&self.wire), &mut frame, MsgFlags::MSG_DONTWAIT) {
-            assert!(
-                count >= 26 && frame[18..24] == MAC,
-                "a frame of somebody else's"
-            );
+        for wire in &self.wires {
+            while let Ok(count @ 1..) = recv(raw(wire), &mut frame, MsgFlags::MSG_DONTWAIT) {
+                assert!(
+                    count >= 26 && frame[18..24] == MAC,
+                    "a frame of somebody else's"
+                );
+            }
         }
         let _ = self.function.faults();
     }
 }
 
-fn device(kind: u8, image: &File, tap: OwnedFd) -> Box<dyn VirtioDevice> {
+/// Two queues of a tap, and their other ends.
+fn tap() -> (Vec<OwnedFd>, Vec<OwnedFd>) {
+    let pair = |_| {
+        socketpair(
+            AddressFamily::Unix,
+            SockType::SeqPacket,
+            None,
+            SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
+        )
+        .expect("sockets")
+    };
+    (0..2).map(pair).unzip()
+}
+
+fn device(kind: u8, image: &File, taps: Vec<OwnedFd>) -> Box<dyn VirtioDevice> {
     let rate = Rate {
         per_second: 1 << 30,
         burst: 1 << 30,
@@ -355,7 +363,7 @@ fn device(kind: u8, image: &File, tap: OwnedFd) -> Box<dyn VirtioDevice> {
         0 => Box::new(
             block::Block::new(image.try_clone().expect("a file"), "disk", false).expect("a disk"),
         ),
-        1 => Box::new(net::Net::over(tap, MAC, vec![Ipv4Addr::LOCALHOST]).expect("a card")),
+        1 => Box::new(net::Net::over(taps, MAC, vec![Ipv4Addr::LOCALHOST]).expect("a card")),
         2 => Box::new(vsock::Vsock::new(3, listener()).expect("vsock")),
         3 => Box::new(rng::Rng::new(RngPlan { bytes: rate }).expect("a source")),
         4 => {
@@ -424,7 +432,7 @@ fn ring(queue: u64) -> u64 {
 
 const KINDS: u8 = 6;
 const RAM: u64 = 0x4_0000;
-const BUFFERS: u64 = 0x2_0000;
+const BUFFERS: u64 = 0x2_4000;
 const IMAGE: u64 = 0x1_0000;
 const MAC: [u8; 6] = [0x52, 0x54, 0, 1, 2, 3];
 const OPERATIONS_MAX: usize = 200;

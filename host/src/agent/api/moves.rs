@@ -30,6 +30,9 @@ pub struct MovePlan {
     pub downtime_ms: f64,
     /// The longest that is asked for, in milliseconds.
     pub downtime_limit_ms: u64,
+    /// Connections that would carry memory; what the way carries was measured over one.
+    #[serde(default)]
+    pub streams: u16,
     /// Why the guest would be paused: `converged`, or `max-rounds`, or `no-progress`.
     pub convergence: String,
     /// How far its vCPUs would be throttled, in percent.

@@ -55,8 +55,8 @@ impl Failure {
             "TOO_LARGE" => StatusCode::PAYLOAD_TOO_LARGE,
             "MEDIA_TYPE" => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             "NOT_PERMITTED" => StatusCode::FORBIDDEN,
-            "NAME_TAKEN" | "ALREADY_MOVING" | "NOT_MOVING" | "NOT_OWNER" | "NOT_RUNNING"
-            | "NOT_WAITING" | "NOT_CANCELLABLE" => StatusCode::CONFLICT,
+            "NAME_TAKEN" | "ALREADY_MOVING" | "UPGRADING" | "NOT_MOVING" | "NOT_OWNER"
+            | "NOT_RUNNING" | "NOT_WAITING" | "NOT_CANCELLABLE" => StatusCode::CONFLICT,
             "DESCRIPTION" | "BASE64" | "OWNER_SESSION" | "ID_BLOCK" | "POLICY" => {
                 StatusCode::UNPROCESSABLE_ENTITY
             }

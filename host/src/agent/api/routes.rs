@@ -54,6 +54,7 @@ pub const ROUTES: &[Route] = &[
     post("pause", "/v1/guests/{name}/pause", "guest"),
     post("resume", "/v1/guests/{name}/resume", "guest"),
     post("nmi", "/v1/guests/{name}/nmi", "guest"),
+    task("upgrade", "/v1/guests/{name}/upgrade", "upgraded"),
     task("snapshot", "/v1/guests/{name}/snapshot", "snapshotted"),
     task("restore", "/v1/restore", "guest"),
     task("clone", "/v1/clone", "guest"),

@@ -116,6 +116,7 @@ pub fn every_request() -> Vec<Request> {
             bandwidth_mib: None,
             unthrottled: false,
             read_back: false,
+            streams: None,
             copy_disks: vec![name()],
         },
         Request::Cancel { name: name() },
@@ -172,6 +173,7 @@ pub fn every_request() -> Vec<Request> {
             downtime_limit_ms: None,
             bandwidth_mib: None,
             unthrottled: false,
+            streams: None,
             copy_disks: vec![name()],
         },
         Request::Proceed { name: name() },
@@ -216,6 +218,7 @@ pub fn every_request() -> Vec<Request> {
             timeout_s: Some(3),
         },
         Request::ConsoleOpen { name: name() },
+        Request::Upgrade { name: name() },
     ];
     let mut kinds: Vec<usize> = all.iter().map(kind).collect();
     kinds.dedup();
@@ -223,7 +226,7 @@ pub fn every_request() -> Vec<Request> {
     all
 }
 
-const LAST: usize = 43;
+const LAST: usize = 44;
 
 fn kind(request: &Request) -> usize {
     match request {
@@ -270,7 +273,8 @@ fn kind(request: &Request) -> usize {
         Request::SnapshotErase { .. } => 40,
         Request::Attach { .. } => 41,
         Request::Detach { .. } => 42,
-        Request::ConsoleOpen { .. } => LAST,
+        Request::ConsoleOpen { .. } => 43,
+        Request::Upgrade { .. } => LAST,
     }
 }
 
@@ -315,7 +319,14 @@ fn every_request_that_changes_something_is_refused_to_a_viewer_and_recorded_for_
         assert_eq!(host.records().len() > before, !reads, "{shown}");
     }
     // What an operator may do is decided, recorded with all it takes to decide again, and then finds no guest.
-    for action in ["stop", "pause", "resume", "cancel", "sandbox-probe"] {
+    for action in [
+        "stop",
+        "pause",
+        "resume",
+        "cancel",
+        "sandbox-probe",
+        "upgrade",
+    ] {
         let request = every_request()
             .into_iter()
             .find(|r| matches!(r.asked(), Asked::Whole(a, _) if a.name() == action));
@@ -358,6 +369,7 @@ fn without_people_the_socket_s_users_are_operators_as_before() {
         bandwidth_mib: None,
         unthrottled: false,
         read_back: false,
+        streams: None,
         copy_disks: Vec::new(),
     };
     assert_eq!(host.code(0, away), "NO_SUCH_GUEST");

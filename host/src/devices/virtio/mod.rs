@@ -83,6 +83,18 @@ pub trait VirtioDevice: Send {
     fn release(&mut self) -> std::io::Result<()>;
     /// The guest is about to run here: take locks. Fails if somebody else holds them.
     fn acquire(&mut self) -> std::io::Result<()>;
+    /// The guest stands still, and another process is about to go on with the same descriptors: what only this one knows
+    /// of the medium is written there. Locks stay as they are: they are the descriptors'. Most devices know nothing.
+    fn hand_on(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+    /// The other side of [`VirtioDevice::hand_on`]: whatever of [`VirtioDevice::acquire`] could fail, with no request
+    /// served: until the guest runs, the other process can go on instead.
+    fn take_up(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+    /// The guest stays with this process after all: another one may have set what the descriptors share.
+    fn kept(&mut self) {}
     /// The guest has just arrived by a move and runs: announce addresses, tell the driver that connections were reset.
     /// Called up to five times, with growing intervals. Most devices have nothing to say.
     fn announce(&mut self) {}

@@ -233,6 +233,21 @@ impl VirtioPci {
         self.lock().device.release()
     }
 
+    /// Control thread: another process goes on with the same descriptors.
+    pub fn hand_on(&self) -> std::io::Result<()> {
+        self.lock().device.hand_on()
+    }
+
+    /// Control thread: nobody else goes on after all.
+    pub fn kept(&self) {
+        self.lock().device.kept();
+    }
+
+    /// Control thread: whether the device can be acquired; nothing is served.
+    pub fn take_up(&self) -> std::io::Result<()> {
+        self.lock().device.take_up()
+    }
+
     /// Control thread: takes locks before the guest runs.
     pub fn acquire(&self) -> std::io::Result<()> {
         self.lock().device.acquire()

@@ -115,6 +115,10 @@ pub(super) struct Net {
         regex(pattern = "^[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}$")
     )]
     pub(super) mac: Spanned<String>,
+    /// Pairs of a receive and a transmit queue, 1 to 8, of all cards together at most 16. The default is 1; one for each
+    /// vCPU spares these each other's locks.
+    #[schemars(with = "Option<u8>", range(min = 1, max = 8))]
+    pub(super) queues: Option<Spanned<u8>>,
     /// IPv4 addresses that are announced after a move.
     #[serde(default)]
     #[schemars(length(max = 8))]

@@ -91,9 +91,23 @@ fn every_fault_names_its_line_its_key_and_what_would_be_right() {
         ),
         ("secret = true", "policy = 0x22", 10, "NODBG"),
         ("\"data.raw\"", "\".\"", 13, "not a regular file"),
+        ("\"data.raw\"", "\"/dev/null\"", 13, "or a block device"),
+        ("\"vmlinuz\"", "\"/dev/null\"", 5, "not a regular file;"),
         ("\"tap0\"", "\"../tap\"", 16, "`net.tap`"),
         ("52:54:00:00:00:01", "53:54:00:00:00:01", 18, "unicast"),
         ("52:54:00:00:00:01", "52:54:00:00:00", 18, "`net.mac`"),
+        (
+            "announce = [\"10.0.0.1\"]",
+            "queues = 9",
+            19,
+            "want 1 to 8 pairs",
+        ),
+        (
+            "announce = [\"10.0.0.1\"]",
+            "queues = 0",
+            19,
+            "`net.queues` is 0",
+        ),
         ("cid = 3", "cid = 2", 21, "want 3"),
         ("name = \"vault\"", "name = \"Vault!\"", 1, "a-z"),
     ];

@@ -125,6 +125,11 @@ pub(super) const DEVICE_IO: &[Rule] = &[
         [Cond::Among(1, &[TUNSETOFFLOAD])],
         "tap: what of a frame's work the guest's driver does itself, at its start and reset"
     ),
+    permit!(
+        SYS_ioctl,
+        [Cond::Among(1, &[TUNSETQUEUE])],
+        "tap: which of its queues get frames, as the guest's driver asks"
+    ),
 ];
 
 /// Device thread: waits, besides [`DEVICE_IO`].
@@ -154,6 +159,7 @@ pub(super) const VCPU: &[Rule] = &[
 
 /// `_IOW('T', 208, unsigned int)`.
 const TUNSETOFFLOAD: u64 = 0x4004_54d0;
+const TUNSETQUEUE: u64 = 0x4004_54d9;
 /// `IORING_ENTER_GETEVENTS`.
 const ENTER_GETEVENTS: u64 = 1;
 /// `_IOW('T', 216, int)`.

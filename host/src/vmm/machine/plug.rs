@@ -167,7 +167,7 @@ fn model_of(
         }
         Attachment::Net(net) => {
             alone.nets.push(net);
-            HandleKind::Tap(0)
+            HandleKind::Tap { card: 0, pair: 0 }
         }
     };
     let mut handles = Handles::new(vec![kind], vec![descriptor])?;

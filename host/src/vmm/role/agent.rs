@@ -22,7 +22,13 @@ impl Control {
         request: VmmRequest,
         handles: Vec<OwnedFd>,
     ) -> Result<VmmReply, RoleError> {
+        self.expect_not_handing(&request)?;
         match request {
+            VmmRequest::HandOver => self.hand_over(),
+            VmmRequest::Yield => self.yield_guest(),
+            VmmRequest::KeepOn => self.keep_on(),
+            VmmRequest::TakeOver { length } => self.take_over(length),
+            VmmRequest::GoOn { run } => self.go_on(run),
             VmmRequest::Prepare { .. } => Err(wrong_state("the machine is prepared already")),
             VmmRequest::Launch { binding } => self.launch(&binding).map(VmmReply::Launched),
             VmmRequest::Incoming { copy } => {
@@ -148,7 +154,7 @@ impl Control {
     }
 
     /// While a mover is there the machine stays what it said of itself.
-    fn expect_no_mover(&self) -> Result<(), RoleError> {
+    pub(super) fn expect_no_mover(&self) -> Result<(), RoleError> {
         match self.mover {
             Some(_) => Err(wrong_state("a mover is attached; its end comes first")),
             None => Ok(()),

@@ -6,6 +6,7 @@
 mod agent;
 mod mover;
 mod throttle;
+mod upgrade;
 
 use std::os::fd::AsFd;
 
@@ -13,6 +14,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, poll};
 
 use self::throttle::Throttle;
+use self::upgrade::Handing;
 use super::hooks::{Handles, Hooks};
 use super::machine::Machine;
 use super::protocol::{
@@ -75,6 +77,7 @@ struct Control {
     state: MachineState,
     mover: Option<Channel>,
     moving: Move,
+    handing: Option<Handing>,
     stop_seen: bool,
 }
 
@@ -118,6 +121,7 @@ impl Control {
             state: MachineState::Prepared,
             mover: None,
             moving: Move::default(),
+            handing: None,
             stop_seen: false,
         }
     }
@@ -201,7 +205,12 @@ impl Control {
         };
         let last = matches!(request.body, VmmRequest::Shutdown);
         let answer = self.answer_agent(request.body, request.handles);
-        self.agent.send(&reply(answer))?;
+        if matches!(answer, Ok(VmmReply::HandedOver)) {
+            let lent = [self.machine.memory().file(), self.machine.exchange().file()];
+            self.agent.send_with(&reply(answer), &lent)?;
+        } else {
+            self.agent.send(&reply(answer))?;
+        }
         Ok(!last)
     }
 
@@ -237,7 +246,9 @@ impl Control {
             Some(WatchdogAction::Stop) => self.machine.stop_notice().stop("watchdog"),
             // Not under a mover, who pauses and resumes by its own order.
             Some(WatchdogAction::Pause)
-                if self.state == MachineState::Running && self.mover.is_none() =>
+                if self.state == MachineState::Running
+                    && self.mover.is_none()
+                    && self.handing.is_none() =>
             {
                 match self.machine.pause() {
                     Ok(()) => self.state = MachineState::Paused,

@@ -70,7 +70,7 @@ fn vmm(guest: &Guest) -> Result<()> {
         (HandleKind::Kernel, open(&guest.kernel, false)?),
         (HandleKind::Initrd, open(&guest.initrd, false)?),
         (HandleKind::Disk(0), open(&guest.disk, true)?),
-        (HandleKind::Tap(0), tap::open(TAP, None)?),
+        (HandleKind::Tap { card: 0, pair: 0 }, tap::open(TAP, None)?),
     ];
     let (agent, other) = Channel::pair().context("make a channel")?;
     // Its answers end with it: a role that fails is seen as a channel that closes.
@@ -119,6 +119,7 @@ fn plan() -> MachinePlan {
             limits: Default::default(),
         }],
         nets: vec![NetPlan {
+            queues: 1,
             id: "net0".into(),
             mac: MAC_BYTES,
             announce: Vec::new(),

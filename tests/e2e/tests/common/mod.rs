@@ -1,11 +1,13 @@
 //! A world for one lab test, and rubbish to throw at it.
 #![allow(dead_code, reason = "each test binary uses its part")]
 #![allow(
+    clippy::indexing_slicing,
     clippy::panic,
     clippy::unwrap_used,
     reason = "a test fails by panicking"
 )]
 
+pub mod debian;
 pub mod lone;
 
 use std::io::{Read, Write};
@@ -94,6 +96,31 @@ pub fn assert_logged(site: &Site, code: &str) {
         );
         std::thread::sleep(Duration::from_millis(50));
     }
+}
+
+/// What the lab's runner ships where `cargo verify` has made it.
+pub fn shipped(name: &str) -> PathBuf {
+    let path = std::env::var_os(name);
+    path.unwrap_or_else(|| panic!("{name} is not set; run this through `cargo verify`"))
+        .into()
+}
+
+/// An image as `qemu-img create -f qcow2` makes it: header, reference counts, an empty first table.
+pub fn empty_qcow2(size: u64) -> Vec<u8> {
+    let mut image = vec![0; 4 << 16];
+    let mut set = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
+    set(0, b"QFI\xfb\0\0\0\x03");
+    set(20, &16u32.to_be_bytes());
+    set(24, &size.to_be_bytes());
+    set(36, &1u32.to_be_bytes());
+    set(40, &0x3_0000u64.to_be_bytes());
+    set(48, &0x1_0000u64.to_be_bytes());
+    set(56, &1u32.to_be_bytes());
+    set(96, &4u32.to_be_bytes());
+    set(100, &104u32.to_be_bytes());
+    set(0x1_0000, &0x2_0000u64.to_be_bytes());
+    (0..4).for_each(|n| set(0x2_0000 + n * 2, &[0, 1]));
+    image
 }
 
 /// The product's own deadlines are shorter.

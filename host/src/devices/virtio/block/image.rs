@@ -7,15 +7,14 @@
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
-use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, FcntlArg, fallocate, fcntl};
-use nix::unistd::{Whence, lseek};
+use nix::fcntl::{FallocateFlags, fallocate};
 use vm_memory::bitmap::Bitmap;
 
 use super::super::ring::{Segments, Slice};
 use super::written::BLOCK;
+use crate::image_file::{Hold, hold, next_data};
 
 /// Bytes in a sector, whatever the medium has.
 pub(super) const SECTOR: u64 = 512;
@@ -173,15 +172,13 @@ impl Image {
     pub(super) fn allocated(&self) -> io::Result<Vec<u64>> {
         let blocks = (self.sectors * SECTOR).div_ceil(BLOCK);
         let mut words = vec![0u64; usize::try_from(blocks.div_ceil(64)).map_err(io::Error::other)?];
-        let size = i64::try_from(self.sectors * SECTOR).map_err(io::Error::other)?;
+        let size = self.sectors * SECTOR;
         let mut offset = 0;
         while offset < size {
-            let start = match lseek(&self.file, offset, Whence::SeekData) {
-                Err(Errno::ENXIO) => break,
-                start => start?,
+            let Some((start, end)) = next_data(&self.file, offset)? else {
+                break;
             };
-            let end = lseek(&self.file, start, Whence::SeekHole)?.min(size);
-            for block in start.unsigned_abs() / BLOCK..end.unsigned_abs().div_ceil(BLOCK) {
+            for block in start / BLOCK..end.min(size).div_ceil(BLOCK) {
                 let word = usize::try_from(block / 64).ok();
                 if let Some(word) = word.and_then(|word| words.get_mut(word)) {
                     *word |= 1 << (block % 64);
@@ -197,17 +194,10 @@ impl Image {
         self.file.sync_data()
     }
 
-    /// Takes the image for this open file description, or fails soon. Not at once: the kernel takes a ring apart, and with
-    /// it the lock of a guest that is gone, a moment after its process.
+    /// Takes the image for this open file description, or fails soon.
     pub(super) fn lock(&self, shared: bool, name: &str) -> io::Result<()> {
-        let kind = if shared { libc::F_RDLCK } else { libc::F_WRLCK };
-        let begun = Instant::now();
-        let mut result = self.set_lock(kind);
-        while matches!(result, Err(Errno::EAGAIN | Errno::EACCES)) && begun.elapsed() < PATIENCE {
-            std::thread::sleep(PATIENCE / 50);
-            result = self.set_lock(kind);
-        }
-        match result {
+        let how = if shared { Hold::Shared } else { Hold::Alone };
+        match hold(&self.file, how) {
             Err(Errno::EAGAIN | Errno::EACCES) => Err(io::Error::new(
                 io::ErrorKind::WouldBlock,
                 format!(
@@ -223,18 +213,7 @@ impl Image {
     }
 
     pub(super) fn unlock(&self) -> io::Result<()> {
-        Ok(self.set_lock(libc::F_UNLCK)?)
-    }
-
-    fn set_lock(&self, kind: i32) -> Result<(), Errno> {
-        let whole = libc::flock {
-            l_type: kind as i16,
-            l_whence: libc::SEEK_SET as i16,
-            l_start: 0,
-            l_len: 0,
-            l_pid: 0,
-        };
-        fcntl(&self.file, FcntlArg::F_OFD_SETLK(&whole)).map(drop)
+        Ok(hold(&self.file, Hold::Free)?)
     }
 }
 
@@ -280,8 +259,5 @@ fn advance(vectors: &mut Vec<Vector>, mut count: usize) {
         first.0.iov_len -= count;
     }
 }
-
-/// How long a lock is waited for.
-const PATIENCE: Duration = Duration::from_millis(500);
 /// The kernel's IOV_MAX.
 const BATCH: usize = 1024;

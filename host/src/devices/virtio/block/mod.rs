@@ -320,6 +320,19 @@ impl VirtioDevice for Block {
         self.disk.image.unlock()
     }
 
+    fn hand_on(&mut self) -> io::Result<()> {
+        self.finish();
+        match (&mut self.disk.image, self.disk.read_only) {
+            // Its tables are in this process; of a raw image the kernel has everything.
+            (image @ Medium::Qcow2(_), false) => image.flush(),
+            _ => Ok(()),
+        }
+    }
+
+    fn take_up(&mut self) -> io::Result<()> {
+        self.disk.image.lock(self.disk.read_only, &self.disk.name)
+    }
+
     fn acquire(&mut self) -> io::Result<()> {
         self.disk.image.lock(self.disk.read_only, &self.disk.name)?;
         self.held = true;

@@ -1,11 +1,14 @@
-//! The virtio network card (specification section 5.1) on a tap: one receive and one transmit queue.
+//! The virtio network card (specification section 5.1) on a tap: one pair of a receive and a transmit queue, or several
+//! (`VIRTIO_NET_F_MQ`), each on a queue of the tap of its own, as many in use as the driver asks for.
 //!
 //! Neither side is believed. The guest may send only from its own address, also in ARP; the header it puts before a
 //! frame reaches the host's kernel only as far as it asks for what was agreed and points into the frame; what arrives
 //! from the tap goes into guest memory only as far as it fits.
 
+mod control;
 mod frame;
 mod offload;
+mod packet;
 mod tap;
 
 use std::io;
@@ -17,14 +20,18 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::unistd;
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
-use virtio_bindings::virtio_net::{VIRTIO_NET_F_MAC, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP};
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_STATUS,
+    VIRTIO_NET_S_LINK_UP,
+};
 use virtio_queue::Queue;
 
-use self::frame::{FRAME_MAX, FRAME_MIN, HEADER, Mac};
+use self::frame::{FRAME_MAX, HEADER, Mac};
 use self::offload::Offloads;
 use super::limit::Limiter;
-use super::ring::{Active, Chain, RING_FEATURES};
+use super::ring::{Active, RING_FEATURES};
 use super::{Activation, RestoreError, VirtioDevice, saved};
+use crate::machine::plan::MAX_PAIRS;
 use crate::machine::plan::devices::{DeviceChange, Limits};
 
 /// A virtio network card.
@@ -32,7 +39,11 @@ use crate::machine::plan::devices::{DeviceChange, Limits};
 /// Frames flow only between [`VirtioDevice::acquire`] and [`VirtioDevice::release`]; otherwise they wait in the queue
 /// and in the tap.
 pub struct Net {
-    tap: OwnedFd,
+    /// At least one.
+    pairs: Vec<Pair>,
+    /// How many of them carry frames, from the first on: what the driver asked for last.
+    in_use: usize,
+    sizes: Vec<u16>,
     mac: Mac,
     announce: Vec<Ipv4Addr>,
     /// What of a frame's work the tap can leave to others: nothing if it is no tap.
@@ -41,15 +52,22 @@ pub struct Net {
     /// One for each direction, so that a guest that sends without end can still be reached.
     limiters: [Limiter; 2],
     active: Option<Active>,
+    /// Where the driver's commands come: behind the pairs it knows of. Of a card with one pair there is none.
+    control: Option<usize>,
     held: bool,
-    /// The guest has no receive buffers: the tap is not polled until it offers some.
-    starved: bool,
-    /// The tap is gone.
-    dead: bool,
     /// The state to come was another guest's.
     copy: bool,
     buffer: Box<[u8]>,
     counters: Counters,
+}
+
+/// A queue of the tap.
+struct Pair {
+    tap: OwnedFd,
+    /// The guest has no receive buffers: the tap is not polled until it offers some.
+    starved: bool,
+    /// The tap is gone.
+    dead: bool,
 }
 
 /// What happened to frames since the card was made.
@@ -66,50 +84,67 @@ pub struct Counters {
 }
 
 impl Net {
-    /// A card on `tap`, which was opened with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`.
+    /// A card on the queues of one tap, which was opened with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`, and with
+    /// `IFF_MULTI_QUEUE` if it has several.
     ///
     /// After a move the card announces `mac`, and each address of `announce`, to the network behind the tap.
     ///
     /// # Errors
     ///
-    /// If the descriptor is not such a tap, or `mac` is a multicast address.
-    pub fn new(tap: OwnedFd, mac: [u8; 6], announce: Vec<Ipv4Addr>) -> io::Result<Net> {
-        tap::configure(&tap, HEADER)?;
-        let card = Net::over(tap, mac, announce)?;
-        Ok(Net {
-            offered: offload::OFFERED,
-            ..card
-        })
+    /// If one of the descriptors is not such a tap, there are none or more than [`MAX_PAIRS`], or `mac` is a multicast
+    /// address.
+    pub fn new(taps: Vec<OwnedFd>, mac: [u8; 6], announce: Vec<Ipv4Addr>) -> io::Result<Net> {
+        taps.iter()
+            .try_for_each(|tap| tap::configure(tap, HEADER))?;
+        let mut card = Net::over(taps, mac, announce)?;
+        card.offered |= offload::OFFERED;
+        card.use_pairs(1);
+        Ok(card)
     }
 
-    /// A card on any descriptor that keeps frames apart, each behind a virtio header of 12 bytes.
+    /// A card on any descriptors that keep frames apart, each behind a virtio header of 12 bytes.
     ///
     /// # Errors
     ///
-    /// If the descriptor cannot be made non-blocking, or `mac` is a multicast address.
-    pub fn over(tap: OwnedFd, mac: [u8; 6], announce: Vec<Ipv4Addr>) -> io::Result<Net> {
+    /// If a descriptor cannot be made non-blocking, there are none or more than [`MAX_PAIRS`], or `mac` is a multicast
+    /// address.
+    pub fn over(taps: Vec<OwnedFd>, mac: [u8; 6], announce: Vec<Ipv4Addr>) -> io::Result<Net> {
+        let invalid = |text: &str| io::Error::new(io::ErrorKind::InvalidInput, text);
         let mac = Mac::unicast(mac).ok_or_else(|| {
-            io::Error::new(
-                io::ErrorKind::InvalidInput,
+            invalid(
                 "a network card needs a unicast address: clear the lowest bit of the first byte",
             )
         })?;
-        let flags = OFlag::from_bits_retain(fcntl(&tap, FcntlArg::F_GETFL)?);
-        fcntl(&tap, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
-        Ok(Net {
+        if !(1..=usize::from(MAX_PAIRS)).contains(&taps.len()) {
+            return Err(invalid("a network card has 1 to 8 pairs of queues"));
+        }
+        for tap in &taps {
+            let flags = OFlag::from_bits_retain(fcntl(tap, FcntlArg::F_GETFL)?);
+            fcntl(tap, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+        }
+        let several = taps.len() > 1;
+        let mut sizes = vec![QUEUE_SIZE; 2 * taps.len()];
+        sizes.extend(several.then_some(control::QUEUE_SIZE));
+        let pairs = taps.into_iter().map(|tap| Pair {
             tap,
+            starved: false,
+            dead: false,
+        });
+        Ok(Net {
+            pairs: pairs.collect(),
+            in_use: 1,
+            sizes,
             mac,
             announce,
-            offered: 0,
+            offered: if several { SEVERAL } else { 0 },
             offloads: Offloads::default(),
             limiters: [
                 Limiter::new(Limits::default())?,
                 Limiter::new(Limits::default())?,
             ],
             active: None,
+            control: None,
             held: false,
-            starved: false,
-            dead: false,
             copy: false,
             buffer: vec![0; HEADER + FRAME_MAX].into_boxed_slice(),
             counters: Counters::default(),
@@ -130,13 +165,15 @@ impl Net {
         self.counters
     }
 
-    /// From the tap to the guest, until one of them has nothing more (or it is somebody else's turn).
-    fn receive(&mut self) {
-        let Some(active) = self.active.as_mut().filter(|_| self.held && !self.dead) else {
+    /// Pair `number`: from the tap to the guest, until one of them has nothing more (or it is somebody else's turn).
+    fn receive(&mut self, number: usize) {
+        let Some(active) = self.active.as_mut().filter(|_| self.held) else {
             return;
         };
         let ram = active.ram.clone();
-        let Some(ring) = active.rings.get_mut(RX) else {
+        let pairs = self.pairs.iter_mut().take(self.in_use);
+        let rings = active.rings.iter_mut().step_by(2);
+        let Some((pair, ring)) = pairs.zip(rings).nth(number).filter(|(pair, _)| !pair.dead) else {
             return;
         };
         let [limiter, _] = &mut self.limiters;
@@ -145,20 +182,20 @@ impl Net {
                 break;
             }
             let Some(chain) = ring.pop(&ram, CHAIN_MAX) else {
-                self.starved = !ring.listen(&ram);
-                if self.starved {
+                pair.starved = !ring.listen(&ram);
+                if pair.starved {
                     break;
                 }
                 continue;
             };
-            self.starved = false;
+            pair.starved = false;
             if chain.broken {
                 ring.push(&ram, &chain, 0);
                 continue;
             }
-            match unistd::read(&self.tap, &mut self.buffer) {
+            match unistd::read(&pair.tap, &mut self.buffer) {
                 Ok(count @ 1..) => {
-                    match deliver(&chain, self.buffer.get_mut(..count), self.offloads) {
+                    match packet::deliver(&chain, self.buffer.get_mut(..count), self.offloads) {
                         Some(written) => {
                             self.counters.received += 1;
                             limiter.charge(u64::from(written));
@@ -177,7 +214,7 @@ impl Net {
                 }
                 result => {
                     ring.unpop();
-                    self.dead = true;
+                    pair.dead = true;
                     tracing::warn!(
                         ?result,
                         "the tap is gone: the guest's network card is cut off"
@@ -189,13 +226,15 @@ impl Net {
         ring.signal(&ram, active.interrupt.as_ref());
     }
 
-    /// From the guest to the tap, until the guest has nothing more.
-    fn transmit(&mut self) {
+    /// Pair `number`: from the guest to the tap, until the guest has nothing more.
+    fn transmit(&mut self, number: usize) {
         let Some(active) = self.active.as_mut().filter(|_| self.held) else {
             return;
         };
         let ram = active.ram.clone();
-        let Some(ring) = active.rings.get_mut(TX) else {
+        let pairs = self.pairs.iter().take(self.in_use);
+        let rings = active.rings.iter_mut().skip(1).step_by(2);
+        let Some((pair, ring)) = pairs.zip(rings).nth(number) else {
             return;
         };
         let [_, limiter] = &mut self.limiters;
@@ -205,10 +244,12 @@ impl Net {
                     break;
                 };
                 limiter.charge(chain.readable.len() as u64);
-                match collect(&chain, &mut self.buffer, self.offloads) {
+                match packet::collect(&chain, &mut self.buffer, self.offloads) {
                     // Counted by the queue.
                     _ if chain.broken => {}
-                    Some(packet) => forward(&self.tap, self.mac, packet, &mut self.counters),
+                    Some(packet) => {
+                        packet::forward(&pair.tap, self.mac, packet, &mut self.counters)
+                    }
                     None => {
                         self.counters.dropped += 1;
                         ring.fault();
@@ -223,61 +264,75 @@ impl Net {
         }
     }
 
+    /// What the driver has to say beside frames: how many pairs it uses.
+    fn command(&mut self) {
+        let Some(active) = self.active.as_mut().filter(|_| self.held) else {
+            return;
+        };
+        let ram = active.ram.clone();
+        let Some(ring) = self.control.and_then(|index| active.rings.get_mut(index)) else {
+            return;
+        };
+        let mut asked = None;
+        loop {
+            while let Some(chain) = ring.pop(&ram, control::CHAIN_MAX) {
+                let wanted = control::pairs_wanted(&chain, self.pairs.len());
+                if wanted.is_none() {
+                    ring.fault();
+                }
+                asked = wanted.or(asked);
+                ring.push(&ram, &chain, control::answer(&chain, wanted.is_some()));
+            }
+            if !ring.listen(&ram) {
+                break;
+            }
+        }
+        ring.signal(&ram, active.interrupt.as_ref());
+        if let Some(count) = asked {
+            self.use_pairs(count);
+            self.all(Net::transmit);
+            self.all(Net::receive);
+        }
+    }
+
+    /// From now on the first `count` pairs carry frames, and the kernel spreads what arrives over these alone.
+    fn use_pairs(&mut self, count: usize) {
+        self.in_use = count;
+        if self.offered & offload::OFFERED == 0 {
+            return;
+        }
+        for (number, pair) in self.pairs.iter_mut().enumerate().skip(1) {
+            if let Err(error) = tap::take_part(&pair.tap, number < count) {
+                // It takes part, or not, already.
+                tracing::debug!(%error, number, "a queue of the tap");
+            }
+        }
+    }
+
+    /// Each pair in turn.
+    fn all(&mut self, work: fn(&mut Net, usize)) {
+        (0..self.in_use).for_each(|number| work(self, number));
+    }
+
     /// Tells the tap what the driver can do itself. A tap that refuses finishes frames, which any driver takes.
     fn tell_tap(&self) {
-        if self.offered != 0
-            && let Err(error) = tap::leave_undone(&self.tap, self.offloads.for_tap())
+        if self.offered & offload::OFFERED != 0
+            && let Some(pair) = self.pairs.first()
+            && let Err(error) = tap::leave_undone(&pair.tap, self.offloads.for_tap())
         {
             tracing::warn!(%error, "the tap refuses offloads");
         }
     }
 
-    fn config(&self) -> [u8; CONFIG_LEN] {
-        let [a, b, c, d, e, f] = self.mac.bytes();
-        [a, b, c, d, e, f, VIRTIO_NET_S_LINK_UP as u8, 0]
+    /// Address, link, and how many pairs there are where there are several.
+    fn config(&self) -> Vec<u8> {
+        let mut config = self.mac.bytes().to_vec();
+        config.extend((VIRTIO_NET_S_LINK_UP as u16).to_le_bytes());
+        if let Ok(several @ 2..) = u16::try_from(self.pairs.len()) {
+            config.extend(several.to_le_bytes());
+        }
+        config
     }
-}
-
-/// Gives a frame of the guest to the tap, if it is the guest's.
-fn forward(tap: &OwnedFd, mac: Mac, packet: &[u8], counters: &mut Counters) {
-    if !frame::is_from(packet, mac) {
-        counters.spoofed += 1;
-        return;
-    }
-    match unistd::write(tap, packet) {
-        Ok(_) => counters.sent += 1,
-        // A network may lose frames; this one did.
-        Err(_) => counters.dropped += 1,
-    }
-}
-
-/// Puts header and frame into the guest's buffers; nothing if they do not fit.
-fn deliver(chain: &Chain<'_>, read: Option<&mut [u8]>, offloads: Offloads) -> Option<u32> {
-    let packet = read.filter(|packet| packet.len() >= HEADER + FRAME_MIN)?;
-    if chain.writable.len() < packet.len() {
-        return None;
-    }
-    let header = packet.first_chunk_mut::<HEADER>()?;
-    *header = offloads.inward(*header);
-    let written = chain.writable.write_at(0, packet);
-    u32::try_from(written)
-        .ok()
-        .filter(|_| written == packet.len())
-}
-
-/// Copies a frame out of guest memory, where the guest could still change it, behind a header that was looked at.
-fn collect<'b>(chain: &Chain<'_>, buffer: &'b mut [u8], offloads: Offloads) -> Option<&'b [u8]> {
-    let len = chain.readable.len();
-    if !(HEADER + FRAME_MIN..=HEADER + FRAME_MAX).contains(&len) {
-        return None;
-    }
-    let packet = buffer.get_mut(..len)?;
-    if chain.readable.read_at(0, packet) != len {
-        return None;
-    }
-    let header = packet.first_chunk_mut::<HEADER>()?;
-    *header = offloads.outward(*header, len - HEADER)?;
-    Some(packet)
 }
 
 impl VirtioDevice for Net {
@@ -290,7 +345,7 @@ impl VirtioDevice for Net {
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        &QUEUE_SIZES
+        &self.sizes
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -300,31 +355,41 @@ impl VirtioDevice for Net {
     fn activate(&mut self, activation: Activation) {
         self.offloads = Offloads::agreed(activation.features, self.offered);
         self.tell_tap();
+        self.control = control::queue(activation.features & self.offered, self.pairs.len());
         self.active = Some(Active::new(activation));
-        self.starved = false;
+        self.pairs.iter_mut().for_each(|pair| pair.starved = false);
     }
 
     fn reset(&mut self) {
         self.active = None;
         self.offloads = Offloads::default();
         self.tell_tap();
+        self.use_pairs(1);
     }
 
     fn poll_fds(&self) -> Vec<(RawFd, u32)> {
         let [inward, outward] = self.limiters.each_ref().map(Limiter::poll_fd);
-        let ready = self.active.is_some() && self.held && !self.starved && !self.dead;
-        let tap = (ready && inward.is_none()).then(|| self.tap.as_raw_fd());
-        [(tap, TAP), (inward, INWARD), (outward, OUTWARD)]
-            .into_iter()
-            .filter_map(|(fd, token)| Some((fd?, token)))
-            .collect()
+        let ready = self.active.is_some() && self.held && inward.is_none();
+        let pairs = self.pairs.iter().zip(TAPS..);
+        let taps = pairs
+            .take(if ready { self.in_use } else { 0 })
+            .filter(|(pair, _)| !pair.starved && !pair.dead)
+            .map(|(pair, token)| (pair.tap.as_raw_fd(), token));
+        let timers = [(inward, INWARD), (outward, OUTWARD)];
+        taps.chain(
+            timers
+                .into_iter()
+                .filter_map(|(fd, token)| Some((fd?, token))),
+        )
+        .collect()
     }
 
     fn queue_event(&mut self, index: u16) {
-        match usize::from(index) {
-            RX => self.receive(),
-            TX => self.transmit(),
-            _ => {}
+        let index = usize::from(index);
+        match index {
+            _ if self.control == Some(index) => self.command(),
+            _ if index.is_multiple_of(2) => self.receive(index / 2),
+            _ => self.transmit(index / 2),
         }
     }
 
@@ -333,13 +398,13 @@ impl VirtioDevice for Net {
         match token {
             OUTWARD => {
                 outward.expired();
-                self.transmit();
+                self.all(Net::transmit);
             }
             INWARD => {
                 inward.expired();
-                self.receive();
+                self.all(Net::receive);
             }
-            _ => self.receive(),
+            tap => self.receive(tap.saturating_sub(TAPS) as usize),
         }
     }
 
@@ -352,6 +417,7 @@ impl VirtioDevice for Net {
             STATE_VERSION,
             &State {
                 mac: self.mac.bytes(),
+                in_use: self.in_use as u8,
             },
         )
     }
@@ -361,17 +427,23 @@ impl VirtioDevice for Net {
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), RestoreError> {
-        let State { mac } = saved::decode("net", STATE_VERSION, state)?;
-        if mac != self.mac.bytes() && !self.copy {
-            let reason = format!(
-                "the guest's address is {mac:x?}, the card here has {:x?}",
-                self.mac.bytes()
-            );
-            return Err(RestoreError {
-                device: "net",
-                reason,
-            });
+        let State { mac, in_use } = saved::decode("net", STATE_VERSION, state)?;
+        let refuse = |reason| RestoreError {
+            device: "net",
+            reason,
+        };
+        let own = self.mac.bytes();
+        if mac != own && !self.copy {
+            let reason = format!("the guest's address is {mac:x?}, the card here has {own:x?}");
+            return Err(refuse(reason));
         }
+        let (in_use, pairs) = (usize::from(in_use), self.pairs.len());
+        if !(1..=pairs).contains(&in_use) {
+            let reason =
+                format!("the guest uses {in_use} pairs of queues, the card here has {pairs}");
+            return Err(refuse(reason));
+        }
+        self.use_pairs(in_use);
         Ok(())
     }
 
@@ -380,10 +452,16 @@ impl VirtioDevice for Net {
         Ok(())
     }
 
+    fn kept(&mut self) {
+        self.tell_tap();
+        self.use_pairs(self.in_use);
+    }
+
     fn acquire(&mut self) -> io::Result<()> {
         self.held = true;
-        self.transmit();
-        self.receive();
+        self.command();
+        self.all(Net::transmit);
+        self.all(Net::receive);
         Ok(())
     }
 
@@ -397,7 +475,11 @@ impl VirtioDevice for Net {
                 .skip(HEADER)
                 .zip(frame)
                 .for_each(|(to, from)| *to = from);
-            if let Err(error) = unistd::write(&self.tap, &packet) {
+            let sent = self
+                .pairs
+                .first()
+                .map(|pair| unistd::write(&pair.tap, &packet));
+            if let Some(Err(error)) = sent {
                 self.counters.dropped += 1;
                 tracing::warn!(%error, "the guest's new place could not be announced");
             }
@@ -421,25 +503,28 @@ impl VirtioDevice for Net {
     }
 }
 
-/// What must be the same at both ends of a move. Version 1.
+/// What must be the same at both ends of a move, and how many pairs the driver uses. Version 2.
 #[derive(Serialize, Deserialize)]
 struct State {
     mac: [u8; 6],
+    in_use: u8,
 }
 
-const STATE_VERSION: u8 = 1;
+const STATE_VERSION: u8 = 2;
+/// What a card with several pairs offers.
+const SEVERAL: u64 = 1 << VIRTIO_NET_F_CTRL_VQ | 1 << VIRTIO_NET_F_MQ;
 // what is polled
-const TAP: u32 = 0;
-const INWARD: u32 = 1;
-const OUTWARD: u32 = 2;
-const RX: usize = 0;
-const TX: usize = 1;
-const QUEUE_SIZES: [u16; 2] = [256, 256];
+const INWARD: u32 = 0;
+const OUTWARD: u32 = 1;
+/// The first pair's tap; the others follow.
+const TAPS: u32 = 2;
+const QUEUE_SIZE: u16 = 256;
 /// A frame in pages, its header, and some to spare.
 const CHAIN_MAX: usize = 32;
 /// Frames delivered before other devices get their turn; the tap is polled again for the rest.
 const BURST: usize = 256;
-const CONFIG_LEN: usize = 8;
 
+#[cfg(test)]
+mod several_tests;
 #[cfg(test)]
 mod tests;

@@ -4,6 +4,7 @@ use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, socket
 use proptest::prelude::*;
 
 use super::super::driver::{Buffer, Driver};
+use super::frame::FRAME_MIN;
 use super::*;
 use crate::machine::plan::devices::Rate;
 
@@ -25,7 +26,7 @@ fn card(announce: Vec<Ipv4Addr>) -> (Net, OwnedFd) {
         SockFlag::SOCK_CLOEXEC,
     )
     .expect("sockets");
-    (Net::over(tap, MAC, announce).expect("a card"), wire)
+    (Net::over(vec![tap], MAC, announce).expect("a card"), wire)
 }
 
 fn rig() -> Rig {
@@ -179,7 +180,7 @@ fn limits_hold_frames_back_in_each_direction_for_itself() {
     }
     rig.net.queue_event(1);
     rig.net.queue_event(0);
-    rig.net.fd_event(TAP);
+    rig.net.fd_event(TAPS);
     assert!(rig.on_wire().is_some() && rig.on_wire().is_none());
     assert!(rig.driver.used(0).is_some() && rig.driver.used(0).is_none());
     let tokens: Vec<_> = rig.net.poll_fds().iter().map(|(_, token)| *token).collect();
@@ -212,7 +213,7 @@ fn delivers_and_marks_the_pages() {
     rig.driver.clear_dirty();
     assert_eq!(rig.net.poll_fds().len(), 1);
     rig.arrive(&frame);
-    rig.net.fd_event(0);
+    rig.net.fd_event(TAPS);
     assert_eq!(rig.driver.used(0), Some((0, 12 + 3014)));
     assert_eq!(
         rig.driver.bytes(BUFFERS, 12),
@@ -242,7 +243,7 @@ fn delivers_and_marks_the_pages() {
 #[test]
 fn stops_polling_until_there_are_buffers() {
     let mut rig = rig();
-    rig.net.fd_event(0);
+    rig.net.fd_event(TAPS);
     assert_eq!(rig.net.poll_fds(), [], "no buffers, no polling");
     rig.arrive(&frame_from(PEER, b"one"));
     rig.arrive(&frame_from(PEER, b"two"));
@@ -277,7 +278,7 @@ fn a_frame_that_does_not_fit_keeps_no_buffer() {
     rig.driver.offer(0, &[Buffer::write(BUFFERS, 100)]);
     rig.arrive(&frame_from(PEER, &[0; 100]));
     rig.arrive(&frame_from(PEER, &[0; 10]));
-    rig.net.fd_event(0);
+    rig.net.fd_event(TAPS);
     assert_eq!(rig.driver.used(0), Some((0, 12 + 24)));
     assert_eq!(
         rig.net.counters(),
@@ -294,7 +295,7 @@ fn a_tap_that_is_gone_is_not_polled() {
     let mut rig = rig();
     rig.driver.offer(0, &[Buffer::write(BUFFERS, 1600)]);
     drop(rig.wire);
-    rig.net.fd_event(0);
+    rig.net.fd_event(TAPS);
     assert_eq!(rig.net.poll_fds(), []);
     assert_eq!(rig.driver.used(0), None);
 }
@@ -373,12 +374,12 @@ fn restores_only_the_same_card() {
     let (mut net, _wire) = card(vec![]);
     assert_eq!(
         net.save(),
-        [1, 0x52, 0x54, 0, 1, 2, 3],
-        "the released format of version 1"
+        [2, 0x52, 0x54, 0, 1, 2, 3, 1],
+        "the format of version 2"
     );
-    assert!(net.restore(&[1, 0x52, 0x54, 0, 1, 2, 3]).is_ok());
-    assert!(net.restore(&[1, 0x52, 0x54, 0, 1, 2, 4]).is_err());
-    assert!(net.restore(&[1, 0x52]).is_err());
+    assert!(net.restore(&[2, 0x52, 0x54, 0, 1, 2, 3, 1]).is_ok());
+    assert!(net.restore(&[2, 0x52, 0x54, 0, 1, 2, 4, 1]).is_err());
+    assert!(net.restore(&[2, 0x52]).is_err());
     let (tap, _wire) = socketpair(
         AddressFamily::Unix,
         SockType::SeqPacket,
@@ -387,7 +388,7 @@ fn restores_only_the_same_card() {
     )
     .expect("sockets");
     assert!(
-        Net::over(tap, [1, 0, 0, 0, 0, 1], vec![]).is_err(),
+        Net::over(vec![tap], [1, 0, 0, 0, 0, 1], vec![]).is_err(),
         "a multicast address"
     );
     let mut config = [0xff; 10];
@@ -398,7 +399,7 @@ fn restores_only_the_same_card() {
 #[test]
 fn only_a_tap_is_a_tap() {
     let (pipe, _other) = unistd::pipe().expect("a pipe");
-    assert!(Net::new(pipe, MAC, vec![]).is_err());
+    assert!(Net::new(vec![pipe], MAC, vec![]).is_err());
 }
 
 proptest! {
