@@ -176,6 +176,18 @@ fn configured_targets() -> Result<String> {
     output(&mut query)
 }
 
+/// Where the machine has Debian 12 from.
+pub fn mirror() -> Result<String> {
+    let targets = configured_targets()?;
+    main_archive(&targets)
+        .map(|uri| uri.trim_end_matches('/').to_owned())
+        .ok_or_else(|| {
+            Error::Packages(format!(
+                "no source for Debian 12 ({CODENAME}) is configured in /etc/apt"
+            ))
+        })
+}
+
 /// The lab's source list: the machine's own Debian 12 archives, and backports from the same mirror.
 fn sources(targets: &str) -> Result<String> {
     let mut archives: BTreeSet<(&str, String)> = BTreeSet::new();
@@ -205,14 +217,18 @@ fn sources(targets: &str) -> Result<String> {
 
 /// The source list of another release: the archive that the machine has Debian 12 from.
 fn sources_of_release(targets: &str, release: &str) -> Result<String> {
-    let mut archives = targets.lines().filter_map(|line| line.split_once('|'));
-    let main = archives.find(|(_, configured)| *configured == CODENAME);
-    let (uri, _) = main.ok_or_else(|| {
+    let uri = main_archive(targets).ok_or_else(|| {
         Error::Packages(format!(
             "no source for Debian 12 ({CODENAME}) is configured in /etc/apt, so there is no mirror to take {release} from"
         ))
     })?;
     Ok(stanza(uri, release))
+}
+
+fn main_archive(targets: &str) -> Option<&str> {
+    let mut archives = targets.lines().filter_map(|line| line.split_once('|'));
+    let (uri, _) = archives.find(|(_, configured)| *configured == CODENAME)?;
+    Some(uri)
 }
 
 fn stanza(uri: &str, suite: &str) -> String {

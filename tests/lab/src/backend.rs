@@ -21,7 +21,7 @@ use nix::{
 use crate::{
     command::{start_error, tied},
     error::{Error, Result},
-    run::Request,
+    run::{DEBIAN_DISK, Request},
     say,
     signals::{Guarded, Parent},
     sys,
@@ -94,6 +94,9 @@ pub fn run_native(request: &Request) -> Result<i32> {
         .envs(request.extra_env.iter().cloned());
     if let Some(out) = &request.out {
         command.env("LAB_OUT", out);
+    }
+    if let Some(disk) = &request.debian {
+        command.env(DEBIAN_DISK, disk);
     }
     let deadline = std::time::Instant::now() + request.timeout;
     let mut child = Guarded::start(&mut command)?;

@@ -29,6 +29,8 @@ pub struct Parts<'a> {
     pub initrd: &'a Path,
     /// Payload disk; always of the same size, because the snapshot has seen one.
     pub disk: &'a Path,
+    /// A disk that programs may write to; what they write goes with the machine. Always of [`SYSTEM_SIZE`].
+    pub system: &'a Path,
     /// Where QEMU writes the console; may be unlinked after the start.
     pub console: &'a Path,
 }
@@ -130,6 +132,10 @@ impl Machine {
             "file={},format=raw,if=virtio,readonly=on",
             escaped(parts.disk)
         ));
+        command.arg("-drive").arg(format!(
+            "file={},format=raw,if=virtio,snapshot=on,discard=unmap",
+            escaped(parts.system)
+        ));
         command
             .arg("-device")
             .arg(format!("virtserialport,chardev=control,name={PORT_NAME}"));
@@ -184,7 +190,7 @@ impl Drop for Machine {
 
 /// What a snapshot depends on besides its files: part of its key.
 pub fn description() -> String {
-    MACHINE.join(" ") + &DISK_SIZE.to_string()
+    MACHINE.join(" ") + &format!("{DISK_SIZE} {SYSTEM_SIZE}")
 }
 
 /// QEMU option values end at a comma; a doubled one stands for itself.
@@ -194,6 +200,8 @@ fn escaped(path: &Path) -> String {
 
 /// Size of every payload disk, in bytes; the image is sparse.
 pub const DISK_SIZE: u64 = 2 << 30;
+/// Size of every system disk, in bytes; sparse as well.
+pub const SYSTEM_SIZE: u64 = 1536 << 20;
 
 /// `-cpu max` has SVM with nested paging under TCG. AVX and the fast string moves are left out: TCG emulates them so
 /// slowly that HMAC, AES-CTR and TLS take five to eight times as long with them. `tsc=reliable`: the TSC of all vCPUs is

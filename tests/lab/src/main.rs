@@ -10,6 +10,7 @@ mod bench_stream;
 mod boot_disk;
 mod command;
 mod cpio;
+mod debian_disk;
 mod error;
 mod fuzz;
 mod guest_image;
@@ -93,6 +94,8 @@ enum Task {
     GuestImage,
     /// Put together the firmware and the disk that guests with firmware boot; after `guest-image`.
     BootDisk,
+    /// Make the Debian disk that tests boot, by host/examples/debian-disk.sh; needs root.
+    DebianDisk,
     /// Get what is missing, build, and run the demo.
     Demo {
         /// Passed on to the demo.
@@ -200,6 +203,7 @@ fn perform(task: Task) -> Result<i32> {
         Task::Fetch { to, packages } => prepare::fetch_packages(&paths, &packages, &to).map(|()| 0),
         Task::GuestImage => guest_image::make(&paths).map(|()| 0),
         Task::BootDisk => boot_disk::make(&paths).map(|()| 0),
+        Task::DebianDisk => debian_disk::make(&paths).map(|()| 0),
         Task::Demo { args } => tasks::demo(&paths, args),
         Task::BenchBoot { runs, json } => bench_boot::bench(&paths, runs, json),
         Task::BenchDevices { runs, json } => bench_devices::bench(&paths, runs, json),

@@ -56,7 +56,7 @@ impl Payload {
         for (index, (source, _)) in self.entries.iter().enumerate() {
             stage_tree(source, &stage.join("files").join(index.to_string()))?;
         }
-        make_blank(image)?;
+        make_blank(image, DISK_SIZE)?;
         let mut make = tools.command("mke2fs");
         make.args([
             "-q",
@@ -78,10 +78,10 @@ impl Payload {
     }
 }
 
-/// An empty disk of the size every payload disk has.
-pub fn make_blank(image: &Path) -> Result<()> {
+/// An empty disk of `size` bytes.
+pub fn make_blank(image: &Path, size: u64) -> Result<()> {
     File::create(image)
-        .and_then(|file| file.set_len(DISK_SIZE))
+        .and_then(|file| file.set_len(size))
         .on("create", image)
 }
 

@@ -14,7 +14,7 @@ use crate::{
     cpio::Archive,
     error::{Error, OnFile, Result},
     kernel::KernelPackage,
-    machine::{self, Machine, Parts},
+    machine::{self, DISK_SIZE, Machine, Parts, SYSTEM_SIZE},
     mend::mend,
     paths::{Paths, make_dir, read, write_whole},
     payload::make_blank,
@@ -250,21 +250,24 @@ fn make_snapshot(paths: &Paths, inventory: &Inventory) -> Result<Snapshot> {
 }
 
 fn boot_and_save(tools: &Tools, part: &Snapshot) -> Result<()> {
-    let (disk, console) = (part.dir.join("disk"), part.dir.join("console"));
-    make_blank(&disk)?;
+    let [disk, system, console] = ["disk", "system", "console"].map(|name| part.dir.join(name));
+    make_blank(&disk, DISK_SIZE)?;
+    make_blank(&system, SYSTEM_SIZE)?;
     remove(&part.state())?;
     let parts = Parts {
         kernel: &part.kernel(),
         initrd: &part.initrd(),
         disk: &disk,
+        system: &system,
         console: &console,
     };
     let (machine, mut qmp) = Machine::boot(tools, &parts)?;
     qmp.save(&part.state())
         .map_err(|error| machine.failed(&format!("could not be saved: {error}")))?;
     drop(machine);
-    remove(&disk)?;
-    remove(&console)
+    [&disk, &system, &console]
+        .into_iter()
+        .try_for_each(|file| remove(file))
 }
 
 fn initramfs(paths: &Paths, package: &KernelPackage, tools: &Tools) -> Result<Vec<u8>> {

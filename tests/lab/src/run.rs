@@ -14,9 +14,9 @@ use crate::{
     backend::{self, Backend, DEFAULT_TIMEOUT},
     boot_disk,
     error::{Error, OnFile, Result},
-    machine::{Machine, Parts},
+    machine::{Machine, Parts, SYSTEM_SIZE},
     paths::{Paths, make_dir},
-    payload::Payload,
+    payload::{Payload, make_blank},
     prepare::prepare,
     proto::{Exit, Kind, Run},
     say,
@@ -35,6 +35,8 @@ pub struct Request {
     pub timeout: Duration,
     /// Variables set besides those passed through.
     pub extra_env: Vec<(String, String)>,
+    /// Debian's disk, where it was made: the lab has it as [`SYSTEM_DISK`].
+    pub debian: Option<PathBuf>,
     /// How often a program that failed in a lab gets another one.
     pub retries: u32,
 }
@@ -62,6 +64,7 @@ impl Request {
             out: None,
             timeout,
             extra_env,
+            debian: Some(paths.debian_disk()).filter(|disk| disk.exists()),
             retries: 0,
         })
     }
@@ -116,6 +119,14 @@ fn run_in_lab(paths: &Paths, request: &Request) -> Result<i32> {
     let payload = payload(request)?;
     let scratch = scratch(paths)?;
     let (disk, console) = (scratch.path().join("disk"), scratch.path().join("console"));
+    let system = match &request.debian {
+        Some(disk) => disk.clone(),
+        None => {
+            let blank = scratch.path().join("system");
+            make_blank(&blank, SYSTEM_SIZE)?;
+            blank
+        }
+    };
     payload.write(&tools, scratch.path(), &disk)?;
     let order = order(request, payload.places())?;
     let deadline = Instant::now() + request.timeout;
@@ -124,6 +135,7 @@ fn run_in_lab(paths: &Paths, request: &Request) -> Result<i32> {
         kernel: &kernel,
         initrd: &initrd,
         disk: &disk,
+        system: &system,
         console: &console,
     };
     let mut machine = Machine::restore(&tools, &parts, &snapshot.state())?;
@@ -229,10 +241,13 @@ fn payload(request: &Request) -> Result<Payload> {
 }
 
 /// What tests of guests need, by the variable that names it inside.
-fn built(paths: &Paths) -> [(&'static str, PathBuf); 11] {
+fn built(paths: &Paths) -> [(&'static str, PathBuf); 14] {
     [
         ("LAB_CASEMATE", paths.release.join("casemate")),
         ("LAB_CASEMATE_GUEST", paths.release.join("casemate-guest")),
+        ("LAB_CASEMATE_AGENT", paths.release.join("casemate-agent")),
+        ("LAB_DEBIAN_KERNEL", paths.debian_kernel()),
+        ("LAB_DEBIAN_INITRD", paths.debian_initrd()),
         ("LAB_GUEST_KERNEL", paths.guest_kernel()),
         ("LAB_GUEST_VMLINUX", paths.guest_vmlinux()),
         ("LAB_GUEST_INITRD", paths.guest_initrd()),
@@ -256,6 +271,9 @@ fn order(request: &Request, files: Vec<String>) -> Result<Vec<u8>> {
         .collect();
     env.extend(FIXED_ENV.map(|(name, value)| (name.to_owned(), value.to_owned())));
     env.extend(request.extra_env.iter().cloned());
+    if request.debian.is_some() {
+        env.push((DEBIAN_DISK.to_owned(), SYSTEM_DISK.to_owned()));
+    }
     let out = request.out.is_some().then(|| INNER_OUT.to_owned());
     env.extend(out.clone().map(|out| ("LAB_OUT".to_owned(), out)));
     let cwd = env::current_dir()
@@ -318,6 +336,10 @@ fn bad_timeout(text: &str) -> Error {
 }
 
 const INNER_OUT: &str = "/out";
+/// Where the lab has Debian's disk, to write to as well: the machine's second disk.
+const SYSTEM_DISK: &str = "/dev/vdb";
+/// Tells programs where it is.
+pub const DEBIAN_DISK: &str = "LAB_DEBIAN_DISK";
 
 /// `LAB=off`: a lab inside the lab would only be slow.
 const FIXED_ENV: [(&str, &str); 5] = [

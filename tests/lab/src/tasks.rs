@@ -8,6 +8,7 @@ use crate::{
     backend::Backend,
     boot_disk,
     command::tied,
+    debian_disk,
     error::{OnFile, Result},
     exit_code,
     fuzz::fuzz,
@@ -102,6 +103,7 @@ pub fn verify(paths: &Paths) -> Result<i32> {
     }
     guest_image::make(paths)?;
     boot_disk::make(paths)?;
+    debian_disk::make(paths)?;
     say("running unit, host, lab and doc tests; the lab_* tests each in a fresh lab");
     // One binary may hold many tests, each with guests of its own.
     let timeout = env::var("LAB_TIMEOUT").unwrap_or_else(|_| TEST_TIMEOUT.as_secs().to_string());
@@ -209,7 +211,7 @@ const DEMO_TIMEOUT: Duration = Duration::from_secs(900);
 const TEST_TIMEOUT: Duration = Duration::from_secs(420);
 
 /// What one fuzz target gets in a test run.
-const FUZZ_SECONDS: u64 = 30;
+const FUZZ_SECONDS: u64 = 15;
 
 /// How often a failed demo, or a failed test program, gets a fresh lab: see `run`.
 const DEMO_RETRIES: u32 = 2;
