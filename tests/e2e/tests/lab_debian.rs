@@ -28,7 +28,7 @@ fn debian_boots_from_its_disk_through_ovmf_and_uses_every_device() {
     let description = describe(&world);
     let run = ["run", text(&description).unwrap()];
     let info: GuestInfo = world.site_a.ask(&run).unwrap();
-    let mut debian = Debian::up(&info);
+    let mut debian = Debian::up(&world.site_a, &info);
     let said = debian.said();
     assert!(said.contains("BdsDxe: starting Boot"), "{said}");
     let system = debian.system();

@@ -30,7 +30,7 @@ fn debian_boots_measured_and_its_report_shows_what_was_measured() {
 
     let info = lone.run(&description);
     assert_eq!((info.technology.as_str(), info.emulated), ("sev-snp", true));
-    let mut debian = Debian::up(&info);
+    let mut debian = Debian::up(&lone.site, &info);
     // Direct: no boot loader has been there, and OVMF adds a word of its own to the command line.
     let system = debian.system();
     assert_eq!(system.loader, "none");

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use casemate_e2e::answers::GuestInfo;
 use casemate_e2e::guest_watch::{GuestWatch, ask};
+use casemate_e2e::site::Site;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
@@ -19,17 +20,26 @@ pub struct Debian {
 
 impl Debian {
     /// Waits until systemd has started the tests' unit, and what it needs.
-    pub fn up(info: &GuestInfo) -> Self {
+    pub fn up(site: &Site, info: &GuestInfo) -> Self {
         let begun = Instant::now();
         let mut debian = Self {
             watch: GuestWatch::new(&info.console),
             vsock: info.vsock.clone().unwrap(),
             console: info.console.clone(),
         };
-        let ready = debian
-            .watch
-            .wait("systemd's start of our unit", UP, |w| w.ready);
-        ready.unwrap();
+        debian.watch.update().unwrap();
+        while !debian.watch.ready {
+            let state = site
+                .ask::<GuestInfo>(&["status", &info.name])
+                .unwrap()
+                .state;
+            assert!(
+                state == "running" && begun.elapsed() < UP,
+                "systemd has not started our unit; the guest is {state}"
+            );
+            std::thread::sleep(Duration::from_secs(1));
+            debian.watch.update().unwrap();
+        }
         // socat has been started; it listens a moment later.
         while let Err(error) = ask::<serde_json::Value>(&debian.vsock, "there system") {
             assert!(begun.elapsed() < UP, "no answer through vsock: {error}");
