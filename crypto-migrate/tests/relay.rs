@@ -169,7 +169,6 @@ fn of_the_switch(target: Target, act: Act) -> Codes {
     match (target.kind, act) {
         // The second one comes in place of the answer to the commit.
         (FrameKind::Verified, Act::Twice) => ("IN_DOUBT", "OK"),
-        (FrameKind::Commit, Act::Drop | Act::Overtake) => ("IN_DOUBT", "PEER_TIMEOUT"),
         (FrameKind::Commit, Act::Cut) => ("IN_DOUBT", "STREAM_TRUNCATED"),
         // The second one comes when all is said.
         (FrameKind::Commit | FrameKind::Running, Act::Twice) => both("OK"),
@@ -256,13 +255,12 @@ fn attack(targets: &[Target]) {
     }
 }
 
-/// How long the source and the destination wait for a frame that does not come. Without a confirmation each waits for the
-/// other: the one that the frame was for shall be the first to give up.
-fn patience(target: Target) -> (Duration, Duration) {
-    match (target.kind, target.way) {
-        (FrameKind::Confirm, Direction::ToDestination) => (3 * SHORT, SHORT),
-        (FrameKind::Confirm, Direction::ToSource) => (SHORT, 3 * SHORT),
-        _ => (SHORT, SHORT),
+/// How long the source and the destination wait for a frame that does not come. Each may wait for the other: the one that
+/// the frame was for shall be the first to give up.
+fn patience(way: Direction) -> (Duration, Duration) {
+    match way {
+        Direction::ToDestination => (3 * SHORT, SHORT),
+        Direction::ToSource => (SHORT, 3 * SHORT),
     }
 }
 
@@ -270,7 +268,7 @@ fn patience(target: Target) -> (Duration, Duration) {
 fn play(site: &Site, other: &[(Direction, Frame)], target: Target, act: Act) -> Run {
     let (mut source, mut destination) = (site.source(site.via()), site.destination(site.via()));
     if matches!(act, Act::Drop | Act::Overtake) {
-        let (at_source, at_destination) = patience(target);
+        let (at_source, at_destination) = patience(target.way);
         for (deadlines, time) in [
             (&mut source.deadlines, at_source),
             (&mut destination.deadlines, at_destination),
