@@ -47,6 +47,16 @@ pub enum PageContent<'a> {
     },
 }
 
+impl PageContent<'_> {
+    /// How many pages this is.
+    pub fn pages(&self) -> usize {
+        match self {
+            Self::Data(data) => data.len() / PAGE_SIZE,
+            Self::Zero | Self::Firmware { .. } => 1,
+        }
+    }
+}
+
 /// A failure of the guest's side; the text names the object and the remedy.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]

@@ -16,7 +16,7 @@ use super::stream::{BATCH_TARGET, POLL_EVERY, REPORT_EVERY, Stream, Totals, Zero
 use super::{SourceConfig, SourceError};
 use crate::channel::STREAM;
 use crate::control::Pacer;
-use crate::guest::{Gpn, GuestError, PAGE_SIZE, PageContent, SourceGuest};
+use crate::guest::{Gpn, GuestError, PageContent, SourceGuest};
 use crate::pages::PageSet;
 use crate::precopy::Estimator;
 use crate::progress::{Phase, Progress, millis};
@@ -257,10 +257,7 @@ impl Reader<'_> {
         } = self;
         let (mut failed, mut emitted) = (None, 0);
         let mut emit = |page: Gpn, content: PageContent<'_>| {
-            let count = match content {
-                PageContent::Data(data) => data.len() / PAGE_SIZE,
-                PageContent::Zero | PageContent::Firmware { .. } => 1,
-            };
+            let count = content.pages();
             emitted += count;
             if failed.is_some() {
                 return;

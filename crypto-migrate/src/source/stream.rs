@@ -7,7 +7,7 @@ use super::lane::Lane;
 use super::{SourceConfig, SourceError, SourceOutcome, Verification};
 use crate::channel::ChannelError;
 use crate::control::Pacer;
-use crate::guest::{Gpn, GuestError, PAGE_SIZE, PageContent, SourceGuest};
+use crate::guest::{Gpn, GuestError, PageContent, SourceGuest};
 use crate::pages::PageSet;
 use crate::precopy::{Convergence, Estimator, Next, Round};
 use crate::progress::{Phase, Progress, millis};
@@ -354,10 +354,7 @@ impl<T: Transport> Stream<'_, T> {
         let mut failed = None;
         let mut emitted = 0;
         let mut emit = |page: Gpn, content: PageContent<'_>| {
-            let count = match content {
-                PageContent::Data(data) => data.len() / PAGE_SIZE,
-                PageContent::Zero | PageContent::Firmware { .. } => 1,
-            };
+            let count = content.pages();
             emitted += count;
             if failed.is_some() {
                 return;

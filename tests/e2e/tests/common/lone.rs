@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use casemate_attest::processor::snp::{CaKeySize, SnpIdentity};
+use casemate_attest::report::Report;
 use casemate_crypto_migrate::dev_ca::DevCa;
 use casemate_e2e::answers::GuestInfo;
 use casemate_e2e::cleanup::Cleanup;
@@ -130,6 +131,16 @@ impl Lone {
         let path = self.folder.join("report.hex");
         fs::write(&path, answer.report.unwrap()).unwrap();
         path
+    }
+
+    /// The guest's report shows the expected digest, and its owner accepts it.
+    pub fn proves(&self, info: &GuestInfo, nonce: &str, expected: &str) {
+        let report = self.report(info, nonce);
+        let raw = hex::decode(fs::read_to_string(&report).unwrap()).unwrap();
+        let shown = Report::parse(&raw).unwrap().measurement();
+        assert_eq!(hex::encode(shown), expected);
+        let accepted = self.verify(&report, nonce, true);
+        assert_eq!(accepted.status, 0, "{accepted:?}");
     }
 
     pub fn verify(&self, report: &Path, nonce: &str, allow: bool) -> Said {
