@@ -1,7 +1,6 @@
 //! Fuzzing: the targets of `tests/fuzz`, each from its committed corpus and for a given time.
 
 use std::{
-    env,
     fs::{self, File},
     path::{Path, PathBuf},
     process::Command,
@@ -27,7 +26,6 @@ use crate::{
 pub fn fuzz(paths: &Paths, names: &[String], seconds: u64) -> Result<i32> {
     let places = Places::new(paths);
     let names = chosen(&places, names)?;
-    install_cargo_fuzz(paths, &places)?;
     build(paths, &places)?;
     let at_once = available_parallelism().map_or(1, usize::from);
     let mut failed = 0;
@@ -53,8 +51,6 @@ struct Places {
     source: PathBuf,
     /// What cargo builds, what targets find, what they say.
     out: PathBuf,
-    /// Where cargo-fuzz is installed.
-    tools: PathBuf,
 }
 
 impl Places {
@@ -63,7 +59,6 @@ impl Places {
         Self {
             source: paths.workspace.join("tests/fuzz"),
             out: target.join("fuzz"),
-            tools: target.join("tools"),
         }
     }
 
@@ -100,33 +95,17 @@ fn chosen(places: &Places, names: &[String]) -> Result<Vec<String>> {
     })
 }
 
-fn install_cargo_fuzz(paths: &Paths, places: &Places) -> Result<()> {
-    if places.tools.join("bin/cargo-fuzz").exists() {
-        return Ok(());
-    }
-    say("installing cargo-fuzz");
-    let mut command = clean_cargo(paths);
-    command
-        .args(["install", "--quiet", "--locked", "cargo-fuzz", "--version"])
-        .arg(CARGO_FUZZ)
-        .arg("--root")
-        .arg(&places.tools);
-    output(&mut command).map(drop)
-}
-
-/// The sanitizer and coverage flags are unstable ones of the pinned compiler.
+/// As cargo-fuzz builds them, but in parallel and little optimised: a run is short, and the build would take most of it.
 fn build(paths: &Paths, places: &Places) -> Result<()> {
     say("building the fuzz targets");
-    let mut path = vec![places.tools.join("bin")];
-    path.extend(env::split_paths(&env::var_os("PATH").unwrap_or_default()));
-    let path = env::join_paths(path).map_err(|e| Error::Usage(format!("PATH: {e}")))?;
     let mut command = clean_cargo(paths);
     command
-        .args(["fuzz", "build", "--fuzz-dir"])
-        .arg(&places.source)
-        .arg("--target-dir")
+        .args(["build", "--quiet", "--release", "--bins", "--manifest-path"])
+        .arg(places.source.join("Cargo.toml"))
+        .args(["--target", TRIPLE, "--target-dir"])
         .arg(&places.out)
-        .env("PATH", path)
+        .env_remove("CARGO_ENCODED_RUSTFLAGS")
+        .env("RUSTFLAGS", FLAGS.join(" "))
         .env("RUSTC_BOOTSTRAP", "1");
     output(&mut command).map(drop)
 }
@@ -178,8 +157,18 @@ fn why(said: &str) -> String {
     }
 }
 
-const CARGO_FUZZ: &str = "=0.13.2";
 const TRIPLE: &str = "x86_64-unknown-linux-gnu";
+/// Coverage that libFuzzer reads, and AddressSanitizer: unstable flags of the pinned compiler.
+const FLAGS: [&str; 8] = [
+    "--cfg fuzzing",
+    "-Cpasses=sancov-module",
+    "-Cllvm-args=-sanitizer-coverage-level=4",
+    "-Cllvm-args=-sanitizer-coverage-inline-8bit-counters",
+    "-Cllvm-args=-sanitizer-coverage-pc-table",
+    "-Cllvm-args=-sanitizer-coverage-trace-compares",
+    "-Cllvm-args=-sanitizer-coverage-stack-depth",
+    "-Zsanitizer=address",
+];
 /// An input may take ten seconds and memory in proportion to the largest input there is, 64 MiB of firmware.
 const LIMITS: [&str; 4] = [
     "-timeout=10",
