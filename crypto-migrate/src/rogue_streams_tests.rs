@@ -6,10 +6,10 @@ use std::time::Instant;
 
 use crate::channel::{Channel, ChannelError};
 use crate::destination::{Received, serve_over};
-use crate::guest::{Gpn, GuestOffer, PAGE_SIZE, PageContent, PageRange};
+use crate::guest::{Gpn, PAGE_SIZE, PageContent};
 use crate::identity::Local;
 use crate::page::PageSealer;
-use crate::rogue_tests::{Strict, TIME, ends};
+use crate::rogue_tests::{Strict, TIME, ends, offer};
 use crate::session::{self, Times, Wanted};
 use crate::tls;
 use crate::transcript::{PageTable, SealLog, StreamEnd};
@@ -132,17 +132,7 @@ fn speak(
     local: &Local,
     script: &[(usize, Say)],
 ) -> Option<Channel<TcpStream>> {
-    let memory = vec![PageRange {
-        start: Gpn(0),
-        count: 16,
-    }];
-    let offer = GuestOffer {
-        vm_id: [1; 16],
-        name: "rogue".into(),
-        epoch: 1,
-        memory,
-        description: vec![],
-    };
+    let offer = offer();
     let deadline = Instant::now() + TIME;
     let wanted = Wanted {
         purpose: Purpose::Move,

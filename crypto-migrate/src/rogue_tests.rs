@@ -239,18 +239,22 @@ fn play(script: Script) -> String {
     result.map_or_else(|error| error.code().to_owned(), |_| "OK".to_owned())
 }
 
-fn speak(channel: &mut Channel<TcpStream>, local: &Local, script: Script) -> Option<()> {
-    let memory = vec![PageRange {
-        start: Gpn(0),
-        count: 16,
-    }];
-    let offer = GuestOffer {
+/// A guest of sixteen pages.
+pub fn offer() -> GuestOffer {
+    GuestOffer {
         vm_id: [1; 16],
         name: "rogue".into(),
         epoch: 1,
-        memory,
+        memory: vec![PageRange {
+            start: Gpn(0),
+            count: 16,
+        }],
         description: vec![],
-    };
+    }
+}
+
+fn speak(channel: &mut Channel<TcpStream>, local: &Local, script: Script) -> Option<()> {
+    let offer = offer();
     let deadline = Instant::now() + TIME;
     let session =
         session::offer(channel, local, "b", None, &offer, Purpose::Move, deadline).ok()?;

@@ -113,9 +113,10 @@ fn search_path(tools: &Path) -> Result<OsString> {
 
 /// Over everything that decides what is made, but for the packages, which get newer.
 fn key(script: &Path, tree: &Path, mirror: &str) -> Result<String> {
-    let mut files = vec![script.to_owned()];
+    let mut files = Vec::new();
     collect(tree, &mut files)?;
     files.sort();
+    files.insert(0, script.to_owned());
     let mut context = digest::Context::new(&digest::SHA256);
     let mut add = |bytes: &[u8]| {
         context.update(&(bytes.len() as u64).to_le_bytes());
@@ -124,7 +125,9 @@ fn key(script: &Path, tree: &Path, mirror: &str) -> Result<String> {
     add(mirror.as_bytes());
     add(&SYSTEM_SIZE.to_le_bytes());
     for file in &files {
-        add(file.as_os_str().as_encoded_bytes());
+        // By its name in the tree: another clone's disk is the same. The script has none.
+        let name = file.strip_prefix(tree).unwrap_or(Path::new(""));
+        add(name.as_os_str().as_encoded_bytes());
         // A link says where it leads: it may be no file here.
         match fs::read_link(file) {
             Ok(target) => add(target.as_os_str().as_encoded_bytes()),
@@ -166,6 +169,13 @@ mod tests {
         let first = key(&script, &tree, "http://a").unwrap();
         assert_eq!(first, key(&script, &tree, "http://a").unwrap());
         assert_ne!(first, key(&script, &tree, "http://b").unwrap());
+        let (moved, elsewhere) = (dir.path().join("moved"), dir.path().join("elsewhere"));
+        fs::copy(&script, &moved).unwrap();
+        fs::create_dir_all(elsewhere.join("etc")).unwrap();
+        fs::copy(tree.join("etc/unit"), elsewhere.join("etc/unit")).unwrap();
+        assert_eq!(first, key(&moved, &elsewhere, "http://a").unwrap());
+        fs::rename(elsewhere.join("etc/unit"), elsewhere.join("etc/other")).unwrap();
+        assert_ne!(first, key(&moved, &elsewhere, "http://a").unwrap());
         fs::write(tree.join("etc/unit"), "c").unwrap();
         let second = key(&script, &tree, "http://a").unwrap();
         assert_ne!(first, second);

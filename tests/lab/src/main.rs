@@ -120,7 +120,8 @@ enum Task {
         #[arg(long)]
         json: bool,
     },
-    /// Run all tests: on this machine, and those named lab_* in the lab; then fuzz for half a minute a target.
+    /// Run all tests: on this machine, and those named lab_* in the lab; then, unless that took 50
+    /// minutes, those with Rego, and fuzz for a quarter of a minute a target.
     Verify,
     /// Measure our migration stream beside QEMU's, over loopback; prints JSON. Wants twice the size in memory, and more.
     BenchStream {

@@ -99,7 +99,7 @@ fn fresh_evidence(paths: &Paths) -> Result<PathBuf> {
 
 /// All tests: unit, host and doc tests on this machine, `lab_*` tests each in a fresh lab.
 ///
-/// A run has to end in time: on a machine so slow that the tests took [`LONG`], what comes after them is left out, and said.
+/// A run has to end in time: if [`LONG`] has gone by when the tests have passed, what comes after them is left out, and said.
 pub fn verify(paths: &Paths) -> Result<i32> {
     let begun = Instant::now();
     if Backend::choose()? == Backend::Lab {
